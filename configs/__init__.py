@@ -1,0 +1,1 @@
+"""Training recipes: data for mmengine, installed with the package."""

@@ -1,0 +1,1 @@
+"""Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""

@@ -1,0 +1,16 @@
+"""What a user gets to read when what they gave cannot be used."""
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one sentence that says what came and what to do.
+
+    Tools print it and exit with status 2 (`zoo.cli.run`); libraries can catch it as a `ValueError`.
+    """
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """A clause naming the entries of `known` that `name` may have been meant to be, or an empty string."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""

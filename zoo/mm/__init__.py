@@ -1,0 +1,1 @@
+"""Models and tools on OpenMMLab's engine."""
