@@ -1,0 +1,174 @@
+"""Reading checkpoints without ever running code from them, and models from names or checkpoints."""
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Self
+
+import safetensors.torch
+import timm
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import InputError, near_misses
+
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
+MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
+
+
+class Ignored:
+    """An inert stand-in for something a checkpoint names and its reader does not need: keeps and calls nothing."""
+
+    def __new__(cls, *args: object) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What mmengine's Runner writes beside tensors (`message_hub` holds its log history). Read as nothing, so that
+# neither mmengine nor numpy is needed; `getattr` is how pickle names HistoryBuffer's methods.
+ENGINE_RECORDS = tuple((Ignored, name) for name in (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
+    "numpy.ndarray", "numpy.dtype",
+))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known about a loaded model beside its weights.
+
+    `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
+    them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
+    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    data_config: dict
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return tuple(self.data_config["input_size"])
+
+
+def read(path: str | Path, map_location: str | torch.device = "cpu",
+         allow: Iterable[Callable | tuple[Callable, str]] = ()) -> object:
+    """What the file at `path` holds: tensors, containers, numbers and text, and the classes in `allow`, nothing else.
+
+    `.safetensors` files give a dict of tensors; all others go through torch.load(weights_only=True), with `allow` as
+    torch.serialization.safe_globals takes it: classes, or pairs (class, the name that it stands for in the file).
+
+    Raises InputError for a missing, unreadable, empty or damaged file and for one that needs anything not allowed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a checkpoint file{_checkpoints_in(path)}")
+    if not path.exists():
+        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"there is no checkpoint {path}{near_misses(path.name, others)}")
+    allow = list(allow)
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty, not a checkpoint")
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device=str(map_location))
+        with torch.serialization.safe_globals(allow):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except InputError:
+        raise
+    except PermissionError:
+        raise InputError(f"{path} cannot be read: permission denied") from None
+    except Exception as error:  # damaged bytes surface as almost any exception of the unpickler and the zip reader
+        raise InputError(_why_unreadable(path, error, allow)) from error
+
+
+def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
+    """A model in evaluation mode on the CPU, and what is known about it.
+
+    `name_or_path` is a registered model's name (weights are random, or pretrained with `pretrained=True`) or the
+    path of a checkpoint that zoo's training wrote; `model_args` go to timm.create_model, over the recorded ones.
+
+    Raises InputError for an unknown model, for what `read` refuses, and for a checkpoint of something else.
+    """
+    text = str(name_or_path)
+    if timm.is_model(text):
+        model = timm.create_model(text, **model_args).eval()
+        return model, ModelInfo(text, (), _data_config(model, {}))
+    if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
+        return _load_trained(Path(text), model_args)
+    raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
+
+
+def _load_trained(path: Path, model_args: dict) -> tuple[nn.Module, ModelInfo]:
+    record, weights = _trained_parts(path, read(path, allow=ENGINE_RECORDS))
+    name = record["model"]
+    if not timm.is_model(name):
+        raise InputError(f"{path} holds a model {name!r} that is not registered here{near_misses(name, timm.list_models())}")
+    classes = tuple(record.get("classes") or ())
+    recorded_args = dict(record.get("model_args") or {})
+    if classes:
+        recorded_args.setdefault("num_classes", len(classes))
+    try:
+        model = timm.create_model(name, **{**recorded_args, "pretrained": False, **model_args})
+    except TypeError as error:
+        raise InputError(f"{path} records arguments that {name} does not take: {error}") from error
+    _check_keys(path, name, model.state_dict(), weights)
+    model.load_state_dict(weights)
+    return model.eval(), ModelInfo(name, classes, _data_config(model, record))
+
+
+def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
+    """The record `zoo` of a checkpoint that training wrote, and the model's weights by the model's own names."""
+    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(record, dict) or not isinstance(state, dict) or not isinstance(record.get("model"), str):
+        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise InputError(f"{path} is not a checkpoint of tools/train.py: it holds {found or 'nothing'}, "
+                         "where 'zoo' and 'state_dict' are needed")
+    if record.get("task") != "classification":
+        raise InputError(f"{path} holds a model for {record.get('task')!r}, not for 'classification'")
+    weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items()
+               if str(key).startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
+    return record, weights
+
+
+def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    problems = {
+        "missing": [key for key in shapes if key not in given],
+        "unexpected": [key for key in given if key not in shapes],
+        "of another shape": [f"{key} {tuple(value.shape)} where {shapes[key]} is needed"
+                             for key, value in given.items() if key in shapes and tuple(value.shape) != shapes[key]],
+    }
+    described = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
+    if described:
+        raise InputError(f"the weights in {path} do not fit {name}: {'; '.join(described)}")
+
+
+def _data_config(model: nn.Module, record: Mapping) -> dict:
+    config = timm.data.resolve_model_data_config(model)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    config.update({key: record[key] for key in keys if record.get(key) is not None})
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _checkpoints_in(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
+    return f", for example {found[-1]}" if found else "; there is none in it"
+
+
+def _why_unreadable(path: Path, error: Exception, allow: list) -> str:
+    # Files in the format before zip archives cannot be listed; of those, the unpickler's message names the first global.
+    _, _, after = str(error).partition("GLOBAL ") if isinstance(error, UnpicklingError) else ("", "", "")
+    needed = after.split()[:1]
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(allow):
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if needed:
+        return f"{path} would run code on loading and is refused: it names {', '.join(sorted(needed))}"
+    return f"{path} is damaged or no checkpoint at all ({type(error).__name__} while reading it)"
