@@ -99,13 +99,15 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     text = str(name_or_path)
     if timm.is_model(text):
         model = timm.create_model(text, **model_args).eval()
-        return model, ModelInfo(text, (), _data_config(model, {}))
+        return model, ModelInfo(text, (), _data_config(model, {}, model_args))
     if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
-        return _load_trained(Path(text), model_args)
+        return load_trained(text, **model_args)
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
 
 
-def _load_trained(path: Path, model_args: dict) -> tuple[nn.Module, ModelInfo]:
+def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
+    """Like `load_model` for the path of a checkpoint only: a model with trained weights, never random ones."""
+    path = Path(path)
     record, weights = _trained_parts(path, read(path, allow=ENGINE_RECORDS))
     name = record["model"]
     if not timm.is_model(name):
@@ -114,13 +116,14 @@ def _load_trained(path: Path, model_args: dict) -> tuple[nn.Module, ModelInfo]:
     recorded_args = dict(record.get("model_args") or {})
     if classes:
         recorded_args.setdefault("num_classes", len(classes))
+    model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
-        model = timm.create_model(name, **{**recorded_args, "pretrained": False, **model_args})
+        model = timm.create_model(name, **model_args)
     except TypeError as error:
         raise InputError(f"{path} records arguments that {name} does not take: {error}") from error
     _check_keys(path, name, model.state_dict(), weights)
     model.load_state_dict(weights)
-    return model.eval(), ModelInfo(name, classes, _data_config(model, record))
+    return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args))
 
 
 def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
@@ -151,11 +154,16 @@ def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Ma
         raise InputError(f"the weights in {path} do not fit {name}: {'; '.join(described)}")
 
 
-def _data_config(model: nn.Module, record: Mapping) -> dict:
+def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict:
     config = timm.data.resolve_model_data_config(model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     config.update({key: record[key] for key in keys if record.get(key) is not None})
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    channels = model_args.get("in_chans", config["input_size"][0])
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for key in ("mean", "std"):  # timm's defaults are for three channels whatever the model has
+        values = tuple(config[key])
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return config
 
 
 def _checkpoints_in(folder: Path) -> str:

@@ -1,0 +1,49 @@
+"""Exports a model to ONNX, runs the file in ONNX Runtime at several sizes and compares it with PyTorch."""
+import argparse
+import sys
+from pathlib import Path
+
+from zoo.checkpoints import load_model
+from zoo.cli import run
+from zoo.export import Exported, ExportError, export_onnx
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx\n"
+               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1")
+    parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size to trace (default: the model's own)")
+    parser.add_argument("--static-size", action="store_true", help="accept images of that size only")
+    parser.add_argument("--batch", type=int, help="accept batches of this size only (default: any)")
+    parser.add_argument("--opset", type=int, default=20, help="ONNX operator set, 18 or newer (default: 20)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    model, info = load_model(args.model)
+    try:
+        exported = export_onnx(model, info, args.output, size=args.size, free_size=not args.static_size, batch=args.batch,
+                               opset=args.opset, progress=lambda step: print(f"{step} …", file=sys.stderr, flush=True))
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report(info.name, exported)
+    return 0
+
+
+def report(name: str, exported: Exported) -> None:
+    print("batch  height x width  largest absolute difference to PyTorch")
+    for row in exported.comparisons:
+        print(f"{row.batch:5d}  {row.size[0]:6d} x {row.size[1]:<5d}  {row.difference:.2e}")
+    print(f"worst: {exported.worst:.2e}")
+    print(f"batch size: {'any' if exported.free_batch else 'fixed'}; "
+          f"height and width: {'any' if exported.free_size else f'fixed ({exported.reason})'}")
+    print(f"wrote {name} to {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,228 @@
+"""Models as ONNX files that have been checked, run and compared before they are left anywhere.
+
+The height and width of an exported image model are free if three things hold: PyTorch runs the model at other sizes,
+its graph can be traced with symbolic sizes, and ONNX Runtime runs the result at other sizes. Otherwise they are fixed.
+"""
+import contextlib
+import importlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import Dim
+
+from zoo.checkpoints import ModelInfo
+from zoo.errors import InputError
+
+OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime runs
+TOLERANCE = 1e-4
+TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+INPUT, OUTPUT = "image", "logits"
+
+
+class ExportError(RuntimeError):
+    """The exported model does not run or does not compute what the PyTorch model computes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest absolute difference between the logits of PyTorch and of ONNX Runtime for one shape of input."""
+
+    batch: int
+    size: tuple[int, int]
+    difference: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file: which axes are free, why height and width are not if they are not, and how it compares."""
+
+    path: Path
+    free_batch: bool
+    free_size: bool
+    reason: str
+    comparisons: list[Comparison]
+
+    @property
+    def worst(self) -> float:
+        return max(comparison.difference for comparison in self.comparisons)
+
+
+def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tuple[int, int] | None = None,
+                free_size: bool = True, batch: int | None = None, opset: int = 20,
+                progress: Callable[[str], None] = lambda step: None) -> Exported:
+    """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
+
+    `size` (height, width) is traced, and is the only one accepted where `free_size` is false or cannot be had; the
+    default is the model's own. `batch` fixes the batch size, None leaves it free. Class names and preprocessing are
+    written to the file's metadata as JSON. `progress` is called with the name of each step.
+
+    Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
+    PyTorch by more than 1e-4; `path` is then as it was before.
+    """
+    path, size = Path(path), tuple(size or info.input_size[1:])
+    _check_arguments(path, size, batch, opset)
+    _require("onnx", "onnxscript", "onnxruntime")
+    reason = "" if free_size else "as asked"
+    if free_size:
+        progress("running PyTorch at other sizes")
+        reason = _why_not_other_sizes(model, info, size)
+    if not reason:
+        try:
+            return _export(model, info, path, size, True, batch, opset, "", progress)
+        except _SizesNotFreeError as error:
+            reason = str(error)
+    return _export(model, info, path, size, False, batch, opset, reason, progress)
+
+
+def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes to try beside `size`: odd, wide, tall, smaller and larger."""
+    height, width = size
+    return [(height + 1, width + 1), (height * 3 // 4 | 1, width * 5 // 4 | 1), (height * 3 // 2, width)]
+
+
+class _SizesNotFreeError(Exception):
+    """The model cannot be exported with free height and width, though perhaps with fixed ones."""
+
+
+def _check_arguments(path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} is not available; {OPSETS[0]} to {OPSETS[-1]} are")
+    if min(size) < 1:
+        raise InputError(f"the size {size[0]}x{size[1]} is not positive")
+    if batch is not None and batch < 1:
+        raise InputError(f"the batch size {batch} is not positive")
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(f"exporting needs the package {package}; install it with: pip install 'zoo-attention[export]'") from error
+
+
+def _images(info: ModelInfo, batch: int, size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(batch, info.input_size[0], *size, generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: nn.Module, images: torch.Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return model(images).numpy()
+
+
+def _why_not_other_sizes(model: nn.Module, info: ModelInfo, size: tuple[int, int]) -> str:
+    """An empty string if PyTorch runs the model at other sizes. Raises InputError if it does not run at `size`."""
+    for height, width in [size, *other_sizes(size)]:
+        try:
+            _logits(model, _images(info, 1, (height, width)))
+        except Exception as error:  # models refuse sizes by whatever their layers raise
+            said = f"{info.name} does not take {height}x{width} images: {_first_line(error)}"
+            if (height, width) == size:
+                raise InputError(said) from error
+            return said
+    return ""
+
+
+def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
+            opset: int, reason: str, progress: Callable[[str], None]) -> Exported:
+    import onnx
+    progress(f"tracing at {size[0]}x{size[1]}")
+    try:
+        proto = _convert(model, _images(info, batch or TRACED_BATCH, size), free_size, batch is None, opset)
+        _set_metadata(proto, info, size)
+        progress("checking the file")
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
+        said = f"tracing {info.name} failed: {_first_line(error)}"
+        raise (_SizesNotFreeError if free_size else ExportError)(said) from error
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        written.write_bytes(proto.SerializeToString())
+        comparisons = _compare(model, info, written, size, free_size, batch, progress)
+        for found in comparisons:
+            if not found.difference <= TOLERANCE:  # also true of NaN
+                raise ExportError(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
+                                  f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}; nothing was written")
+        written.replace(path)
+    return Exported(path, batch is None, free_size, reason, comparisons)
+
+
+def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch: bool, opset: int):
+    """The ModelProto of `model`. A free axis is symbolic; what the trace assumed of it is checked by running, not here."""
+    names = ({0: "batch"} if free_batch else {}) | ({2: "height", 3: "width"} if free_size else {})
+    with _quiet():
+        program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),),
+                                      prefer_deferred_runtime_asserts_over_guards=True)
+        converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], opset_version=opset,
+                                      dynamic_shapes=(names,), verbose=False)
+        return converted.model_proto
+
+
+def _set_metadata(proto, info: ModelInfo, size: tuple[int, int]) -> None:
+    graph = proto.graph
+    for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del described.metadata_props[:]  # the exporter's notes, paths on this machine among them
+    recorded = {"model": info.name, "classes": info.classes, **info.data_config, "input_size": (info.input_size[0], *size)}
+    for key, value in recorded.items():
+        proto.metadata_props.add(key=key, value=json.dumps(value))
+
+
+def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
+             progress: Callable[[str], None]) -> list[Comparison]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
+    batches = (1, 3) if batch is None else (batch,)
+    shapes = [(count, size) for count in batches]
+    if free_size:
+        shapes += [(batches[i % len(batches)], other) for i, other in enumerate(other_sizes(size))]
+    comparisons = []
+    for count, (height, width) in shapes:
+        progress(f"comparing batch {count}, {height}x{width}")
+        images = _images(info, count, (height, width))
+        try:
+            found = session.run([OUTPUT], {INPUT: images.numpy()})[0]
+        except Exception as error:
+            said = f"ONNX Runtime does not run batch {count}, {height}x{width}: {_first_line(error)}"
+            raise (_SizesNotFreeError if (height, width) != size else ExportError)(said) from error
+        comparisons.append(Comparison(count, (height, width), _difference(found, _logits(model, images))))
+    return comparisons
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found.astype(np.float64) - expected).max())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's exporter from talking about itself on stdout, stderr and through warnings."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

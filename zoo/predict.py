@@ -1,0 +1,169 @@
+"""Classes of pictures, with probabilities, and pictures annotated with them."""
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import nn
+
+from zoo.checkpoints import ModelInfo
+from zoo.errors import InputError, near_misses
+
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TILE = 192  # pixels: the longer side of a picture on a contact sheet
+SHEET_LIMIT = 400  # pictures
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A picture's most probable classes, best first, as pairs (name, probability)."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...]
+
+
+def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files among `inputs` and the pictures below the folders among them. Raises InputError if there are none."""
+    found = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            below = sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+            if not below:
+                raise InputError(f"the folder {given} holds no picture ({' '.join(PICTURE_SUFFIXES)})")
+            found += below
+        elif given.exists():
+            found.append(given)
+        else:
+            others = [other.name for other in given.parent.iterdir()] if given.parent.is_dir() else []
+            raise InputError(f"there is no picture {given}{near_misses(given.name, others)}")
+    return found
+
+
+def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
+    """The picture at `path`, turned upright as its EXIF data say, in 8 bits: RGB, or grey for one channel.
+
+    Raises InputError for a file that is not a picture or a damaged one.
+    """
+    if channels not in (1, 3):
+        raise InputError(f"the model takes images of {channels} channels; pictures have 1 or 3")
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode == "I" or picture.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+            return picture.convert("RGB" if channels == 3 else "L")
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that can be read") from None
+    except Exception as error:  # a damaged file surfaces as whatever its decoder stumbles over
+        raise InputError(f"the picture {path} cannot be read: {error}") from error
+
+
+def predict(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, top: int = 5, batch: int = 32,
+            progress: Callable[[int], None] = lambda done: None) -> list[Prediction]:
+    """The `top` most probable classes of each picture, through the preprocessing the model was evaluated with.
+
+    Runs `batch` pictures at once where the parameters of `model` are; `progress` is called with the number done.
+    """
+    if top < 1 or batch < 1:
+        raise InputError(f"{top} classes in batches of {batch} were asked for; both have to be at least 1")
+    paths = list(map(Path, paths))
+    transform = timm.data.create_transform(**info.data_config, is_training=False)
+    device = next(model.parameters()).device
+    predictions = []
+    for start in range(0, len(paths), batch):
+        chunk = paths[start:start + batch]
+        images = torch.stack([transform(open_picture(path, info.input_size[0])) for path in chunk])
+        with torch.inference_mode():
+            probabilities = model(images.to(device)).float().softmax(dim=-1).cpu()
+        best = probabilities.topk(min(top, probabilities.shape[-1]))
+        for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
+            named = tuple((_class_name(info, index), value) for index, value in zip(indices, values, strict=True))
+            predictions.append(Prediction(path, named))
+        progress(len(predictions))
+    return predictions
+
+
+def annotate(picture: Image.Image, lines: Iterable[str]) -> Image.Image:
+    """`picture` with `lines` of text below it, enlarged to a readable width if it is small."""
+    factor = max(1, math.ceil(TILE / max(picture.size)))
+    picture = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    font = ImageFont.load_default(max(14, picture.width // 40))
+    lines = list(lines)
+    step = round(font.size * 1.4)
+    width = max([picture.width, *(math.ceil(font.getlength(line)) + 8 for line in lines)])
+    result = Image.new("RGB", (width, picture.height + step * len(lines) + 4), "white")
+    result.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(result)
+    for i, line in enumerate(lines):
+        draw.text((4, picture.height + 2 + i * step), line, fill="black", font=font)
+    return result
+
+
+def contact_sheet(tiles: list[Image.Image]) -> Image.Image:
+    """`tiles` side by side in rows, on a grid that is about square."""
+    columns = math.ceil(math.sqrt(len(tiles)))
+    width, height = max(tile.width for tile in tiles) + 4, max(tile.height for tile in tiles) + 4
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def write_annotated(predictions: list[Prediction], output: str | Path) -> list[Path]:
+    """Writes the pictures with what was predicted and returns the written paths.
+
+    `output` with a picture's suffix is one file: the picture, or a contact sheet of several. Any other `output` is
+    a folder, which is made, with a PNG for each picture.
+    """
+    output = Path(output)
+    check_output(output, len(predictions))
+    if is_picture_file(output):
+        tiles = [_annotated(prediction, None if len(predictions) == 1 else TILE) for prediction in predictions]
+        _save(tiles[0] if len(tiles) == 1 else contact_sheet(tiles), output)
+        return [output]
+    output.mkdir(exist_ok=True)
+    written = []
+    for prediction in predictions:
+        name = prediction.path.stem
+        taken = sum(path.stem == name or path.stem.startswith(f"{name}_") for path in written)
+        written.append(output / f"{name}{f'_{taken + 1}' if taken else ''}.png")
+        _save(_annotated(prediction, None), written[-1])
+    return written
+
+
+def check_output(output: str | Path, count: int) -> None:
+    """Raises InputError if `write_annotated` could not write `count` pictures to `output`."""
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
+    if is_picture_file(output) and count > SHEET_LIMIT:
+        raise InputError(f"{count} pictures are too many for one file ({SHEET_LIMIT} fit); give a folder instead of {output}")
+    if not is_picture_file(output) and output.exists() and not output.is_dir():
+        raise InputError(f"{output} is neither a folder nor the name of a picture ({' '.join(PICTURE_SUFFIXES)})")
+
+
+def is_picture_file(output: Path) -> bool:
+    return output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir()
+
+
+def _class_name(info: ModelInfo, index: int) -> str:
+    return str(info.classes[index]) if index < len(info.classes) else f"class {index}"
+
+
+def _annotated(prediction: Prediction, limit: int | None) -> Image.Image:
+    picture = open_picture(prediction.path)
+    if limit is not None and max(picture.size) > limit:
+        picture.thumbnail((limit, limit))
+    return annotate(picture, [prediction.path.name, *(f"{name}  {value:.1%}" for name, value in prediction.classes[:3])])
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        picture.save(written)
+        written.replace(path)
