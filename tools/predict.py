@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zoo.checkpoints import load_trained
 from zoo.cli import run
-from zoo.predict import Prediction, check_output, find_pictures, predict, write_annotated
+from zoo.predict import Prediction, find_pictures, output_files, predict, write_annotated
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     pictures = find_pictures(args.pictures)
     if args.output is not None:
-        check_output(args.output, len(pictures))
+        output_files(pictures, args.output)  # before the work, not after it
     model, info = load_trained(args.checkpoint)
 
     def show(done: int) -> None:

@@ -1,4 +1,5 @@
 """Classes of pictures, with probabilities, and pictures annotated with them."""
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -120,35 +121,38 @@ def write_annotated(predictions: list[Prediction], output: str | Path) -> list[P
     `output` with a picture's suffix is one file: the picture, or a contact sheet of several. Any other `output` is
     a folder, which is made, with a PNG for each picture.
     """
-    output = Path(output)
-    check_output(output, len(predictions))
-    if is_picture_file(output):
+    targets = output_files([prediction.path for prediction in predictions], output)
+    if len(targets) == 1 and targets[0] == Path(output):
         tiles = [_annotated(prediction, None if len(predictions) == 1 else TILE) for prediction in predictions]
-        _save(tiles[0] if len(tiles) == 1 else contact_sheet(tiles), output)
-        return [output]
-    output.mkdir(exist_ok=True)
-    written = []
-    for prediction in predictions:
-        name = prediction.path.stem
-        taken = sum(path.stem == name or path.stem.startswith(f"{name}_") for path in written)
-        written.append(output / f"{name}{f'_{taken + 1}' if taken else ''}.png")
-        _save(_annotated(prediction, None), written[-1])
-    return written
+        _save(tiles[0] if len(tiles) == 1 else contact_sheet(tiles), targets[0])
+        return targets
+    Path(output).mkdir(exist_ok=True)
+    for prediction, target in zip(predictions, targets, strict=True):
+        _save(_annotated(prediction, None), target)
+    return targets
 
 
-def check_output(output: str | Path, count: int) -> None:
-    """Raises InputError if `write_annotated` could not write `count` pictures to `output`."""
+def output_files(pictures: list[Path], output: str | Path) -> list[Path]:
+    """The files that `write_annotated` writes for `pictures`. Raises InputError if it cannot or should not."""
     output = Path(output)
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-    if is_picture_file(output) and count > SHEET_LIMIT:
-        raise InputError(f"{count} pictures are too many for one file ({SHEET_LIMIT} fit); give a folder instead of {output}")
-    if not is_picture_file(output) and output.exists() and not output.is_dir():
+    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
+        if len(pictures) > SHEET_LIMIT:
+            raise InputError(f"{len(pictures)} pictures are too many for one file ({SHEET_LIMIT} fit); give a folder instead of {output}")
+        targets = [output]
+    elif output.exists() and not output.is_dir():
         raise InputError(f"{output} is neither a folder nor the name of a picture ({' '.join(PICTURE_SUFFIXES)})")
-
-
-def is_picture_file(output: Path) -> bool:
-    return output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir()
+    else:
+        targets = []
+        for picture in pictures:
+            names = itertools.chain([picture.stem], (f"{picture.stem}_{i}" for i in itertools.count(2)))
+            targets.append(next(target for name in names if (target := output / f"{name}.png") not in targets))
+    inputs = {picture.resolve() for picture in pictures}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise InputError(f"{target} is one of the pictures given and would be overwritten; choose another output")
+    return targets
 
 
 def _class_name(info: ModelInfo, index: int) -> str:
