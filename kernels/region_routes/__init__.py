@@ -1,0 +1,50 @@
+from torch import Tensor
+
+from .._regions import check_map, check_regions, region_size
+from . import reference
+
+__all__ = ["region_means", "region_routes"]
+
+
+def region_means(x: Tensor, regions: tuple[int, int]) -> Tensor:
+    """Mean over every region of a map, over the positions that lie on the map.
+
+    The grid has `regions` = (rows, columns) regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions; those at the bottom and on the
+    right may reach over the edge. A region wholly outside has mean 0.
+
+    Args:
+        x: (B, H, W, C), any floating dtype.
+
+    Returns:
+        (B, rows·columns, C), regions row by row.
+    """
+    check_map("x", "region_means", x)
+    check_regions("region_means", regions)
+    return reference.region_means(x, regions, region_size(*x.shape[1:3], regions))
+
+
+def region_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int) -> tuple[Tensor, Tensor]:
+    """The regions that every query region attends to: top-k of the affinity of region means (BiFormer, arXiv 2303.08810, eqs. 3–5).
+
+        A = mean(q) mean(k)ᵀ,  routes = topk(A)
+
+    Regions that lie wholly outside the map have affinity −∞: they are picked only when fewer than `topk` others exist.
+
+    Args:
+        q: (B, H, W, C); k: (B, Hk, Wk, C), of q's dtype; the grid of both is `regions` = (rows, columns), see `region_means`.
+        topk: 1 … rows·columns.
+
+    Returns:
+        routes: (B, rows·columns, topk) int64, most attended first; scores: their affinity, in q's dtype, differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
+    """
+    check_map("q", "region_routes", q)
+    check_map("k", "region_routes", k)
+    check_regions("region_routes", regions)
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
+    if not 1 <= topk <= regions[0] * regions[1]:
+        raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
+    return reference.region_routes(q, k, regions, topk)

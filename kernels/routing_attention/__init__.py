@@ -1,0 +1,62 @@
+from torch import Tensor
+
+from .._regions import check_map, check_regions, region_size
+from . import reference
+
+__all__ = ["routing_attention"]
+
+
+def routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    regions: tuple[int, int],
+    num_heads: int,
+    kv_size: tuple[int, int] | None = None,
+    scale: float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Attention of every query region over the key and value regions it is routed to (BiFormer, arXiv 2303.08810, eqs. 6–7).
+
+        out_i = softmax(scale · q_i [w_ij k_j]ᵀ_{j ∈ routes(i)}) [w_ij v_j]_{j ∈ routes(i)},  per head
+
+    Maps are cut into a grid of `regions` = (rows, columns) regions. Those at the bottom and on the right may reach over
+    the edge of the map; what lies outside is attended by nobody. A region routed only to empty regions gives 0.
+
+    Args:
+        q: (B, H, W, C), regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions.
+        k: (B, Hk, Wk, C); v: (B, Hk, Wk, Cv), regions of `kv_size` positions (default: as for q, from Hk and Wk).
+            Widths are divisible by `num_heads`. float32, float64, float16, bfloat16; the softmax is at least float32.
+        routes: (B, rows·columns, n) int64, the routed regions, see `region_routes`. No region twice.
+        scale: default (C / num_heads)^-0.5.
+        weights: (B, rows·columns, n), the factors w of the routed keys and values; default 1.
+
+    Returns:
+        (B, H, W, Cv). Differentiable once in q, k, v and weights.
+
+    Keys and values are never copied for all regions at once, and the attention is not kept for the backward pass: memory
+    beyond the arguments is O(B·H·W·C). Exported graphs hold the plain gather instead.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_map(name, "routing_attention", x)
+        if x.shape[-1] % num_heads:
+            raise ValueError(f"routing_attention: num_heads must divide the channels of {name} ({x.shape[-1]}), got {num_heads}")
+    check_regions("routing_attention", regions)
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"routing_attention: k must have the channels of q ({q.shape[-1]}), got {k.shape[-1]}")
+    if v.shape[:3] != k.shape[:3] or k.shape[0] != q.shape[0]:
+        raise ValueError(f"routing_attention: q, k, v must share the batch, k and v the map, got {[tuple(x.shape) for x in (q, k, v)]}")
+    if routes.ndim != 3 or routes.shape[:2] != (q.shape[0], regions[0] * regions[1]):
+        raise ValueError(f"routing_attention: routes must be (B, rows·columns, n) = ({q.shape[0]}, {regions[0] * regions[1]}, n), "
+                         f"got {tuple(routes.shape)}")
+    if weights is not None and weights.shape != routes.shape:
+        raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
+    if kv_size is None:
+        kv_size = region_size(*k.shape[1:3], regions)
+    if scale is None:
+        scale = (q.shape[-1] // num_heads) ** -0.5
+    return reference.routing_attention(q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights)

@@ -1,0 +1,59 @@
+"""Maps cut into a fixed grid of regions of equal size, shared by the routing operators."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def region_size(height: int, width: int, regions: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the smallest regions whose grid covers the map: ⌈H/rows⌉, ⌈W/columns⌉."""
+    return -(-height // regions[0]), -(-width // regions[1])
+
+
+def divides(height: int, width: int, regions: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether the grid covers the map exactly. Never true in an export, whose graph must serve every size."""
+    if torch.compiler.is_exporting():
+        return False
+    return height == regions[0] * size[0] and width == regions[1] * size[1]
+
+
+def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int], value: float = 0.0) -> Tensor:
+    """(B, H, W, C) → (B, rows·h, columns·w, C), filled at the bottom and on the right."""
+    height, width = x.shape[1:3]
+    if divides(height, width, regions, size):
+        return x
+    return F.pad(x, (0, 0, 0, regions[1] * size[1] - width, 0, regions[0] * size[0] - height), value=value)
+
+
+def cut(x: Tensor, regions: tuple[int, int], size: tuple[int, int], heads: int = 1) -> Tensor:
+    """(B, rows·h, columns·w, heads·d) → (B, heads, rows·columns, h·w, d)."""
+    (rows, columns), (h, w) = regions, size
+    x = x.reshape(x.shape[0], rows, h, columns, w, heads, x.shape[-1] // heads)
+    return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(x.shape[0], heads, rows * columns, h * w, x.shape[-1])
+
+
+def paste(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(B, heads, rows·columns, h·w, d) → (B, rows·h, columns·w, heads·d): the inverse of `cut`."""
+    (rows, columns), (h, w) = regions, size
+    b, heads, _, _, d = x.shape
+    x = x.reshape(b, heads, rows, columns, h, w, d).permute(0, 2, 4, 3, 5, 1, 6)
+    return x.reshape(b, rows * h, columns * w, heads * d)
+
+
+def inside(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Which positions of the padded regions lie on the map: (rows·columns, h·w), bool."""
+    (rows, columns), (h, w) = regions, size
+    row = (torch.arange(rows * h, device=device) < height).reshape(rows, 1, h, 1)
+    column = (torch.arange(columns * w, device=device) < width).reshape(1, columns, 1, w)
+    return (row & column).reshape(rows * columns, h * w)
+
+
+def check_map(name: str, operator: str, x: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"{operator}: {name} must be (B, H, W, C), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{operator}: {name} must be of a floating dtype, got {x.dtype}")
+
+
+def check_regions(operator: str, regions: tuple[int, int]) -> None:
+    if min(regions) < 1:
+        raise ValueError(f"{operator}: regions must be at least (1, 1), got {tuple(regions)}")
