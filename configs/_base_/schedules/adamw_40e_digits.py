@@ -1,0 +1,17 @@
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=5.0))
+auto_scale_lr = dict(enable=True, base_batch_size=64)
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, begin=0, end=3, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', T_max=37, eta_min_ratio=0.01, begin=3, end=40, convert_to_iter_based=True),
+]
+
+train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=5)
+val_cfg = dict()
+test_cfg = dict()
+
+custom_hooks = [dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.98), dict(type='RecordHook')]

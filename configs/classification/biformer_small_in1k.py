@@ -1,0 +1,3 @@
+_base_ = './biformer_tiny_in1k.py'
+
+model = dict(name='biformer_small', args=dict(drop_path_rate=0.15))

@@ -1,0 +1,142 @@
+"""Checkpoints of the engine: read without running code, written so that a kill at any moment leaves a whole one.
+
+Importing this module replaces mmengine's loaders, all of which unpickle without restriction when the safe way fails,
+and the writer of local files.
+"""
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import HOOKS
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
+
+from zoo import checkpoints
+from zoo.errors import InputError
+
+TEMPORARY = ".zoo-unfinished-"
+STATISTICS = ("min", "max", "mean", "current")
+RESUME_KEYS = ("state_dict", "meta", "message_hub", "optimizer", "param_schedulers")
+
+
+def _history_method(owner: type, name: str) -> Callable:
+    """Stands in for `getattr`, by which pickle names the methods that every HistoryBuffer carries."""
+    if owner is not HistoryBuffer or name not in STATISTICS:
+        raise UnpicklingError(f"getattr({owner}, {name!r}) is none of what the engine writes")
+    return getattr(HistoryBuffer, name)
+
+
+# What the engine writes beside tensors: the histories of logged numbers, NumPy arrays of int64 and float64.
+ENGINE_CLASSES = (
+    HistoryBuffer, (_history_method, "builtins.getattr"), np.ndarray, np.dtype, np._core.multiarray._reconstruct,
+    type(np.dtype(np.int64)), type(np.dtype(np.float64)),
+)
+
+
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
+    """What the checkpoint `filename` holds, without config text, which the engine would execute on resuming."""
+    checkpoint = checkpoints.read(Path(filename).expanduser(), map_location or "cpu", allow=ENGINE_CLASSES)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
+        checkpoint["meta"].pop("config", None)
+    return checkpoint
+
+
+CheckpointLoader._schemes.clear()
+CheckpointLoader.register_scheme("", load_from_local)
+
+
+class AtomicBackend(LocalBackend):
+    """Local files that appear under their name only once they are complete."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
+        self.put(obj.encode(encoding), filepath)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+register_backend("local", AtomicBackend, prefixes="", force=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half-written in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink()
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest checkpoint that training wrote into `work_dir`, or None."""
+    pointer = work_dir / "last_checkpoint"
+    return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones."""
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated: set[int] = set()
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            before = set(self.keep_ckpt_ids)
+            self.keep_ckpt_ids.append(step)
+            outdated = before - set(self.keep_ckpt_ids)
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
+                               save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
+                               backend_args=self.backend_args)
+        if is_main_process():
+            self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir) / "last_checkpoint")
+            for old in outdated:
+                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+
+
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, resume: bool = False) -> None:
+    """Raises InputError unless the checkpoint at `path` holds weights for `model`.
+
+    `whole`: all of them, and no others; otherwise at least one. `resume`: also what training needs to go on.
+    """
+    checkpoint = load_from_local(path)
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if resume and (missing := [key for key in RESUME_KEYS if not isinstance(checkpoint.get(key), dict | list)]):
+        raise InputError(f"training cannot be resumed from {path}: it lacks {', '.join(missing)}")
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} is not a checkpoint of tools/train.py: its state_dict is a {type(weights).__name__}")
+    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    if whole and needed != given:
+        differing = sorted(dict(needed.items() ^ given.items()))
+        raise InputError(f"the weights in {path} are of another model: {len(differing)} of {len(needed | given)} differ, "
+                         f"for example {differing[0]}")
+    if not needed.items() & given.items():
+        raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")

@@ -1,0 +1,203 @@
+"""Finding, changing and checking configs before anything is built or written."""
+import ast
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from numbers import Number
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import (
+    DATA_SAMPLERS, DATASETS, HOOKS, LOG_PROCESSORS, LOOPS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS,
+    PARAM_SCHEDULERS, VISBACKENDS, VISUALIZERS, Registry,
+)
+from mmengine.runner import Runner
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils.data import DataLoader
+
+from zoo.errors import InputError, near_misses
+
+# Beside the arguments of Runner: what it looks up in the config later, and the folder that `load_config` hands on.
+TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
+    "data_root", "custom_imports", "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile",
+    "activation_checkpointing", "efficient_conv_bn_eval",
+}
+PARTS = ("train", "val", "test")
+
+
+def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
+    """The config in the file `name`, or of that bare name among the installed ones, changed by `options` and checked.
+
+    Options are texts "a.b.c=value"; a digit names an element of a list; values are Python literals, or else text. A
+    top-level `data_root` becomes the `root` of every dataset that takes one and sets none.
+
+    Raises InputError for a config or option that does not exist, and for whatever the engine would not know.
+    """
+    path = find_config(str(name))
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is a program: anything can go wrong in it
+        raise InputError(f"the config {path} cannot be read: {type(error).__name__}: {error}") from error
+    for option in options:
+        _apply(config, option)
+    for part in PARTS:
+        dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
+        if dataset and "data_root" in config and "root" in _known_arguments(_find(DATASETS, dataset.get("type"), f"{part}_dataloader.dataset")):
+            dataset.setdefault("root", config.data_root)
+    check_config(config)
+    return config
+
+
+def find_config(name: str) -> Path:
+    """The path of a config named by path, or by bare name among the configs of the package."""
+    if Path(name).is_file():
+        return Path(name)
+    installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
+                 if path.parent.name != "_base_" and path.stem != "__init__"}
+    if name in installed:
+        return installed[name]
+    raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
+
+
+def _apply(config: Config, option: str) -> None:
+    key, equals, text = option.partition("=")
+    if not equals or not key:
+        raise InputError(f"--cfg-options takes KEY=VALUE, not {option!r}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    *parents, last = key.split(".")
+    node = config
+    for name in parents:
+        node = _step(node, name, key)
+    old = _step(node, last, key) if isinstance(node, list | tuple) else node.get(last) if isinstance(node, Mapping | Config) else node
+    if not _same_kind(old, value):
+        raise InputError(f"{option}: the value in the config is {old!r}, which {value!r} cannot replace")
+    if isinstance(node, list):
+        node[int(last)] = value
+    elif isinstance(node, Mapping | Config):
+        node[last] = value
+    else:
+        raise InputError(f"there is no {key} in the config: {'.'.join(parents)} is {node!r}")
+
+
+def _step(node: object, name: str, key: str) -> object:
+    if isinstance(node, list | tuple):
+        if not name.isdigit() or int(name) >= len(node):
+            raise InputError(f"there is no {key} in the config: {name} is no index below {len(node)}")
+        return node[int(name)]
+    known = list(node) if isinstance(node, Mapping | Config) else []
+    if name not in known:
+        raise InputError(f"there is no {key} in the config: {name} is unknown{near_misses(name, known)}")
+    return node[name]
+
+
+def _same_kind(old: object, new: object) -> bool:
+    if old is None or new is None:
+        return True
+    kinds = (bool, Number, str, Mapping, list | tuple)
+    return next((isinstance(new, kind) for kind in kinds if isinstance(old, kind)), True)
+
+
+@dataclass
+class Block:
+    """A dict of the config that says what to build: its place, the registry of its `type`, and keys beside arguments."""
+
+    place: str
+    values: Mapping
+    registry: Registry | None = None
+    default: type | str | None = None
+    also: Iterable[str] = ()
+
+
+def check_config(config: Config) -> None:
+    """Raises InputError unless every key of the config is known to the engine and every argument to its class."""
+    _reject_unknown("the config", config, TOP_LEVEL)
+    for block in _blocks(config):
+        if not isinstance(block.values, Mapping):
+            raise InputError(f"{block.place} in the config is {block.values!r}, where a dict is needed")
+        known = set(block.also)
+        if block.registry is not None:
+            name = block.values.get("type", block.default)
+            known |= {"type", *_known_arguments(_find(block.registry, name, block.place))}
+        elif block.default is not None:
+            known |= _known_arguments(block.default)
+        _reject_unknown(block.place, block.values, known)
+
+
+def _reject_unknown(place: str, given: Iterable[str], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise InputError(f"{place} has an unknown key {key!r}{near_misses(key, known) or '; known are ' + ', '.join(sorted(known))}")
+
+
+def _blocks(config: Config) -> Iterator[Block]:
+    yield Block("model", config.get("model", {}), MODELS)
+    for part in PARTS:
+        yield from _data_blocks(part, config)
+    if wrapper := config.get("optim_wrapper"):
+        yield Block("optim_wrapper", wrapper, OPTIM_WRAPPERS, "OptimWrapper", ("optimizer", "constructor", "paramwise_cfg", "clip_grad"))
+        yield Block("optim_wrapper.optimizer", wrapper.get("optimizer", {}), OPTIMIZERS)
+        _find(OPTIM_WRAPPER_CONSTRUCTORS, wrapper.get("constructor", "DefaultOptimWrapperConstructor"), "optim_wrapper.constructor")
+        if clip := wrapper.get("clip_grad"):
+            yield Block("optim_wrapper.clip_grad", clip, None, clip_grad_value_ if clip.get("type") == "value" else clip_grad_norm_, ("type",))
+    for place, scheduler in _numbered("param_scheduler", config.get("param_scheduler")):
+        yield Block(place, scheduler, PARAM_SCHEDULERS, also=("convert_to_iter_based",))
+    for name, hook in (config.get("default_hooks") or {}).items():
+        if hook is not None:
+            yield Block(f"default_hooks.{name}", hook, HOOKS, also=("priority",))
+    for place, hook in _numbered("custom_hooks", config.get("custom_hooks")):
+        yield Block(place, hook, HOOKS, also=("priority",))
+    if visualizer := config.get("visualizer"):
+        yield Block("visualizer", visualizer, VISUALIZERS)
+        for place, backend in _numbered("visualizer.vis_backends", visualizer.get("vis_backends")):
+            yield Block(place, backend, VISBACKENDS)
+    yield Block("log_processor", config.get("log_processor") or {}, LOG_PROCESSORS, "LogProcessor")
+    yield Block("env_cfg", config.get("env_cfg") or {}, also=("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"))
+    yield Block("randomness", config.get("randomness") or {}, None, Runner.set_randomness)
+    yield Block("auto_scale_lr", config.get("auto_scale_lr") or {}, also=("enable", "base_batch_size"))
+
+
+def _data_blocks(part: str, config: Config) -> Iterator[Block]:
+    if loader := config.get(f"{part}_dataloader"):
+        place = f"{part}_dataloader"
+        yield Block(place, loader, None, DataLoader, ("num_batch_per_epoch", "disable_subprocess_warning"))
+        yield Block(f"{place}.dataset", loader.get("dataset", {}), DATASETS)
+        yield Block(f"{place}.sampler", loader.get("sampler", {}), DATA_SAMPLERS)
+    if loop := config.get(f"{part}_cfg"):
+        default = {"train": "EpochBasedTrainLoop" if loop.get("by_epoch", True) else "IterBasedTrainLoop",
+                   "val": "ValLoop", "test": "TestLoop"}[part]
+        yield Block(f"{part}_cfg", loop, LOOPS, default, ("by_epoch",))
+    for place, metric in _numbered(f"{part}_evaluator", config.get(f"{part}_evaluator")):
+        yield Block(place, metric, METRICS)
+
+
+def _numbered(place: str, values: Mapping | Sequence | None) -> Iterator[tuple[str, Mapping]]:
+    if isinstance(values, Mapping):
+        yield place, values
+    else:
+        yield from ((f"{place}.{index}", value) for index, value in enumerate(values or ()))
+
+
+def _find(registry: Registry, name: object, place: str) -> type:
+    if isinstance(name, str) and (found := registry.get(name)) is not None:
+        return found
+    if isinstance(name, type):
+        return name
+    what = f"has an unknown type {name!r}" if name else "has no type"
+    raise InputError(f"{place} in the config {what}{near_misses(str(name), registry.module_dict)}")
+
+
+def _known_arguments(target: object) -> set[str]:
+    """The names that can be passed to a function, or to a class and, where it hands on keywords, its bases."""
+    known: set[str] = set()
+    for owner in (target.__mro__ if isinstance(target, type) else (target,)):
+        if isinstance(target, type) and "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(owner.__init__ if isinstance(owner, type) else owner).parameters.values()
+        known |= {parameter.name for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)}
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return known - {"self"}

@@ -1,0 +1,202 @@
+"""Datasets of labelled images, and a sampler that makes them reproducible.
+
+What augmentation draws is a pure function of (seed, epoch, image, repeat): the sampler hands out that seed with every
+index and the dataset draws under it. So neither the number of workers nor an interruption changes a batch.
+"""
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.registry import DATA_SAMPLERS, DATASETS
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets import ImageFolder
+
+from zoo.errors import InputError, near_misses
+
+
+class Sample(NamedTuple):
+    """Which image to read, and the seed of everything random that happens to it."""
+
+    index: int
+    seed: int
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's generators seeded inside, as they were afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@DATA_SAMPLERS.register_module()
+class ReproducibleSampler(Sampler[Sample]):
+    """The `Sample`s of an epoch, dealt out to the ranks in turn.
+
+    Shuffled (training), every rank gets the same number, floor(images / ranks); otherwise (evaluation) every image is
+    handed out exactly once, without padding. `repeats` > 1 is repeated augmentation (Hoffer et al., 2020; DeiT): every
+    image occurs that often in a row in the shuffled order, so that its copies meet in one global batch, and an epoch,
+    still as many samples as there are images, covers that fraction of them.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int | None = 0, shuffle: bool = True, repeats: int = 1):
+        if repeats < 1 or (repeats > 1 and not shuffle):
+            raise InputError(f"repeats={repeats} with shuffle={shuffle}: repeats is at least 1, and 1 without shuffling")
+        self.size = len(dataset)
+        self.seed = seed or 0
+        self.shuffle = shuffle
+        self.repeats = repeats
+        self.epoch = 0
+        self.rank, self.ranks = get_dist_info()
+
+    def __len__(self) -> int:
+        return self.size // self.ranks if self.shuffle else len(range(self.rank, self.size, self.ranks))
+
+    def __iter__(self) -> Iterator[Sample]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size) if self.shuffle else np.arange(self.size)
+        for position in range(self.rank, self.rank + len(self) * self.ranks, self.ranks):
+            index, repeat = int(order[position // self.repeats]), position % self.repeats
+            entropy = np.random.SeedSequence((self.seed, self.epoch, index, repeat))
+            yield Sample(index, int(entropy.generate_state(1)[0]))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class LabelledImages(Dataset):
+    """Base of the datasets: images as PIL, transformed by timm's `create_transform(**transform)`.
+
+    Items are dicts of `inputs`, a float tensor (C, H, W), and `targets`, a class index. Subclasses give `__len__` and
+    `read(index) -> (image, class index)`.
+    """
+
+    def __init__(self, classes: list[str], transform: Mapping):
+        self.metainfo = {"classes": classes}
+        try:
+            self.transform = create_transform(**transform)
+        except (TypeError, AssertionError) as error:
+            raise InputError(f"the transform cannot be set up: {error}") from error
+        size = transform.get("input_size", 224)
+        self.data_config = {
+            "input_size": (len(transform.get("mean", IMAGENET_DEFAULT_MEAN)), *_pair(size)),
+            "mean": tuple(transform.get("mean", IMAGENET_DEFAULT_MEAN)),
+            "std": tuple(transform.get("std", IMAGENET_DEFAULT_STD)),
+            "interpolation": transform.get("interpolation", "bilinear"),
+            "crop_pct": transform.get("crop_pct") or DEFAULT_CROP_PCT,
+        }
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        raise NotImplementedError
+
+    def __getitem__(self, sample: Sample) -> dict:
+        image, target = self.read(sample.index)
+        with seeded(sample.seed):
+            return {"inputs": self.transform(image), "targets": target}
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)[-2:]
+
+
+@DATASETS.register_module()
+class DigitsDataset(LabelledImages):
+    """scikit-learn's 1797 handwritten digits, 8×8 grey pixels each, scaled up to `size`×`size` pixels.
+
+    The split is fixed: 360 digits, drawn once with equal shares of the classes, are the "val" part, the rest "train".
+
+    Args:
+        split: "train" or "val".
+        transform: arguments of timm's `create_transform`.
+        size: pixels on a side before the transform.
+        mode: PIL's mode of the images, "L" (one channel) or "RGB".
+        limit: use only that many of the images.
+    """
+
+    HELD_OUT = 360
+
+    def __init__(self, split: str, transform: Mapping, size: int = 32, mode: str = "L", limit: int | None = None):
+        from sklearn.datasets import load_digits  # takes a second, which other datasets need not wait for
+        from sklearn.model_selection import train_test_split
+
+        super().__init__([str(digit) for digit in range(10)], transform)
+        _check_split(split)
+        if mode not in ("L", "RGB"):
+            raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
+        pixels, targets = load_digits(return_X_y=True)
+        pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        parts = train_test_split(pixels, targets, test_size=self.HELD_OUT, stratify=targets, random_state=0)
+        pixels, targets = parts[0::2] if split == "train" else parts[1::2]
+        upsample = lambda digit: Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).convert(mode)  # noqa: E731
+        self.images = [upsample(digit) for digit in pixels[:limit]]
+        self.targets = targets[:limit].tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+
+@DATASETS.register_module()
+class ImageFolderDataset(LabelledImages):
+    """Pictures in folders named after their classes, as ImageNet is usually kept: `root/train/CLASS/*.jpg`.
+
+    Args:
+        root: the folder that holds the splits.
+        split: "train" or "val".
+        transform: arguments of timm's `create_transform`.
+
+    Raises InputError for missing and empty folders, and on reading for a file that is no picture.
+    """
+
+    def __init__(self, root: str, split: str, transform: Mapping):
+        _check_split(split)
+        self.folder = Path(root) / split
+        if not Path(root).is_dir():
+            raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
+        if not self.folder.is_dir():
+            raise InputError(f"the data folder {root} has no {split}/{near_misses(split, os.listdir(root))}")
+        classes = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+        if not classes:
+            raise InputError(f"{self.folder} holds no folders of classes, where {split}/CLASS/*.jpg is needed")
+        super().__init__(classes, transform)
+        self.samples: list[tuple[str, int]] = []
+
+    def full_init(self) -> None:
+        """Lists the files, which takes a while for a large dataset; the engine calls it before it reads."""
+        try:
+            self.samples = ImageFolder(self.folder).samples
+        except FileNotFoundError as error:
+            raise InputError(f"{self.folder}: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), target
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise InputError(f"split={split!r}: it is 'train' or 'val'")

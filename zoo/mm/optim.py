@@ -1,0 +1,102 @@
+"""Parameter groups by timm's rules, and mixed precision on every device."""
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import timm.optim
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from torch import Tensor, nn
+
+from zoo.errors import InputError
+
+
+def param_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None,
+                 lr_multipliers: Mapping[str, float] | None = None) -> list[dict]:
+    """Groups of the trainable parameters of a timm model, with their learning rate and weight decay.
+
+    Norms, biases (all parameters of one dimension) and what `network.no_weight_decay()` names are not decayed. With
+    `layer_decay` d, the learning rate of the layer that is the i-th from the end by `network.group_matcher` is d^i of
+    that of the head. `lr_multipliers` maps regular expressions to factors; the first that is found in a parameter's
+    name applies.
+    """
+    options = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(network, "no_weight_decay", set)()}
+    if layer_decay is None:
+        groups = timm.optim.param_groups_weight_decay(network, **options)
+    else:
+        groups = timm.optim.param_groups_layer_decay(network, layer_decay=layer_decay, **options)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    split: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            factor = group.get("lr_scale", 1.0) * _multiplier(names[parameter], lr_multipliers or {})
+            split.setdefault((factor, group["weight_decay"]), []).append(parameter)
+    return [{"params": params, "lr": lr * factor, "weight_decay": decay} for (factor, decay), params in split.items()]
+
+
+def _multiplier(name: str, lr_multipliers: Mapping[str, float]) -> float:
+    return next((factor for pattern, factor in lr_multipliers.items() if re.search(pattern, name)), 1.0)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TimmOptimWrapperConstructor:
+    """Builds the optimizer over `param_groups`; `paramwise_cfg` holds its `layer_decay` and `lr_multipliers`."""
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        self.wrapper = dict(optim_wrapper_cfg)
+        self.optimizer = dict(self.wrapper.pop("optimizer"))
+        self.options = dict(paramwise_cfg or {})
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        model = getattr(model, "module", model)
+        network = getattr(model, "model", model)
+        try:
+            groups = param_groups(network, self.optimizer["lr"], self.optimizer.get("weight_decay", 0.0), **self.options)
+        except TypeError as error:
+            raise InputError(f"optim_wrapper.paramwise_cfg: {error}") from error
+        optimizer = OPTIMIZERS.build({**self.optimizer, "params": groups})
+        return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self.wrapper, "optimizer": optimizer})
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """Mixed precision on CPU and GPU: the forward pass under autocast, the optimizer in float32.
+
+    `dtype` is "bfloat16", "float16" (with dynamic loss scaling; GPU only) or None: bfloat16 where the device has it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, dtype: str | None = None, accumulative_counts: int = 1,
+                 clip_grad: dict | None = None):
+        super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype is None:
+            dtype = "bfloat16" if self.device == "cpu" or torch.cuda.is_bf16_supported() else "float16"
+        if dtype not in ("bfloat16", "float16") or (dtype == "float16" and self.device == "cpu"):
+            raise InputError(f"mixed precision in {dtype!r} on {self.device}: use 'bfloat16', or 'float16' on a GPU")
+        self.dtype = getattr(torch, dtype)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=dtype == "float16")
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(self.device, self.dtype):
+            yield
+
+    def backward(self, loss: Tensor, **kwargs) -> None:
+        super().backward(self.scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs) -> None:
+        if self.clip_grad_kwargs:
+            self.scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.scaler.step(self.optimizer, **kwargs)
+        self.scaler.update()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "loss_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        if scale := state_dict.pop("loss_scaler", None):
+            self.scaler.load_state_dict(scale)
+        super().load_state_dict(state_dict)

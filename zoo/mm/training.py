@@ -1,0 +1,154 @@
+"""Training and evaluation of a config by mmengine's Runner."""
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from mmengine.config import Config
+from mmengine.registry import DATASETS, METRICS, MODELS
+from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from zoo.errors import InputError
+from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished
+from zoo.mm.config import PARTS, load_config
+from zoo.mm.hooks import LastMetricsHook
+
+# Which variables tell a process its rank, the number of processes, and its rank on this machine.
+LAUNCHERS = {
+    "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
+          launcher: str | None = None, seed: int | None = None, cfg_options: Sequence[str] = ()) -> tuple[Path, dict[str, float]]:
+    """Trains a config and returns the folder that it wrote and the metrics of the last evaluation.
+
+    Args:
+        config: path, or name of an installed config.
+        work_dir: where to write; by default the config's own, or work_dirs/NAME.
+        resume: a checkpoint to go on from, or "auto" for the newest in the work dir, if there is one.
+        amp: mixed precision.
+        launcher: "none", "pytorch", "slurm" or "mpi"; None to see whether torchrun started this process.
+        seed: replaces the config's.
+        cfg_options: changes to the config, as `zoo.mm.config.load_config` takes them.
+
+    Raises InputError, before anything is written, for whatever of that cannot be used.
+    """
+    config, work_dir = _prepare(config, work_dir, cfg_options)
+    if config.get("train_dataloader") is None:
+        raise InputError(f"the config {config.filename} has no train_dataloader")
+    if amp:
+        config.optim_wrapper.type = "AutocastOptimWrapper"
+    if seed is not None:
+        config.randomness = {**config.get("randomness", {}), "seed": seed}
+    if scale := config.get("auto_scale_lr"):  # the engine counts the images of a step without accumulation
+        scale.base_batch_size /= config.optim_wrapper.get("accumulative_counts", 1)
+    checkpoint = latest_checkpoint(work_dir) if resume == "auto" else resume
+    config.resume = checkpoint is not None
+    config.load_from = str(checkpoint) if checkpoint else config.get("load_from")
+
+    model = _check_parts(config, PARTS[:2])
+    _build("optim_wrapper", lambda: build_optim_wrapper(model, config.optim_wrapper))
+    if config.load_from:
+        check_fits(config.load_from, model, whole=config.resume, resume=config.resume)
+    _start_processes(config, launcher)
+    remove_unfinished(work_dir)
+    runner = Runner.from_cfg(config)
+    last = LastMetricsHook()
+    runner.register_hook(last)
+    _run(runner.train)
+    if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
+        runner.val_loop.run()
+    _end_processes()
+    return work_dir, last.metrics or {}
+
+
+def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
+             cfg_options: Sequence[str] = ()) -> dict[str, float]:
+    """The metrics of a checkpoint on the test data of its config; leaves no files. Arguments and errors as in `train`."""
+    config, _ = _prepare(config, None, cfg_options)
+    if config.get("test_dataloader") is None:
+        raise InputError(f"the config {config.filename} has no test_dataloader")
+    for part in PARTS[:2]:
+        for key in ("dataloader", "cfg", "evaluator"):
+            config.pop(f"{part}_{key}", None)
+    for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
+        config.pop(key, None)
+    config.load_from, config.resume = str(checkpoint), False
+    check_fits(checkpoint, _check_parts(config, PARTS[2:]), whole=True)
+    _start_processes(config, launcher)
+    with tempfile.TemporaryDirectory() as folder:
+        config.work_dir = folder
+        metrics = _run(Runner.from_cfg(config).test)
+    _end_processes()
+    return metrics
+
+
+def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequence[str]) -> tuple[Config, Path]:
+    config = load_config(name, cfg_options)
+    work_dir = Path(work_dir or config.get("work_dir") or Path("work_dirs") / Path(config.filename).stem)
+    if work_dir.exists() and not work_dir.is_dir():
+        raise InputError(f"the work dir {work_dir} is a file")
+    config.work_dir = str(work_dir)
+    return config, work_dir
+
+
+def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
+    """Builds the model, the datasets and the metrics once, so that what is wrong with them is known early; the model."""
+    model = _build("model", lambda: MODELS.build(config.model))
+    for part in parts:
+        if loader := config.get(f"{part}_dataloader"):
+            dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
+            classes = dataset.metainfo["classes"]
+            if len(classes) != model.num_classes:
+                raise InputError(f"the model has {model.num_classes} classes, the {part} data {len(classes)}; set model.args.num_classes")
+        evaluators = config.get(f"{part}_evaluator") or []
+        for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
+            _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
+    return model
+
+
+def _build(place: str, build: Callable) -> object:
+    try:
+        return build()
+    except InputError:
+        raise
+    except Exception as error:  # whatever a constructor finds wrong with its arguments
+        raise InputError(f"{place} of the config cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _run(work: Callable) -> object:
+    try:
+        return work()
+    except InputError as error:  # from a worker process it comes with a traceback in its text
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix("zoo.errors.InputError: ")) from error
+
+
+def _start_processes(config: Config, launcher: str | None) -> None:
+    """Settles `config.launcher`, and without GPUs joins the processes by gloo, which the engine has no way to do."""
+    if launcher is None:
+        launcher = "pytorch" if "RANK" in os.environ else "none"
+    config.launcher = launcher
+    if launcher == "none":
+        return
+    if missing := [name for name in LAUNCHERS[launcher] if name not in os.environ]:
+        raise InputError(f"the launcher {launcher} has not started this process: {', '.join(missing)} are not set")
+    if torch.cuda.is_available():
+        return
+    for name, source in zip(LAUNCHERS["pytorch"], LAUNCHERS[launcher], strict=True):
+        os.environ[name] = os.environ[source]
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    torch.distributed.init_process_group("gloo")
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+
+
+def _end_processes() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
