@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.export import Dim
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
+from zoo.files import check_writable, replacing
 
 OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime runs
 TOLERANCE = 1e-4
@@ -93,8 +93,7 @@ class _SizesNotFreeError(Exception):
 
 
 def _check_arguments(path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
+    check_writable(path)
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not available; {OPSETS[0]} to {OPSETS[-1]} are")
     if min(size) < 1:
@@ -145,15 +144,13 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int]
     except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
         said = f"tracing {info.name} failed: {_first_line(error)}"
         raise (_SizesNotFreeError if free_size else ExportError)(said) from error
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
+    with replacing(path) as written:
         written.write_bytes(proto.SerializeToString())
         comparisons = _compare(model, info, written, size, free_size, batch, progress)
         for found in comparisons:
             if not found.difference <= TOLERANCE:  # also true of NaN
                 raise ExportError(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
                                   f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}; nothing was written")
-        written.replace(path)
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 

@@ -1,7 +1,6 @@
 """Classes of pictures, with probabilities, and pictures annotated with them."""
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, near_misses
+from zoo.files import replacing
 
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TILE = 192  # pixels: the longer side of a picture on a contact sheet
@@ -124,11 +124,13 @@ def write_annotated(predictions: list[Prediction], output: str | Path) -> list[P
     targets = output_files([prediction.path for prediction in predictions], output)
     if len(targets) == 1 and targets[0] == Path(output):
         tiles = [_annotated(prediction, None if len(predictions) == 1 else TILE) for prediction in predictions]
-        _save(tiles[0] if len(tiles) == 1 else contact_sheet(tiles), targets[0])
+        with replacing(targets[0]) as written:
+            (tiles[0] if len(tiles) == 1 else contact_sheet(tiles)).save(written)
         return targets
     Path(output).mkdir(exist_ok=True)
     for prediction, target in zip(predictions, targets, strict=True):
-        _save(_annotated(prediction, None), target)
+        with replacing(target) as written:
+            _annotated(prediction, None).save(written)
     return targets
 
 
@@ -164,10 +166,3 @@ def _annotated(prediction: Prediction, limit: int | None) -> Image.Image:
     if limit is not None and max(picture.size) > limit:
         picture.thumbnail((limit, limit))
     return annotate(picture, [prediction.path.name, *(f"{name}  {value:.1%}" for name, value in prediction.classes[:3])])
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        picture.save(written)
-        written.replace(path)

@@ -1,0 +1,27 @@
+"""Files that are there whole or not at all."""
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from zoo.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, on the disk of `path`, that takes the place of `path` if the block ends without an error."""
+    path = Path(path)
+    check_writable(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        yield written
+        written.replace(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises InputError if there can be no file at `path`: to be called before the work whose result goes there."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
