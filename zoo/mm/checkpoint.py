@@ -34,10 +34,10 @@ def _history_method(owner: type, name: str) -> Callable:
     return getattr(HistoryBuffer, name)
 
 
-# What the engine writes beside tensors: the histories of logged numbers, NumPy arrays of int64 and float64.
+# What the engine writes beside tensors: the histories of logged numbers, NumPy arrays and scalars of int64 and float64.
 ENGINE_CLASSES = (
     HistoryBuffer, (_history_method, "builtins.getattr"), np.ndarray, np.dtype, np._core.multiarray._reconstruct,
-    type(np.dtype(np.int64)), type(np.dtype(np.float64)),
+    np._core.multiarray.scalar, type(np.dtype(np.int64)), type(np.dtype(np.float64)),
 )
 
 

@@ -1,14 +1,14 @@
 """Training and evaluation of a config by mmengine's Runner."""
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -49,6 +49,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         config.randomness = {**config.get("randomness", {}), "seed": seed}
     if scale := config.get("auto_scale_lr"):  # the engine counts the images of a step without accumulation
         scale.base_batch_size /= config.optim_wrapper.get("accumulative_counts", 1)
+    config.param_scheduler = [scheduler for scheduler in config.get("param_scheduler") or [] if not _too_late(scheduler, config)]
     checkpoint = latest_checkpoint(work_dir) if resume == "auto" else resume
     config.resume = checkpoint is not None
     config.load_from = str(checkpoint) if checkpoint else config.get("load_from")
@@ -97,6 +98,11 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
         raise InputError(f"the work dir {work_dir} is a file")
     config.work_dir = str(work_dir)
     return config, work_dir
+
+
+def _too_late(scheduler: Mapping, config: Config) -> bool:
+    """Whether a run that was made short ends before the scheduler begins, which the engine takes for a mistake."""
+    return scheduler.get("by_epoch", True) and scheduler.get("begin", 0) >= config.train_cfg.get("max_epochs", float("inf"))
 
 
 def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:

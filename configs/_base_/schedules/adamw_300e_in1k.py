@@ -5,9 +5,9 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
 auto_scale_lr = dict(enable=True, base_batch_size=1024)
 
-param_scheduler = [
+param_scheduler = [  # the cosine ends with the last epoch
     dict(type='LinearLR', start_factor=1e-3, begin=0, end=5, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', T_max=295, eta_min_ratio=0.01, begin=5, end=300, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=5, convert_to_iter_based=True),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=300)

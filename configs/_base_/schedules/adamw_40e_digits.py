@@ -5,9 +5,9 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0))
 auto_scale_lr = dict(enable=True, base_batch_size=64)
 
-param_scheduler = [
+param_scheduler = [  # the cosine ends with the last epoch
     dict(type='LinearLR', start_factor=1e-3, begin=0, end=3, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', T_max=37, eta_min_ratio=0.01, begin=3, end=40, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=3, convert_to_iter_based=True),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=5)
