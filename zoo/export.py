@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,7 +151,8 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int]
         for found in comparisons:
             if not found.difference <= TOLERANCE:  # also true of NaN
                 raise ExportError(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
-                                  f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}; nothing was written")
+                                  f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}; nothing was written"
+                                  f"{'; a fixed size may work' if free_size else ''}")
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 
@@ -179,7 +181,7 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it says about failures comes with the exception as well
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class
@@ -196,7 +198,7 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int
             found = session.run([OUTPUT], {INPUT: images.numpy()})[0]
         except Exception as error:
             said = f"ONNX Runtime does not run batch {count}, {height}x{width}: {_first_line(error)}"
-            raise (_SizesNotFreeError if (height, width) != size else ExportError)(said) from error
+            raise (_SizesNotFreeError if free_size else ExportError)(said) from error
         comparisons.append(Comparison(count, (height, width), _difference(found, _logits(model, images))))
     return comparisons
 
@@ -206,7 +208,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" …")
 
 
 @contextlib.contextmanager
