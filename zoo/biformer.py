@@ -108,7 +108,7 @@ class BiFormer(nn.Module):
         dims, depths: widths and numbers of blocks of the four stages.
         topks: regions routed to in each stage; None is attention over the whole map (`GlobalAttention`, 8 heads).
         head_dim: width of a head of the routing stages.
-        mlp_ratio: hidden width of the MLPs over `dims`.
+        mlp_ratio: hidden width of the MLPs over `dims`, one for all stages or one each.
         swin_layout: the STL variant: patch embedding and merging by 4×4 and 2×2 convolutions, no convolutional position embedding.
         lepe_of_values: see `GlobalAttention`.
         attn_args: further arguments of `BiLevelRoutingAttention`, such as `regions` or `mask_padding`. A list holds one per stage.
@@ -126,7 +126,7 @@ class BiFormer(nn.Module):
         depths: tuple[int, ...] = (2, 2, 8, 2),
         topks: tuple[int | None, ...] = (1, 4, 16, None),
         head_dim: int = 32,
-        mlp_ratio: float = 3.0,
+        mlp_ratio: float | tuple[float, ...] = 3.0,
         swin_layout: bool = False,
         lepe_of_values: bool = False,
         drop_rate: float = 0.0,
@@ -137,6 +137,7 @@ class BiFormer(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        mlp_ratios = mlp_ratio if isinstance(mlp_ratio, (list, tuple)) else [mlp_ratio] * len(dims)
         attn_args = attn_args if isinstance(attn_args, list) else [attn_args or {}] * len(dims)
 
         if swin_layout:
@@ -144,7 +145,7 @@ class BiFormer(nn.Module):
         else:
             self.stem = _conv_stem(in_chans, dims[0])
         self.feature_info, stages = [], []
-        for i, (dim, topk) in enumerate(zip(dims, topks, strict=True)):
+        for i, (dim, topk, ratio) in enumerate(zip(dims, topks, mlp_ratios, strict=True)):
             if i == 0:
                 downsample: nn.Module = nn.Identity()
             elif swin_layout:
@@ -155,7 +156,7 @@ class BiFormer(nn.Module):
                 attention = partial(GlobalAttention, dim, lepe_of_values=lepe_of_values)
             else:
                 attention = partial(BiLevelRoutingAttention, dim, **{"num_heads": dim // head_dim, "topk": topk, **attn_args[i]})
-            blocks = [Block(dim, attention(), mlp_ratio, rate, not swin_layout) for rate in drop_path_rates[i]]
+            blocks = [Block(dim, attention(), ratio, rate, not swin_layout) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)

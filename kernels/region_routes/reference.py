@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._regions import cut, divides, inside, pad_to_grid, region_size
@@ -7,8 +8,7 @@ from .._regions import cut, divides, inside, pad_to_grid, region_size
 def region_means(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
     height, width = x.shape[1:3]
     if divides(height, width, regions, size):
-        (rows, columns), (h, w) = regions, size
-        return x.unflatten(2, (columns, w)).unflatten(1, (rows, h)).mean((2, 4)).flatten(1, 2)
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
     total = cut(pad_to_grid(x, regions, size), regions, size)[:, 0].sum(2)
     return total / inside(height, width, regions, size, x.device).sum(1, keepdim=True).clamp(min=1).to(x.dtype)
 

@@ -1,0 +1,98 @@
+"""The authors' own numbers: every vector of `tests/golden`, or of the folder in the environment variable GOLDEN_DIR.
+
+A case loads the reference's state through our checkpoint conversion and must give its outputs and gradients. See
+`tests/golden/README.md` for the format and the bounds.
+"""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from zoo import biformer
+from zoo.layers import BiLevelRoutingAttention
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+CASES = json.loads((GOLDEN / "index.json").read_text())
+OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4  # times 1 + the largest absolute number of the reference
+
+KV_POOL = {"identity": "identity", "ada_avgpool": "adaptive_avg", "ada_maxpool": "adaptive_max", "avgpool": "avg", "maxpool": "max"}
+
+
+class _ChannelsFirst(nn.Module):
+    """A layer that takes NHWC behind an interface that takes NCHW, with the layer's own parameter names."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _attention_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    mode = config.get("kv_downsample_mode", "identity")
+    size = config.get("kv_per_win", 4) if mode.startswith("ada") else config.get("kv_downsample_ratio", 4)
+    return dict(
+        regions=config.get("n_win", 7), qk_dim=config.get("qk_dim"), scale=config.get("qk_scale"), lepe_kernel=config.get("side_dwconv", 3),
+        kv_pool=KV_POOL[mode], kv_pool_size=max(size, 1), soft_routing=config.get("soft_routing", False),
+        differentiable_routing=config.get("diff_routing", False), learned_routing=config.get("param_routing", False),
+        mask_padding=not config.get("auto_pad", False), out_proj=config.get("param_attention", "qkvo") == "qkvo",
+    )
+
+
+def _bra(config: dict[str, Any], reference: str) -> nn.Module:
+    layer = BiLevelRoutingAttention(config["dim"], config.get("num_heads", 8), topk=config.get("topk", 4), **_attention_arguments(config))
+    return _ChannelsFirst(layer) if "NCHW" in reference else layer
+
+
+def _biformer(config: dict[str, Any], reference: str) -> nn.Module:
+    stl = "BiFormerSTL" in reference
+    attn_args = []
+    for i, dim in enumerate(config["embed_dim"]):
+        at = {**config, "qk_dim": config.get("qk_dims", config["embed_dim"])[i], "n_win": config.get("n_wins", [config.get("n_win", 7)] * 4)[i],
+              "kv_per_win": config.get("kv_per_wins", [-1] * 4)[i], "kv_downsample_ratio": config.get("kv_downsample_ratios", [4, 2, 1, 1])[i]}
+        attn_args.append(dict(_attention_arguments(at), num_heads=(at["qk_dim"] or dim) // config["head_dim"]))
+    return biformer.BiFormer(
+        num_classes=config["num_classes"], dims=config["embed_dim"], depths=config["depth"], mlp_ratio=config["mlp_ratios"],
+        topks=[None if topk == -2 else topk for topk in config["topks"]], swin_layout=stl, lepe_of_values="nchw" in reference,
+        attn_args=attn_args,
+    )
+
+
+BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(bra=_bra, biformer=_biformer)
+CONVERT = dict(bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn)
+
+
+def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
+    difference, allowed = (ours - theirs).abs().max().item(), bound * (1 + theirs.abs().max().item())
+    assert difference <= allowed, f"{name}: largest difference {difference:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case['family']}/{case['case']}" for case in CASES])
+def test_reference_vector(case: dict[str, Any]) -> None:
+    if case["family"] not in BUILD:
+        pytest.skip(f"the family {case['family']} is not in the zoo yet")
+    tensors = load_file(GOLDEN / case["file"])
+    state, grads = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("state/", "grad/state/"))
+    model = BUILD[case["family"]](case["config"], case["reference"]).eval()
+    convert = CONVERT[case["family"]]
+    model.load_state_dict(convert(state, model), strict=True)
+    x = tensors["input"].requires_grad_()
+    output = model(x)
+    _close("output", output, tensors["output"], OUTPUT_BOUND)
+    (output * tensors["cotangent/output"]).sum().backward()
+    _close("gradient of the input", x.grad, tensors["grad/input"], GRADIENT_BOUND)
+    parameters = dict(model.named_parameters())
+    converted = convert({**state, **grads}, model)  # conversion may look at neighbouring entries
+    own_names = convert({name: torch.full_like(value, name in grads) for name, value in state.items()}, model)
+    compared = [name for name in parameters if bool(own_names[name].flatten()[0])]
+    assert len(compared) == len(grads)
+    for name in compared:
+        _close(f"gradient of {name}", parameters[name].grad, converted[name], GRADIENT_BOUND)
