@@ -1,7 +1,7 @@
 """Models as ONNX files that have been checked, run and compared before they are left anywhere.
 
 The height and width of an exported image model are free if three things hold: PyTorch runs the model at other sizes,
-its graph can be traced with symbolic sizes, and ONNX Runtime runs the result at other sizes. Otherwise they are fixed.
+its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they are fixed, and the reason is told.
 """
 import contextlib
 import importlib
@@ -90,7 +90,10 @@ def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 class _SizesNotFreeError(Exception):
-    """The model cannot be exported with free height and width, though perhaps with fixed ones."""
+    """The model cannot be exported with free height and width, though perhaps with fixed ones.
+
+    Also where ONNX Runtime computes something else at another size: the trace then took a size for a constant.
+    """
 
 
 def _check_arguments(path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
@@ -136,6 +139,7 @@ def _why_not_other_sizes(model: nn.Module, info: ModelInfo, size: tuple[int, int
 def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
             opset: int, reason: str, progress: Callable[[str], None]) -> Exported:
     import onnx
+    failure = _SizesNotFreeError if free_size else ExportError
     progress(f"tracing at {size[0]}x{size[1]}")
     try:
         proto = _convert(model, _images(info, batch or TRACED_BATCH, size), free_size, batch is None, opset)
@@ -143,16 +147,14 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int]
         progress("checking the file")
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
-        said = f"tracing {info.name} failed: {_first_line(error)}"
-        raise (_SizesNotFreeError if free_size else ExportError)(said) from error
+        raise failure(f"tracing {info.name} failed: {_first_line(error)}") from error
     with replacing(path) as written:
         written.write_bytes(proto.SerializeToString())
         comparisons = _compare(model, info, written, size, free_size, batch, progress)
         for found in comparisons:
             if not found.difference <= TOLERANCE:  # also true of NaN
-                raise ExportError(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
-                                  f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}; nothing was written"
-                                  f"{'; a fixed size may work' if free_size else ''}")
+                raise failure(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
+                              f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}")
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 
