@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.kernels import region_routes, routing_attention
+from zoo.kernels.routing_attention import blocked, reference
+from zoo.kernels.routing_attention.blocked import routed_attention
+
+FORMULATIONS = ["gathered", "dense", "blocked"]
+
+
+def oracle(q, k, v, routes, regions, num_heads, kv_size, scale, weights=None):
+    """The definition, a loop over queries: the keys of the routed regions that lie on the map, one softmax per head."""
+    b, height, width, _ = q.shape
+    h, w = math.ceil(height / regions[0]), math.ceil(width / regions[1])
+    out = torch.zeros(b, height, width, v.shape[-1], dtype=v.dtype)
+    for n in range(b):
+        for i in range(height):
+            for j in range(width):
+                keys, values = [], []
+                for rank, region in enumerate(routes[n, i // h * regions[1] + j // w].tolist()):
+                    row, column = region // regions[1] * kv_size[0], region % regions[1] * kv_size[1]
+                    factor = 1 if weights is None else weights[n, i // h * regions[1] + j // w, rank]
+                    for x, parts in ((k, keys), (v, values)):
+                        parts.append(factor * x[n, row : row + kv_size[0], column : column + kv_size[1]].flatten(0, 1))
+                keys, values = (torch.cat(parts).unflatten(1, (num_heads, -1)) for parts in (keys, values))
+                if len(keys):
+                    scores = torch.einsum("hd,shd->hs", q[n, i, j].unflatten(0, (num_heads, -1)), keys) * scale
+                    out[n, i, j] = torch.einsum("hs,she->he", scores.softmax(-1), values).flatten()
+    return out
+
+
+def problem(size, regions, topk, kv_size=None, channels=(4, 6), heads=2, weighted=False, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    kv_map = size if kv_size is None else (regions[0] * kv_size[0] - 1, regions[1] * kv_size[1])
+    kv_size = kv_size or tuple(math.ceil(n / r) for n, r in zip(size, regions, strict=True))
+    q, k, v = draw(2, *size, channels[0]), draw(2, *kv_map, channels[0]), draw(2, *kv_map, channels[1])
+    routes = torch.stack([torch.randperm(regions[0] * regions[1], generator=generator)[:topk] for _ in range(2 * regions[0] * regions[1])])
+    routes = routes.reshape(2, regions[0] * regions[1], topk)
+    weights = draw(*routes.shape).detach().abs().requires_grad_() if weighted else None
+    return (q, k, v, routes, regions, heads, kv_size, 0.7, weights)
+
+
+PROBLEMS = {
+    "even": dict(size=(6, 6), regions=(3, 3), topk=2),
+    "ragged": dict(size=(7, 5), regions=(3, 2), topk=3),
+    "empty regions": dict(size=(3, 4), regions=(7, 5), topk=20),
+    "one position": dict(size=(1, 1), regions=(2, 2), topk=4),
+    "one region": dict(size=(5, 3), regions=(1, 1), topk=1),
+    "pooled keys": dict(size=(8, 6), regions=(2, 3), topk=2, kv_size=(2, 1)),
+    "weighted": dict(size=(7, 6), regions=(3, 3), topk=4, weighted=True),
+}
+
+
+def run(formulation, arguments):
+    *arguments, weights = arguments
+    inputs = [x for x in (*arguments[:3], weights) if x is not None]
+    function = getattr(reference, formulation)
+    out = function(*arguments) if formulation == "dense" else function(*arguments, weights)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return out, *torch.autograd.grad(out, inputs, cotangent)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_formulation_is_the_definition(name, formulation, monkeypatch):
+    monkeypatch.setitem(blocked.SCORES_AT_ONCE, "cpu", 50)  # several blocks, the last one incomplete
+    arguments = problem(**PROBLEMS[name])
+    if formulation == "dense" and arguments[-1] is not None:
+        pytest.skip("the dense formulation takes no weights; dispatch never gives it any")
+    inputs = [x for x in (*arguments[:3], arguments[-1]) if x is not None]
+    expected = oracle(*arguments)
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = expected, *torch.autograd.grad(expected, inputs, cotangent, materialize_grads=True)
+    torch.testing.assert_close(run(formulation, arguments), expected)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients_in_float64(name):
+    *arguments, weights = problem(**PROBLEMS[name])
+    q, k, v, *rest = arguments
+    inputs = [q, k, v] if weights is None else [q, k, v, weights]
+    assert torch.autograd.gradcheck(lambda *x: reference.blocked(*x[:3], *rest, x[3] if weights is not None else None), inputs)
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)), regions=st.tuples(st.integers(1, 4), st.integers(1, 4)), data=st.data(),
+    heads=st.integers(1, 3), seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_public_function_agrees_with_the_definition_on_any_shape(size, regions, data, heads, seed):
+    topk = data.draw(st.integers(1, regions[0] * regions[1]))
+    weighted = data.draw(st.booleans())
+    q, k, v, routes, *_, weights = arguments = problem(size, regions, topk, None, (2 * heads, 3 * heads), heads, weighted, seed=seed)
+    out = routing_attention(q, k, v, routes, regions, heads, scale=0.7, weights=weights)
+    torch.testing.assert_close(out, oracle(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_lower_precision(formulation, dtype):
+    arguments = problem((14, 10), (7, 5), 4, channels=(32, 32), dtype=dtype)
+    exact = problem((14, 10), (7, 5), 4, channels=(32, 32))
+    exact = tuple(a.detach().double().requires_grad_() if torch.is_tensor(a) and a.requires_grad else b for a, b in zip(arguments, exact, strict=True))
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for ours, theirs in zip(run(formulation, arguments), run("gathered", exact), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
+
+
+def test_attention_over_all_regions_is_ordinary_attention():
+    q, k, v = torch.randn(3, 2, 6, 9, 8).unbind()
+    routes, _ = region_routes(q, k, (3, 3), 9)
+    heads = [x.flatten(1, 2).unflatten(-1, (2, 4)).transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 6, 9, 8)
+    torch.testing.assert_close(routing_attention(q, k, v, routes, (3, 3), 2), expected)
+
+
+def test_regions_routed_only_to_empty_ones_give_zero():
+    q = torch.randn(1, 2, 2, 4)
+    routes = torch.full((1, 9, 1), 8)  # on a 2×2 map only four of the 3×3 regions hold anything
+    for formulation in FORMULATIONS:
+        arguments = (q, q, q, routes, (3, 3), 2, (1, 1), 0.5)
+        out = getattr(reference, formulation)(*arguments, *([] if formulation == "dense" else [None]))
+        torch.testing.assert_close(out, torch.zeros_like(q))
+
+
+def test_dispatch_avoids_the_dense_mask_where_regions_are_many(monkeypatch):
+    called = []
+    for name in FORMULATIONS:
+        monkeypatch.setattr(reference, name, lambda *_, name=name: called.append(name))
+    for side, topk in ((14, 16), (28, 4), (56, 1), (8, 1)):
+        x = torch.zeros(1, side, side, 32)
+        routing_attention(x, x, x, torch.zeros(1, 49, topk, dtype=torch.int64), (7, 7), 1)
+    assert called == ["dense", "blocked", "blocked", "dense"]
+
+
+def test_memory_does_not_grow_with_topk():
+    """The largest tensor that forward and backward make, seen by a dispatch mode, is no copy of the routed keys."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+            return out
+
+    q, k, v, routes, regions, heads, kv_size, scale, _ = problem((56, 56), (7, 7), 12, channels=(64, 64), dtype=torch.float32)
+    with Largest() as largest:
+        reference.blocked(q, k, v, routes, regions, heads, kv_size, scale, None).sum().backward()
+    assert largest.elements <= max(blocked.SCORES_AT_ONCE["cpu"] * 2, q.numel())
+    with Largest() as largest:
+        reference.gathered(q, k, v, routes, regions, heads, kv_size, scale, None)
+    assert largest.elements >= 12 * k.numel()  # the check can fail
+
+
+def test_operator_is_well_registered():
+    for weighted, on_map in ((False, None), (True, torch.tensor([[True, True, False], [True, False, False]]))):
+        q, k, v = (torch.randn(4, 3, 5, requires_grad=True) for _ in range(3))
+        weights = torch.rand(4, 2, requires_grad=True) if weighted else None
+        rows = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3]])
+        torch.library.opcheck(routed_attention, (q, k, v, rows, 0.5, on_map, weights))
+
+
+@pytest.mark.parametrize("name", ["ragged", "weighted"])
+def test_compiles_whole(name):
+    q, k, v, *rest = problem(**PROBLEMS[name], dtype=torch.float32)
+    compiled = torch.compile(reference.blocked, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(q, k, v, *rest), reference.blocked(q, k, v, *rest)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), k), torch.autograd.grad(expected.sum(), k))
+
+
+def test_bad_input_is_named():
+    x, routes = torch.zeros(1, 4, 4, 6), torch.zeros(1, 4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_heads must divide the channels of q \(6\), got 4"):
+        routing_attention(x, x, x, routes, (2, 2), 4)
+    with pytest.raises(ValueError, match=r"routes must be .*\(1, 9, n\), got \(1, 4, 2\)"):
+        routing_attention(x, x, x, routes, (3, 3), 2)
+    with pytest.raises(ValueError, match="k must have the channels of q"):
+        routing_attention(x, x[..., :4], x, routes, (2, 2), 2)
+    with pytest.raises(ValueError, match="k and v the map"):
+        routing_attention(x, x, x[:, :2], routes, (2, 2), 2)
+    with pytest.raises(ValueError, match="weights must have the shape of routes"):
+        routing_attention(x, x, x, routes, (2, 2), 2, weights=torch.ones(1, 4, 1))

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from zoo.errors import InputError
+from zoo.mm.classifier import ImageClassifier
+from zoo.mm.optim import AutocastOptimWrapper, param_groups
+
+ARGS = {"num_classes": 10, "in_chans": 1, "img_size": 32}
+
+
+def _batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, 1, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_with_mixup_against_its_definition(loss, smoothing):
+    task = ImageClassifier("test_vit", ARGS, mixup={"mixup_alpha": 0.8, "prob": 1.0}, label_smoothing=smoothing, loss=loss).eval()
+    inputs, targets = _batch()
+    np.random.seed(7)
+    found = task(inputs.clone(), targets, mode="loss")["loss"]
+    np.random.seed(7)
+    lam = [np.random.rand(), np.random.beta(0.8, 0.8)][1]
+    logits = task(lam * inputs + (1 - lam) * inputs.flip(0))
+    one_hot = (1 - smoothing) * torch.eye(10)[targets] + smoothing / 10
+    soft = lam * one_hot + (1 - lam) * one_hot.flip(0)
+    if loss == "cross_entropy":
+        expected = -(soft * logits.log_softmax(-1)).sum(-1).mean()
+    else:
+        probability = logits.sigmoid()
+        expected = -(soft * probability.log() + (1 - soft) * (1 - probability).log()).mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_predictions_are_probabilities():
+    inputs, targets = _batch()
+    predictions = ImageClassifier("test_vit", ARGS).eval()(inputs, targets, mode="predict")
+    assert [prediction["target"] for prediction in predictions] == list(targets)
+    torch.testing.assert_close(torch.stack([prediction["scores"] for prediction in predictions]).sum(1), torch.ones(8))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"name": "test_vti"}, "test_vit"),
+    ({"name": "test_vit", "args": {"depht": 2}}, "depht"),
+    ({"name": "test_vit", "mixup": {"alpha": 1}}, "alpha"),
+    ({"name": "test_vit", "loss": "hinge"}, "hinge"),
+])
+def test_what_cannot_be_created(arguments, message):
+    with pytest.raises(InputError, match=message):
+        ImageClassifier(**arguments)
+
+
+def _named(network: nn.Module, groups: list[dict]) -> dict[str, dict]:
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {names[parameter]: group for group in groups for parameter in group["params"]}
+
+
+def test_what_is_decayed():
+    network = ImageClassifier("test_vit", ARGS).model
+    groups = _named(network, param_groups(network, lr=1.0, weight_decay=0.05))
+    assert set(groups) == {name for name, _ in network.named_parameters()}
+    for name, parameter in network.named_parameters():
+        decayed = parameter.ndim > 1 and name not in network.no_weight_decay()
+        assert groups[name]["weight_decay"] == (0.05 if decayed else 0.0), name
+    assert groups["pos_embed"]["weight_decay"] == 0.0
+
+
+def test_layer_decay_and_multipliers():
+    network = ImageClassifier("test_vit", ARGS).model
+    groups = _named(network, param_groups(network, 1.0, 0.05, layer_decay=0.5, lr_multipliers={r"mlp\.fc1": 0.01}))
+    depth = len(network.blocks)
+    assert groups["head.weight"]["lr"] == 1.0
+    assert groups["blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.5 ** (depth if "norm.weight" not in groups else depth))
+    assert groups["blocks.0.mlp.fc1.weight"]["lr"] == pytest.approx(groups["blocks.0.mlp.fc2.weight"]["lr"] / 100)
+    assert groups["patch_embed.proj.weight"]["lr"] < groups["blocks.0.attn.qkv.weight"]["lr"]
+
+
+def test_mixed_precision_on_the_cpu():
+    layer = nn.Linear(4, 4)
+    wrapper = AutocastOptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1))
+    with wrapper.optim_context(layer):
+        output = layer(torch.ones(1, 4))
+    assert output.dtype == torch.bfloat16
+    before = layer.weight.detach().clone()
+    wrapper.update_params(output.float().sum())
+    torch.testing.assert_close(layer.weight, before - 0.1)
+    wrapper.load_state_dict(wrapper.state_dict())
+    with pytest.raises(InputError, match="float16"):
+        AutocastOptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), dtype="float16")

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from zoo import predict as prediction
+from zoo.checkpoints import load_trained
+from zoo.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def main(load_tool):
+    return load_tool("predict").main
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """A smooth picture, higher than wide: (40, 30, 3) uint8."""
+    rows, columns = np.mgrid[:40, :30]
+    return np.stack([rows * 6, columns * 8, 255 - rows * 3 - columns * 4], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def picture(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def lines(out: str) -> list[tuple[str, float]]:
+    """The pairs (class, percentage) that the tool printed."""
+    return [(line.split()[0], float(line.split()[1].rstrip("%"))) for line in out.splitlines() if line.startswith("  ")]
+
+
+def test_names_classes_with_probabilities(main, checkpoint, picture, pixels, capsys):
+    assert main([str(checkpoint), str(picture)]) == 0
+    out = capsys.readouterr().out
+    model, info = load_trained(checkpoint)
+    images = torch.tensor(np.asarray(Image.fromarray(pixels).resize((64, 85), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
+    with torch.inference_mode():
+        expected = model(((images[:, 10:74] - 0.5) / 0.25)[None]).softmax(-1)[0]
+    assert out.splitlines()[0] == str(picture)
+    assert [name for name, _ in lines(out)] == [info.classes[i] for i in expected.argsort(descending=True)]
+    assert [value for _, value in lines(out)] == pytest.approx((100 * expected.sort(descending=True).values).tolist(), abs=0.3)
+
+
+def test_top(main, checkpoint, picture, capsys):
+    main([str(checkpoint), str(picture), "--top", "2"])
+    assert len(lines(capsys.readouterr().out)) == 2
+
+
+def test_batches_change_nothing(checkpoint, pixels, tmp_path):
+    for i in range(5):
+        Image.fromarray(np.roll(pixels, 7 * i, axis=0)).save(tmp_path / f"{i}.png")
+    model, info = load_trained(checkpoint)
+    found = [prediction.predict(model, info, prediction.find_pictures([tmp_path]), batch=batch) for batch in (1, 2, 8)]
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a.path == b.path
+            assert dict(a.classes) == pytest.approx(dict(b.classes), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "grey.png", "palette.png", "palette.gif", "sixteen.png", "sixteen.tif", "cmyk.jpg",
+                                  "alpha.webp", "bits.png", "exif.png"])
+def test_kinds_of_pictures_look_the_same(pixels, tmp_path, name):
+    path, kind = tmp_path / name, name.split(".")[0]
+    upright = Image.fromarray(pixels)
+    grey = np.asarray(upright.convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    saved = {
+        "rgb": upright, "grey": Image.fromarray(grey), "palette": upright.quantize(256), "cmyk": upright.convert("CMYK"),
+        "sixteen": Image.fromarray(grey.astype(np.uint16) * 257), "alpha": upright.convert("RGBA"), "bits": upright.convert("1"),
+        "exif": upright.transpose(Image.Transpose.ROTATE_90),
+    }[kind]
+    saved.save(path, **{"exif": {"exif": exif}, "alpha": {"lossless": True}, "cmyk": {"quality": 100}}.get(kind, {}))
+    for channels, expected in [(3, pixels), (1, grey)]:
+        opened = prediction.open_picture(path, channels)
+        assert opened.size == (30, 40)
+        assert opened.mode == ("RGB" if channels == 3 else "L")
+        if kind in ("grey", "sixteen"):
+            expected = grey[..., None] if channels == 3 else grey
+        if kind != "bits":  # dithered
+            difference = np.abs(np.asarray(opened).astype(int) - expected)
+            assert difference.mean() < 6
+    assert set(np.unique(np.asarray(opened))) == {0, 255} or kind != "bits"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (300, 2)])
+def test_tiny_and_thin_pictures(main, checkpoint, tmp_path, capsys, size):
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    assert main([str(checkpoint), str(tmp_path / "x.png"), "-o", str(tmp_path / "out.png")]) == 0
+    assert sum(value for _, value in lines(capsys.readouterr().out)) == pytest.approx(100, abs=0.1)
+
+
+def test_grey_model_gets_grey_pictures(trained, pixels, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    record = trained["zoo"] | {"model_args": {"in_chans": 1}, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
+    torch.save({"zoo": record, "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "x.pth")
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    model, info = load_trained(tmp_path / "x.pth")
+    assert len(prediction.predict(model, info, [tmp_path / "x.png"])[0].classes) == 3
+
+
+def test_writes_one_annotated_picture(main, checkpoint, picture, tmp_path, capsys):
+    assert main([str(checkpoint), str(picture), "-o", str(tmp_path / "out.png")]) == 0
+    assert f"wrote {tmp_path / 'out.png'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.width >= prediction.TILE * 30 // 40
+        assert written.height > written.width
+        assert set(np.unique(np.asarray(written.convert("L"))[-40:])) >= {0, 255}  # text
+
+
+def test_contact_sheet_is_in_rows():
+    tiles = [Image.new("RGB", (10, 12), (40 * i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(prediction.contact_sheet(tiles))
+    assert sheet.shape == (2 * 16, 3 * 14, 3)
+    assert [sheet[16 * (i // 3) + 3, 14 * (i % 3) + 3, 0] for i in range(5)] == [0, 40, 80, 120, 160]
+
+
+def test_writes_a_folder_without_overwriting(main, checkpoint, pixels, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("x.png", "x_2.png"):
+            Image.fromarray(pixels).save(tmp_path / folder / name)
+    before = (tmp_path / "a" / "x.png").read_bytes()
+    pictures = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([str(checkpoint), *pictures, "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.png", "x_2.png", "x_2_2.png", "x_3.png"]
+    with pytest.raises(InputError, match="would be overwritten"):
+        main([str(checkpoint), *pictures, "-o", str(tmp_path / "a")])
+    with pytest.raises(InputError, match="would be overwritten"):
+        main([str(checkpoint), *pictures, "-o", str(tmp_path / "a" / "x.png")])
+    assert (tmp_path / "a" / "x.png").read_bytes() == before
+
+
+def test_pictures_that_are_none(main, checkpoint, picture, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
+    (tmp_path / "empty").mkdir()
+    for given, message in [
+        ("text.png", r"text.png is not a picture that can be read"),
+        ("half.png", r"the picture .*half.png cannot be read"),
+        ("pitcure.png", r"there is no picture .*pitcure.png; did you mean picture.png"),
+        ("empty", r"the folder .*empty holds no picture"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            main([str(checkpoint), str(picture), str(tmp_path / given), "-o", str(tmp_path / "out.png")])
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(("output", "message"), [("no/out.png", "there is no folder"), ("picture.txt", "neither a folder nor")])
+def test_output_that_cannot_be_written(main, checkpoint, picture, tmp_path, output, message):
+    (tmp_path / "picture.txt").touch()
+    with pytest.raises(InputError, match=message):
+        main([str(checkpoint), str(picture), "-o", str(tmp_path / output)])
+
+
+def test_a_models_name_is_not_a_checkpoint(main, picture):
+    with pytest.raises(InputError, match="there is no checkpoint resnet18"):
+        main(["resnet18", str(picture)])
+
+
+def test_malicious_checkpoint_is_one_line_and_exit_status_2(run_tool, malicious, picture, tmp_path):
+    path, created = malicious
+    done = run_tool("predict", path, picture, "-o", tmp_path / "out.png")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {path} would run code on loading")
+    assert not created.exists()
+    assert not (tmp_path / "out.png").exists()

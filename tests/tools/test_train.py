@@ -1,0 +1,145 @@
+"""What tools/train.py and tools/test.py answer to input that cannot be used."""
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import zoo.mm  # noqa: F401  so that the first test is not the slow one
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs/classification/biformer_nano_digits.py"
+
+
+def _fails(monkeypatch, capfd, tool: str, *arguments: object) -> str:
+    """Runs a tool; checks the manner of its failure and returns its one line."""
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["biformer_nano_digit"], "did you mean biformer_nano_digits"),
+    (["configs/classification/biformer_nano_digit.py"], "did you mean biformer_nano_digits"),
+    ([DIGITS, "--cfg-options", "trian_cfg.max_epochs=1"], "did you mean train_cfg"),
+    ([DIGITS, "--cfg-options", "epochs=1"], "unknown key 'epochs'"),
+    ([DIGITS, "--cfg-options", "train_cfg.max_epoch=1"], "did you mean max_epochs"),
+    ([DIGITS, "--cfg-options", "train_cfg.max_epochs=many"], "'many' cannot replace"),
+    ([DIGITS, "--cfg-options", "optim_wrapper.optimizer.learning_rate=1"], "'learning_rate'"),
+    ([DIGITS, "--cfg-options", "optim_wrapper.clip_grad.norm=1"], "did you mean norm_type"),
+    ([DIGITS, "--cfg-options", "optim_wrapper.paramwise_cfg={'layer_deacy': 0.5}"], "layer_deacy"),
+    ([DIGITS, "--cfg-options", "param_scheduler.7.begin=1"], "no index below 2"),
+    ([DIGITS, "--cfg-options", "custom_hooks.1.type=ModelEMAHok"], "did you mean ModelEMAHook"),
+    ([DIGITS, "--cfg-options", "train_dataloader.dataset.limt=1"], "did you mean limit"),
+    ([DIGITS, "--cfg-options", "train_dataloader.dataset.transform.input_siz=1"], "input_siz"),
+    ([DIGITS, "--cfg-options", "train_dataloader.sampler.repeat=2"], "did you mean repeats"),
+    ([DIGITS, "--cfg-options", "model.args.num_classes=7"], "the model has 7 classes"),
+    ([DIGITS, "--cfg-options", "model.name=biformer_nan"], "did you mean biformer_nano"),
+    ([DIGITS, "--cfg-options", "model.args.head_size=3"], "head_size"),
+    ([DIGITS, "--cfg-options", "nonsense"], "KEY=VALUE"),
+    ([DIGITS, "--resume", "nowhere.pth"], "no checkpoint nowhere.pth"),
+    ([DIGITS, "--cfg-options", "load_from=nowhere.pth"], "no checkpoint nowhere.pth"),
+    ([DIGITS, "--launcher", "slurm"], "SLURM_PROCID"),
+    (["biformer_tiny_in1k", "--cfg-options", "data_root=/nowhere", "model.name=biformer_nano"], "no data folder /nowhere"),
+])
+def test_train_refuses(arguments, message, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert message in _fails(monkeypatch, capfd, "train.py", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+class Payload:
+    """Pickles as a call that creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.path), "w")
+
+
+def _truncated(path: Path) -> str:
+    torch.save({"state_dict": {"a": torch.rand(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    return "is damaged"
+
+
+def _foreign(path: Path) -> str:
+    torch.save({"state_dict": {"weight": torch.rand(3)}}, path)
+    return "bad.pth"
+
+
+def _not_a_dict(path: Path) -> str:
+    torch.save([torch.rand(3)], path)
+    return "not a checkpoint"
+
+
+def _running_code(path: Path) -> str:
+    weights = {f"model.{name}": value for name, value in timm.create_model("biformer_nano", num_classes=10, in_chans=1).state_dict().items()}
+    torch.save({"state_dict": weights, "meta": {"epoch": 1, "iter": 1}, "message_hub": Payload(path.parent / "executed")}, path)
+    return "would run code"
+
+
+def _running_code_by_getattr(path: Path) -> str:
+    class Reach:
+        def __reduce__(self) -> tuple:
+            from mmengine.logging import HistoryBuffer
+            return getattr, (HistoryBuffer, "__init__")
+
+    torch.save({"state_dict": {}, "message_hub": Reach()}, path)
+    return "bad.pth"
+
+
+@pytest.mark.parametrize("make", [_truncated, _foreign, _not_a_dict, _running_code, _running_code_by_getattr])
+@pytest.mark.parametrize("way", ["test", "resume", "resume newest", "load_from"])
+def test_bad_checkpoints_are_refused(make, way, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / "bad.pth"
+    message = make(bad)
+    if way == "test":
+        line = _fails(monkeypatch, capfd, "test.py", DIGITS, bad)
+    elif way == "resume":
+        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--resume", bad)
+    elif way == "resume newest":
+        (tmp_path / "last_checkpoint").write_text(str(bad))
+        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--work-dir", tmp_path, "--resume")
+    else:
+        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--cfg-options", f"load_from={bad}")
+    assert message in line and "bad.pth" in line
+    assert {path.name for path in tmp_path.iterdir()} <= {"bad.pth", "last_checkpoint"}
+
+
+def test_config_text_in_a_checkpoint_is_not_executed(tmp_path):
+    from zoo.mm.checkpoint import load_from_local
+
+    torch.save({"state_dict": {}, "meta": {"config": f"open({str(tmp_path / 'executed')!r}, 'w')", "epoch": 1}}, tmp_path / "a.pth")
+    assert load_from_local(tmp_path / "a.pth")["meta"] == {"epoch": 1}
+
+
+def test_no_loader_of_the_engine_is_left():
+    from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
+
+    from zoo.errors import InputError
+
+    assert [loader.__module__ for loader in CheckpointLoader._schemes.values()] == ["zoo.mm.checkpoint"]
+    for name in ("https://example.invalid/a.pth", "torchvision://resnet50", "open-mmlab://x"):
+        with pytest.raises(InputError):
+            _load_checkpoint(name)
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_as_a_process(tool, tmp_path):
+    command = [sys.executable, ROOT / "tools" / tool]
+    help_text = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "example: python tools/" in help_text
+    done = subprocess.run([*command, "biformer_nano_digit", "x.pth"][:3 if tool == "train.py" else 4], cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
