@@ -1,4 +1,4 @@
-_base_ = ['../_base_/datasets/digits.py', '../_base_/schedules/adamw_40e_digits.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/datasets/digits.py', '../_base_/schedules/adamw_20e_digits.py', '../_base_/default_runtime.py']
 
 model = dict(
     type='ImageClassifier',

@@ -1,4 +1,4 @@
-"""Short runs on the handwritten digits, as arguments of the tools."""
+"""Ways to run training, in this process and in others."""
 import os
 import subprocess
 import sys
@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import TINY
 
 ROOT = Path(__file__).parents[2]
-# four steps of 16 images an epoch, of a transformer without batch norm
-TINY = [
-    "model.name=test_vit", "model.args={'num_classes': 10, 'in_chans': 1, 'img_size': 32, 'drop_path_rate': 0.1}",
-    "train_dataloader.dataset.limit=64", "train_dataloader.batch_size=16", "train_dataloader.num_workers=0",
-    "train_dataloader.persistent_workers=False", "val_dataloader.dataset.limit=40", "test_dataloader.dataset.limit=40",
-    "train_cfg.max_epochs=2", "train_cfg.val_interval=2", "auto_scale_lr.enable=False",
-]
 
 
 @pytest.fixture(autouse=True)

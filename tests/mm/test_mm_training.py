@@ -3,12 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import TEMPORARY, load_from_local
-
-from .conftest import TINY
 
 # Ends the process as `kill -9` would: first within the second epoch, then within the writing of its checkpoint.
 KILL_IN_EPOCH = """

@@ -34,7 +34,7 @@ def _fails(monkeypatch, capfd, tool: str, *arguments: object) -> str:
     ([DIGITS, "--cfg-options", "train_cfg.max_epoch=1"], "did you mean max_epochs"),
     ([DIGITS, "--cfg-options", "train_cfg.max_epochs=many"], "'many' cannot replace"),
     ([DIGITS, "--cfg-options", "optim_wrapper.optimizer.learning_rate=1"], "'learning_rate'"),
-    ([DIGITS, "--cfg-options", "optim_wrapper.clip_grad.norm=1"], "did you mean norm_type"),
+    ([DIGITS, "--cfg-options", "optim_wrapper.clip_grad.norm=1"], "did you mean max_norm"),
     ([DIGITS, "--cfg-options", "optim_wrapper.paramwise_cfg={'layer_deacy': 0.5}"], "layer_deacy"),
     ([DIGITS, "--cfg-options", "param_scheduler.7.begin=1"], "no index below 2"),
     ([DIGITS, "--cfg-options", "custom_hooks.1.type=ModelEMAHok"], "did you mean ModelEMAHook"),

@@ -7,7 +7,7 @@ from importlib.resources import files
 from numbers import Number
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
@@ -80,6 +80,7 @@ def _apply(config: Config, option: str) -> None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    value = ConfigDict(value) if isinstance(value, dict) else value
     *parents, last = key.split(".")
     node = config
     for name in parents:

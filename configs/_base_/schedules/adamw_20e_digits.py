@@ -6,11 +6,11 @@ optim_wrapper = dict(
 auto_scale_lr = dict(enable=True, base_batch_size=64)
 
 param_scheduler = [  # the cosine ends with the last epoch
-    dict(type='LinearLR', start_factor=1e-3, begin=0, end=3, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=3, convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=1e-3, begin=0, end=2, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=2, convert_to_iter_based=True),
 ]
 
-train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=5)
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
 
