@@ -136,7 +136,7 @@ def test_writes_a_folder_without_overwriting(main, checkpoint, pixels, tmp_path)
 
 def test_pictures_that_are_none(main, checkpoint, picture, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:picture.stat().st_size // 2])
     (tmp_path / "empty").mkdir()
     for given, message in [
         ("text.png", r"text.png is not a picture that can be read"),
