@@ -156,7 +156,7 @@ def test_the_digits_config_runs_in_two_processes(python, tmp_path):
                   "--work-dir", tmp_path, "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.limit=128",
                   "train_dataloader.batch_size=16", "val_dataloader.dataset.limit=41")
     checkpoint = load_from_local(tmp_path / "epoch_1.pth")
-    assert checkpoint["meta"]["iter"] == 3
+    assert checkpoint["meta"]["iter"] == 4
     single = evaluate("biformer_nano_digits", tmp_path / "epoch_1.pth", cfg_options=["test_dataloader.dataset.limit=41"])
     assert f"accuracy/top1 {single['accuracy/top1']:.2f}" in done.stdout
 

@@ -47,6 +47,8 @@ def _fails(monkeypatch, capfd, tool: str, *arguments: object) -> str:
     ([DIGITS, "--cfg-options", "nonsense"], "KEY=VALUE"),
     ([DIGITS, "--resume", "nowhere.pth"], "no checkpoint nowhere.pth"),
     ([DIGITS, "--cfg-options", "load_from=nowhere.pth"], "no checkpoint nowhere.pth"),
+    ([DIGITS, "--cfg-options", "train_dataloader.num_workers=0"], "persistent_workers"),
+    ([DIGITS, "--work-dir", DIGITS], "is a file"),
     ([DIGITS, "--launcher", "slurm"], "SLURM_PROCID"),
     (["biformer_tiny_in1k", "--cfg-options", "data_root=/nowhere", "model.name=biformer_nano"], "no data folder /nowhere"),
 ])
@@ -74,7 +76,7 @@ def _truncated(path: Path) -> str:
 
 def _foreign(path: Path) -> str:
     torch.save({"state_dict": {"weight": torch.rand(3)}}, path)
-    return "bad.pth"
+    return "weights"
 
 
 def _not_a_dict(path: Path) -> str:
@@ -95,7 +97,7 @@ def _running_code_by_getattr(path: Path) -> str:
             return getattr, (HistoryBuffer, "__init__")
 
     torch.save({"state_dict": {}, "message_hub": Reach()}, path)
-    return "bad.pth"
+    return "is damaged"
 
 
 @pytest.mark.parametrize("make", [_truncated, _foreign, _not_a_dict, _running_code, _running_code_by_getattr])

@@ -11,6 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from zoo.errors import InputError
 from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished
@@ -23,6 +24,8 @@ LAUNCHERS = {
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
+
+BUILT_BY_ENGINE = ("dataset", "sampler", "batch_sampler", "collate_fn", "num_batch_per_epoch", "disable_subprocess_warning", "worker_init_fn")
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
@@ -59,6 +62,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     if config.load_from:
         check_fits(config.load_from, model, whole=config.resume, resume=config.resume)
     _start_processes(config, launcher)
+    _share_cores(config)
     remove_unfinished(work_dir)
     runner = Runner.from_cfg(config)
     last = LastMetricsHook()
@@ -94,8 +98,9 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
 def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequence[str]) -> tuple[Config, Path]:
     config = load_config(name, cfg_options)
     work_dir = Path(work_dir or config.get("work_dir") or Path("work_dirs") / Path(config.filename).stem)
-    if work_dir.exists() and not work_dir.is_dir():
-        raise InputError(f"the work dir {work_dir} is a file")
+    existing = next(folder for folder in (work_dir.absolute(), *work_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"nothing can be written to the work dir {work_dir}: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
     config.work_dir = str(work_dir)
     return config, work_dir
 
@@ -111,6 +116,8 @@ def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
     for part in parts:
         if loader := config.get(f"{part}_dataloader"):
             dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
+            options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
+            _build(f"{part}_dataloader", lambda options=options: DataLoader([0], **options))
             classes = dataset.metainfo["classes"]
             if len(classes) != model.num_classes:
                 raise InputError(f"the model has {model.num_classes} classes, the {part} data {len(classes)}; set model.args.num_classes")
@@ -153,6 +160,16 @@ def _start_processes(config: Config, launcher: str | None) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     torch.distributed.init_process_group("gloo")
     config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+
+
+def _share_cores(config: Config) -> None:
+    """Leaves cores to the workers that load data, unless OMP_NUM_THREADS says how many threads to compute with.
+
+    Threads that wait for one another in small kernels take many times longer when they lack a core.
+    """
+    if config.launcher == "none" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores - config.train_dataloader.get("num_workers", 0)))
 
 
 def _end_processes() -> None:

@@ -2,7 +2,7 @@ data = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), interpolation='bili
 
 train_dataloader = dict(
     batch_size=64,
-    num_workers=2,
+    num_workers=1,
     persistent_workers=True,
     drop_last=True,
     sampler=dict(type='ReproducibleSampler', shuffle=True),
