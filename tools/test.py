@@ -11,7 +11,8 @@ def main() -> None:
     parser.add_argument("config", help="path of a config, or name of an installed one")
     parser.add_argument("checkpoint", help="a checkpoint that tools/train.py wrote")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="default: pytorch under torchrun, else none")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config, such as data_root=/data/in1k")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="changes to the config, such as data_root=/data/in1k")
     args = parser.parse_args()
 
     from zoo.mm import evaluate

@@ -16,7 +16,8 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 where the device has it")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="default: pytorch under torchrun, else none")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: the config's)")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config, such as data_root=/data/in1k")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="changes to the config, such as data_root=/data/in1k")
     args = parser.parse_args()
 
     from zoo.mm import train

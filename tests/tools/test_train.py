@@ -68,6 +68,11 @@ class Payload:
         return open, (str(self.path), "w")
 
 
+def _weights() -> dict[str, torch.Tensor]:
+    network = timm.create_model("biformer_nano", num_classes=10, in_chans=1)
+    return {f"model.{name}": value for name, value in network.state_dict().items()}
+
+
 def _truncated(path: Path) -> str:
     torch.save({"state_dict": {"a": torch.rand(1000)}}, path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -75,7 +80,8 @@ def _truncated(path: Path) -> str:
 
 
 def _foreign(path: Path) -> str:
-    torch.save({"state_dict": {"weight": torch.rand(3)}}, path)
+    torch.save({"state_dict": {"weight": torch.rand(3)}, "meta": {"epoch": 1, "iter": 1}, "message_hub": {}, "optimizer": {},
+                "param_schedulers": []}, path)
     return "weights"
 
 
@@ -85,8 +91,7 @@ def _not_a_dict(path: Path) -> str:
 
 
 def _running_code(path: Path) -> str:
-    weights = {f"model.{name}": value for name, value in timm.create_model("biformer_nano", num_classes=10, in_chans=1).state_dict().items()}
-    torch.save({"state_dict": weights, "meta": {"epoch": 1, "iter": 1}, "message_hub": Payload(path.parent / "executed")}, path)
+    torch.save({"state_dict": _weights(), "meta": {"epoch": 1, "iter": 1}, "message_hub": Payload(path.parent / "executed")}, path)
     return "would run code"
 
 
@@ -117,6 +122,18 @@ def test_bad_checkpoints_are_refused(make, way, monkeypatch, capfd, tmp_path):
         line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--cfg-options", f"load_from={bad}")
     assert message in line and "bad.pth" in line
     assert {path.name for path in tmp_path.iterdir()} <= {"bad.pth", "last_checkpoint"}
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({}, "lacks epoch, iter, message_hub, optimizer"),
+    ({"meta": {"epoch": 1, "iter": 1}, "message_hub": {}, "optimizer": {"state": {}, "param_groups": []}, "param_schedulers": []},
+     "its optimizer is not the config's"),
+])
+def test_what_training_cannot_go_on_from(more, message, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": _weights(), **more}, "bad.pth")
+    assert message in _fails(monkeypatch, capfd, "train.py", DIGITS, "--resume", "bad.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 
 
 def test_config_text_in_a_checkpoint_is_not_executed(tmp_path):

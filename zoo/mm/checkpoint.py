@@ -3,6 +3,7 @@
 Importing this module replaces mmengine's loaders, all of which unpickle without restriction when the safe way fails,
 and the writer of local files.
 """
+import copy
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from zoo.errors import InputError
 
 TEMPORARY = ".zoo-unfinished-"
 STATISTICS = ("min", "max", "mean", "current")
-RESUME_KEYS = ("state_dict", "meta", "message_hub", "optimizer", "param_schedulers")
+RESUME_KEYS = ("state_dict", "epoch", "iter", "message_hub", "optimizer", "param_schedulers")
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -119,16 +121,15 @@ class AtomicCheckpointHook(CheckpointHook):
                 Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
 
-def check_fits(path: str | Path, model: nn.Module, *, whole: bool, resume: bool = False) -> None:
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> None:
     """Raises InputError unless the checkpoint at `path` holds weights for `model`.
 
-    `whole`: all of them, and no others; otherwise at least one. `resume`: also what training needs to go on.
+    `whole`: all of them, and no others; otherwise at least one. With `optim_wrapper`, also what training needs to go on
+    with it; its state is then the checkpoint's.
     """
     checkpoint = load_from_local(path)
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
-    if resume and (missing := [key for key in RESUME_KEYS if not isinstance(checkpoint.get(key), dict | list)]):
-        raise InputError(f"training cannot be resumed from {path}: it lacks {', '.join(missing)}")
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict):
         raise InputError(f"{path} is not a checkpoint of tools/train.py: its state_dict is a {type(weights).__name__}")
@@ -140,3 +141,15 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, resume: bool 
                          f"for example {differing[0]}")
     if not needed.items() & given.items():
         raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")
+    if optim_wrapper is not None:
+        _check_resumable(path, checkpoint, optim_wrapper)
+
+
+def _check_resumable(path: str | Path, checkpoint: dict, optim_wrapper: OptimWrapper) -> None:
+    parts = {**checkpoint, **checkpoint["meta"]} if isinstance(checkpoint.get("meta"), dict) else checkpoint
+    if missing := [key for key in RESUME_KEYS if key not in parts]:
+        raise InputError(f"training cannot be resumed from {path}: it lacks {', '.join(missing)}")
+    try:
+        optim_wrapper.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
+    except Exception as error:  # foreign state surfaces as almost any exception
+        raise InputError(f"training cannot be resumed from {path}: its optimizer is not the config's: {error}") from error

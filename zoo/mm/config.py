@@ -55,8 +55,10 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         _apply(config, option)
     for part in PARTS:
         dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
-        if dataset and "data_root" in config and "root" in _known_arguments(_find(DATASETS, dataset.get("type"), f"{part}_dataloader.dataset")):
-            dataset.setdefault("root", config.data_root)
+        if dataset and "data_root" in config:
+            kind = _find(DATASETS, dataset.get("type"), f"{part}_dataloader.dataset")
+            if "root" in _known_arguments(kind):
+                dataset.setdefault("root", config.data_root)
     check_config(config)
     return config
 
@@ -155,7 +157,8 @@ def _blocks(config: Config) -> Iterator[Block]:
         yield Block("optim_wrapper.optimizer", wrapper.get("optimizer", {}), OPTIMIZERS)
         _find(OPTIM_WRAPPER_CONSTRUCTORS, wrapper.get("constructor", "DefaultOptimWrapperConstructor"), "optim_wrapper.constructor")
         if clip := wrapper.get("clip_grad"):
-            yield Block("optim_wrapper.clip_grad", clip, None, clip_grad_value_ if clip.get("type") == "value" else clip_grad_norm_, ("type",))
+            function = clip_grad_value_ if clip.get("type") == "value" else clip_grad_norm_
+            yield Block("optim_wrapper.clip_grad", clip, None, function, ("type",))
     for place, scheduler in _numbered("param_scheduler", config.get("param_scheduler")):
         yield Block(place, scheduler, PARAM_SCHEDULERS, also=("convert_to_iter_based",))
     for name, hook in (config.get("default_hooks") or {}).items():

@@ -25,7 +25,9 @@ LAUNCHERS = {
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
 
-BUILT_BY_ENGINE = ("dataset", "sampler", "batch_sampler", "collate_fn", "num_batch_per_epoch", "disable_subprocess_warning", "worker_init_fn")
+# Keys of a data loader that are no arguments of PyTorch's, or not yet.
+BUILT_BY_ENGINE = (
+    "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_batch_per_epoch", "disable_subprocess_warning")
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
@@ -58,9 +60,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     config.load_from = str(checkpoint) if checkpoint else config.get("load_from")
 
     model = _check_parts(config, PARTS[:2])
-    _build("optim_wrapper", lambda: build_optim_wrapper(model, config.optim_wrapper))
+    optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, config.optim_wrapper))
     if config.load_from:
-        check_fits(config.load_from, model, whole=config.resume, resume=config.resume)
+        check_fits(config.load_from, model, whole=config.resume, optim_wrapper=optim_wrapper if config.resume else None)
     _start_processes(config, launcher)
     _share_cores(config)
     remove_unfinished(work_dir)
@@ -100,7 +102,8 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
     work_dir = Path(work_dir or config.get("work_dir") or Path("work_dirs") / Path(config.filename).stem)
     existing = next(folder for folder in (work_dir.absolute(), *work_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"nothing can be written to the work dir {work_dir}: {existing} is {'read-only' if existing.is_dir() else 'a file'}")
+        why = "read-only" if existing.is_dir() else "a file"
+        raise InputError(f"nothing can be written to the work dir {work_dir}: {existing} is {why}")
     config.work_dir = str(work_dir)
     return config, work_dir
 
