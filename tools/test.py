@@ -1,5 +1,6 @@
 """Evaluates a checkpoint."""
 import argparse
+import os
 
 from zoo.cli import run
 
@@ -18,6 +19,8 @@ def main() -> None:
     from zoo.mm import evaluate
 
     metrics = evaluate(args.config, args.checkpoint, launcher=args.launcher, cfg_options=args.cfg_options)
+    if os.environ.get("RANK", "0") != "0":  # one of many processes
+        return
     width = max(map(len, metrics))
     print(f"{'metric':<{width}}   value")
     print(*(f"{name:<{width}}  {value:6.2f}" for name, value in metrics.items()), sep="\n")

@@ -1,5 +1,6 @@
 """Trains a config."""
 import argparse
+import os
 
 from zoo.cli import run
 
@@ -24,6 +25,8 @@ def main() -> None:
 
     work_dir, metrics = train(args.config, work_dir=args.work_dir, resume=args.resume, amp=args.amp, launcher=args.launcher,
                               seed=args.seed, cfg_options=args.cfg_options)
+    if os.environ.get("RANK", "0") != "0":  # one of many processes
+        return
     print(*(f"{name} {value:.2f}" for name, value in metrics.items()), sep="\n")
     print(f"checkpoints, logs and TensorBoard events: {work_dir}")
 

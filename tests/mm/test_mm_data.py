@@ -32,6 +32,12 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(digits):
     assert torch.equal(first, _batches(digits, epoch=1, workers=2))
     assert not torch.equal(first, _batches(digits, epoch=2, workers=0))
     assert not torch.equal(digits[Sample(0, 1)]["inputs"], digits[Sample(0, 2)]["inputs"])
+    seeds = []
+    for seed, epoch in ((3, 1), (3, 2), (4, 1)):
+        sampler = ReproducibleSampler(digits, seed=seed)
+        sampler.set_epoch(epoch)
+        seeds.append({sample.seed for sample in sampler})
+    assert len(set.union(*seeds)) == 3 * len(digits)
 
 
 def test_seeding_a_sample_leaves_the_generators_as_they_were():
