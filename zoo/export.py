@@ -24,7 +24,8 @@ from zoo.files import check_writable, replacing
 
 OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime runs
 TOLERANCE = 1e-4
-TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether of the batch …
+FREE_SIZE = 256  # … or of a map that strides have made small; tracing computes nothing, so that a large image costs nothing
 INPUT, OUTPUT = "image", "logits"
 
 
@@ -61,8 +62,8 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
                 progress: Callable[[str], None] = lambda step: None) -> Exported:
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
-    `size` (height, width) is traced, and is the only one accepted where `free_size` is false or cannot be had; the
-    default is the model's own. `batch` fixes the batch size, None leaves it free. Class names and preprocessing are
+    `size` (height, width) is what it is compared at, with others around it, and the only size accepted where `free_size`
+    is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class names and preprocessing are
     written to the file's metadata as JSON. `progress` is called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
@@ -140,13 +141,16 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int]
             opset: int, reason: str, progress: Callable[[str], None]) -> Exported:
     import onnx
     failure = _SizesNotFreeError if free_size else ExportError
-    progress(f"tracing at {size[0]}x{size[1]}")
+    traced = tuple(max(length, FREE_SIZE) for length in size) if free_size else size
+    progress(f"tracing at {traced[0]}x{traced[1]}")
     try:
-        proto = _convert(model, _images(info, batch or TRACED_BATCH, size), free_size, batch is None, opset)
+        proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset)
         _set_metadata(proto, info, size)
         progress("checking the file")
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
+        if isinstance(error, torch.onnx.OnnxExporterError):  # which only says that there is a cause
+            error = error.__cause__ or error
         raise failure(f"tracing {info.name} failed: {_first_line(error)}") from error
     with replacing(path) as written:
         written.write_bytes(proto.SerializeToString())

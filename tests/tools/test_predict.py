@@ -70,7 +70,7 @@ def test_kinds_of_pictures_look_the_same(pixels, tmp_path, name):
     exif[0x0112] = 6  # to be turned by 90° clockwise
     saved = {
         "rgb": upright, "grey": Image.fromarray(grey), "palette": upright.quantize(256), "cmyk": upright.convert("CMYK"),
-        "sixteen": Image.fromarray(grey.astype(np.uint16) * 257), "alpha": upright.convert("RGBA"), "bits": upright.convert("1"),
+        "sixteen": Image.fromarray(grey.astype(np.uint16) * 256), "alpha": upright.convert("RGBA"), "bits": upright.convert("1"),
         "exif": upright.transpose(Image.Transpose.ROTATE_90),
     }[kind]
     saved.save(path, **{"exif": {"exif": exif}, "alpha": {"lossless": True}, "cmyk": {"quality": 100}}.get(kind, {}))
