@@ -6,13 +6,12 @@ from torch import Tensor
 
 def region_size(height: int, width: int, regions: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the smallest regions whose grid covers the map: ⌈H/rows⌉, ⌈W/columns⌉."""
-    return -(-height // regions[0]), -(-width // regions[1])
+    # Of positive numbers: exported to ONNX, -(-a // b) would round towards zero.
+    return (height + regions[0] - 1) // regions[0], (width + regions[1] - 1) // regions[1]
 
 
 def divides(height: int, width: int, regions: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether the grid covers the map exactly. Never true in an export, whose graph must serve every size."""
-    if torch.compiler.is_exporting():
-        return False
+    """Whether the grid covers the map exactly."""
     return height == regions[0] * size[0] and width == regions[1] * size[1]
 
 
@@ -45,6 +44,23 @@ def inside(height: int, width: int, regions: tuple[int, int], size: tuple[int, i
     row = (torch.arange(rows * h, device=device) < height).reshape(rows, 1, h, 1)
     column = (torch.arange(columns * w, device=device) < width).reshape(1, columns, 1, w)
     return (row & column).reshape(rows * columns, h * w)
+
+
+def positions(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Where every position of the regions lies on the flattened map: (rows·columns, h·w), −1 off the map."""
+    (rows, columns), (h, w) = regions, size
+    row = torch.arange(rows, device=device)[:, None, None, None] * h + torch.arange(h, device=device)[:, None]
+    column = torch.arange(columns, device=device)[:, None, None] * w + torch.arange(w, device=device)
+    index = (row * width + column).masked_fill((row >= height) | (column >= width), -1)
+    return index.reshape(rows * columns, h * w)
+
+
+def places(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The inverse of `positions`: the region of every position of the map, and its place in that region, each (H·W,)."""
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    i, j = row // size[0], column // size[1]
+    # No remainder: torch's ONNX exporter cannot translate one by a symbolic size.
+    return (i * regions[1] + j).flatten(), ((row - i * size[0]) * size[1] + column - j * size[1]).flatten()
 
 
 def check_map(name: str, operator: str, x: Tensor) -> None:

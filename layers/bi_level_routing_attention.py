@@ -36,7 +36,8 @@ class BiLevelRoutingAttention(nn.Module):
         differentiable_routing: lets the gradient into that affinity; needs `soft_routing`, the only way it reaches the output.
         learned_routing: a linear layer over the region means of queries and keys; needs `differentiable_routing` to learn.
         mask_padding: where the grid does not divide the map, True leaves the overhanging part out of routing, pooling and
-            attention; False pads the input with zeros whose projections take part in everything, as the authors do.
+            attention; False pads the input with zeros whose projections take part in everything, as the authors do (exported
+            graphs then hold for one size).
         qkv_bias: bias of the query, key and value projection.
         out_proj: False leaves the output projection out.
 

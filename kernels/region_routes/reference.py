@@ -2,34 +2,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, inside, pad_to_grid, region_size
+from .._regions import cut, divides, inside, pad_to_grid, places, region_size
+
+Grid = tuple[int, int]
 
 
-def region_means(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def region_means(x: Tensor, regions: Grid, size: Grid) -> Tensor:
     height, width = x.shape[1:3]
+    if torch.compiler.is_exporting():  # a graph for every size, whether the grid divides it or not
+        region, _ = places(height, width, regions, size, x.device)
+        belongs = (region == torch.arange(regions[0] * regions[1], device=x.device)[:, None]).to(x.dtype)
+        return belongs @ x.flatten(1, 2) / belongs.sum(1, keepdim=True).clamp(min=1)
     if divides(height, width, regions, size):
         return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
-    total = cut(pad_to_grid(x, regions, size), regions, size)[:, 0].sum(2)
+    total = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2)
     return total / inside(height, width, regions, size, x.device).sum(1, keepdim=True).clamp(min=1).to(x.dtype)
 
 
-def affinity(q: Tensor, k: Tensor, empty: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(1, 2)
-    return scores if empty is None else scores.masked_fill(empty, -torch.inf)
-
-
-def empty_regions(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor | None:
-    if divides(height, width, regions, size):
-        return None
-    return ~inside(height, width, regions, size, device).any(1)
-
-
-def region_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int) -> tuple[Tensor, Tensor]:
-    q_size, k_size = (region_size(*x.shape[1:3], regions) for x in (q, k))
-    scores = affinity(
-        region_means(q, regions, q_size),
-        region_means(k, regions, k_size),
-        empty_regions(*k.shape[1:3], regions, k_size, k.device),
-    )
-    scores, routes = scores.topk(topk, dim=-1)
+def region_routes(q: Tensor, k: Tensor, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:
+    q_means, k_means = (region_means(x, regions, region_size(*x.shape[1:3], regions)) for x in (q, k))
+    affinity = q_means @ k_means.transpose(1, 2)
+    size = region_size(*k.shape[1:3], regions)
+    if torch.compiler.is_exporting() or not divides(*k.shape[1:3], regions, size):
+        empty = ~_begins_on_map(k.shape[1:3], regions, size, k.device)
+        affinity = affinity.masked_fill(empty, -torch.inf)
+    scores, routes = affinity.topk(topk, dim=-1)
     return routes, scores
+
+
+def _begins_on_map(shape: Grid, regions: Grid, size: Grid, device: torch.device) -> Tensor:
+    """Which regions hold anything: (rows·columns,), bool."""
+    row, column = (torch.arange(n, device=device) * step < length for n, step, length in zip(regions, size, shape, strict=True))
+    return (row[:, None] & column).flatten()

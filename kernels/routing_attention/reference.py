@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, inside, pad_to_grid, paste, region_size
+from .._regions import cut, divides, inside, pad_to_grid, paste, places, positions, region_size
 from .blocked import routed_attention
 
 Grid = tuple[int, int]
@@ -31,18 +31,27 @@ def routing_attention(
 def gathered(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float, weights: Tensor | None
 ) -> Tensor:
-    """The definition: every query region beside copies of the key and value regions that it is routed to."""
-    height, width = q.shape[1:3]
-    size, picked = region_size(height, width, regions), _rows(routes, num_heads)
-    q_r = cut(pad_to_grid(q, regions, size), regions, size, num_heads)  # (b, m, r, t, d)
-    k_r, v_r = (_pick(x, picked, regions, kv_size, num_heads, weights) for x in (k, v))  # (b, m, r, n·s, d), (b, m, r, n·s, e)
-    scores = (q_r * scale) @ k_r.transpose(-2, -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if not divides(*k.shape[1:3], regions, kv_size):
-        on_map = inside(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2)  # (b, r, n·s)
-        scores = scores.masked_fill(~on_map[:, None, :, None], torch.finfo(scores.dtype).min)
-    out = scores.softmax(-1).to(v.dtype) @ v_r
-    return paste(out, regions, size)[:, :height, :width]
+    """The definition: every query region beside copies of the key and value regions that it is routed to.
+
+    Regions are cut out and pasted by index: a graph traced at one size then holds at every size.
+    """
+    b, height, width, _ = q.shape
+    size = region_size(height, width, regions)
+    own = positions(height, width, regions, size, q.device)  # (r, t)
+    routed = positions(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2)  # (b, r, n·s)
+    q_r = q.flatten(1, 2)[:, own.clamp(min=0)]  # (b, r, t, c)
+    batch = torch.arange(b, device=q.device)[:, None, None]
+    k_r, v_r = (x.flatten(1, 2)[batch, routed.clamp(min=0)] for x in (k, v))  # (b, r, n·s, c)
+    if weights is not None:
+        factors = weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
+        k_r, v_r = k_r * factors, v_r * factors
+    q_r, k_r, v_r = (x.unflatten(-1, (num_heads, -1)).transpose(2, 3) for x in (q_r, k_r, v_r))  # (b, r, m, ·, d)
+    scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
+    on_map = (routed >= 0)[:, :, None, None]
+    attention = scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
+    out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(3)  # (b, r, t, c)
+    region, place = places(height, width, regions, size, q.device)
+    return out[:, region, place].reshape(b, height, width, -1)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float) -> Tensor:
@@ -80,12 +89,3 @@ def _rows(routes: Tensor, num_heads: int) -> Tensor:
     b, r, _ = routes.shape
     first = r * torch.arange(b * num_heads, device=routes.device).reshape(b, num_heads, 1, 1)
     return first + routes[:, None]
-
-
-def _pick(x: Tensor, rows: Tensor, regions: Grid, size: Grid, num_heads: int, weights: Tensor | None) -> Tensor:
-    """(B, H, W, C) → the picked regions side by side, weighted: (b, m, r, n·s, d)."""
-    x = cut(pad_to_grid(x, regions, size), regions, size, num_heads).flatten(0, 2)
-    x = x.index_select(0, rows.flatten()).reshape(*rows.shape, *x.shape[1:])
-    if weights is not None:
-        x = x * weights[:, None, :, :, None, None]
-    return x.flatten(3, 4)
