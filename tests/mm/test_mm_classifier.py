@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.data import create_transform
 from torch import nn
 
 from zoo.errors import InputError
 from zoo.mm.classifier import ImageClassifier
+from zoo.mm.config import load_config
 from zoo.mm.optim import AutocastOptimWrapper, param_groups
 
 ARGS = {"num_classes": 10, "in_chans": 1, "img_size": 32}
@@ -90,3 +93,25 @@ def test_mixed_precision_on_the_cpu():
     wrapper.load_state_dict(wrapper.state_dict())
     with pytest.raises(InputError, match="float16"):
         AutocastOptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), dtype="float16")
+
+
+def test_gradients_are_clipped_in_mixed_precision():
+    layer = nn.Linear(4, 4, bias=False)
+    wrapper = AutocastOptimWrapper(torch.optim.SGD(layer.parameters(), lr=1.0), clip_grad={"max_norm": 0.5})
+    before = layer.weight.detach().clone()
+    wrapper.update_params(100 * layer(torch.ones(1, 4)).sum())
+    assert (layer.weight - before).norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("tiny", 0.1), ("small", 0.15), ("base", 0.4)])
+def test_imagenet_configs_say_what_the_paper_does(name, drop_path):
+    config = load_config(f"biformer_{name}_in1k", ["data_root=/elsewhere"])
+    assert timm.is_model(config.model.name) and config.model.name == f"biformer_{name}"
+    assert config.model.args.drop_path_rate == drop_path
+    assert config.train_dataloader.dataset.root == config.val_dataloader.dataset.root == "/elsewhere"
+    assert config.train_dataloader.sampler.repeats == 3
+    optimizer = config.optim_wrapper.optimizer
+    assert optimizer.lr / config.auto_scale_lr.base_batch_size == pytest.approx(5e-4 / 512)
+    transform = create_transform(**config.train_dataloader.dataset.transform)
+    assert [type(step).__name__ for step in transform.transforms] == [
+        "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
