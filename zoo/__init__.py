@@ -1,4 +1,11 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
+import timm
+
 from . import biformer
 
-__all__ = ["biformer"]
+__all__ = ["biformer", "list_models"]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the zoo's registered models that match a shell-style pattern."""
+    return [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__.split(".")[0] == __name__]
