@@ -97,9 +97,10 @@ def test_opset(tmp_path, opset):
     assert onnx.load(tmp_path / "x.onnx").opset_import[0].version == opset
 
 
-def test_a_small_size_leaves_no_trace(tmp_path):
-    """Where strides leave one position of an image, tracing at its size would make that a constant."""
-    result = export_onnx(Small(lambda x: x[..., ::16, ::16] * x.sum((2, 3), keepdim=True)).eval(), INFO, tmp_path / "x.onnx")
+def test_small_size_of_a_biformer_is_free(tmp_path):
+    """At 32x32 its last map is one position, which tracing at that size would make a constant."""
+    model, info = load_model("biformer_nano", in_chans=1, num_classes=10)
+    result = export_onnx(model, info, tmp_path / "x.onnx", size=(32, 32))
     assert result.free_size, result.reason
 
 
