@@ -4,10 +4,14 @@ from typing import Literal
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-
 from zoo.kernels import region_means, region_routes, routing_attention
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉ of positive numbers, without the negative ones that ONNX would divide towards zero."""
+    return (a + b - 1) // b
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -127,14 +131,14 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _region_map(self, x: Tensor) -> Tensor:
         """Region means as a map of the regions that hold anything, whose own regions are single positions."""
-        rows, columns = (-(-n // -(-n // r)) for n, r in zip(x.shape[1:3], self.regions, strict=True))
+        rows, columns = (_ceil_div(n, _ceil_div(n, r)) for n, r in zip(x.shape[1:3], self.regions, strict=True))
         return region_means(x, self.regions).unflatten(1, self.regions)[:, :rows, :columns]
 
     def _pool(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pools every region by itself: the map of pooled positions that cover any of `x`, and the size of its full regions."""
         b, height, width, c = x.shape
         (rows, columns), pooled = self.regions, self.kv_pool_size
-        h, w = -(-height // rows), -(-width // columns)
+        h, w = _ceil_div(height, rows), _ceil_div(width, columns)
         adaptive, average = self.kv_pool.startswith("adaptive"), self.kv_pool.endswith("avg")
         kernel = None if adaptive else (min(pooled, h), min(pooled, w))
         size = (pooled, pooled) if adaptive else (h // kernel[0], w // kernel[1])

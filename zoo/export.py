@@ -1,7 +1,8 @@
 """Models as ONNX files that have been checked, run and compared before they are left anywhere.
 
 The height and width of an exported image model are free if three things hold: PyTorch runs the model at other sizes,
-its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they are fixed, and the reason is told.
+its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they
+are fixed, and the reason is told.
 """
 import contextlib
 import importlib
@@ -63,8 +64,8 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
     `size` (height, width) is what it is compared at, with others around it, and the only size accepted where `free_size`
-    is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class names and preprocessing are
-    written to the file's metadata as JSON. `progress` is called with the name of each step.
+    is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class
+    names and preprocessing are written to the file's metadata as JSON. `progress` is called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
     PyTorch by more than 1e-4; `path` is then as it was before.

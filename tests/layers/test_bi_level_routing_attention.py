@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from zoo.layers import BiLevelRoutingAttention
 
 OPTIONS = {
@@ -69,8 +68,8 @@ def oracle(m, x):
             weights = (best.values * m.scale).softmax(-1) if m.soft_routing else torch.ones(topk)
             if not m.differentiable_routing:
                 weights = weights.detach()
-            parts = [[pooled(y[n][places[r]], m.kv_pool, m.kv_pool_size, (h, w)) * weight for r, weight in zip(best.indices.tolist(), weights)]
-                     for y in (k, v)]
+            chosen = list(zip(best.indices.tolist(), weights, strict=True))
+            parts = [[pooled(y[n][places[r]], m.kv_pool, m.kv_pool_size, (h, w)) * weight for r, weight in chosen] for y in (k, v)]
             keys, values = (torch.cat(part).unflatten(1, (m.num_heads, -1)) for part in parts)
             queries = q[n][place].unflatten(2, (m.num_heads, -1))
             attention = (torch.einsum("hwmd,smd->hwms", queries, keys) * m.scale).softmax(-1)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zoo.layers import BiLevelRoutingAttention
 
 from zoo import biformer
-from zoo.layers import BiLevelRoutingAttention
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -55,10 +55,10 @@ def _bra(config: dict[str, Any], reference: str) -> nn.Module:
 def _biformer(config: dict[str, Any], reference: str) -> nn.Module:
     stl = "BiFormerSTL" in reference
     attn_args = []
+    per_stage = {"qk_dims": "qk_dim", "n_wins": "n_win", "kv_per_wins": "kv_per_win", "kv_downsample_ratios": "kv_downsample_ratio"}
     for i, dim in enumerate(config["embed_dim"]):
-        at = {**config, "qk_dim": config.get("qk_dims", config["embed_dim"])[i], "n_win": config.get("n_wins", [config.get("n_win", 7)] * 4)[i],
-              "kv_per_win": config.get("kv_per_wins", [-1] * 4)[i], "kv_downsample_ratio": config.get("kv_downsample_ratios", [4, 2, 1, 1])[i]}
-        attn_args.append(dict(_attention_arguments(at), num_heads=(at["qk_dim"] or dim) // config["head_dim"]))
+        at = config | {one: config[many][i] for many, one in per_stage.items() if many in config}
+        attn_args.append(dict(_attention_arguments(at), num_heads=(at.get("qk_dim") or dim) // config["head_dim"]))
     return biformer.BiFormer(
         num_classes=config["num_classes"], dims=config["embed_dim"], depths=config["depth"], mlp_ratio=config["mlp_ratios"],
         topks=[None if topk == -2 else topk for topk in config["topks"]], swin_layout=stl, lepe_of_values="nchw" in reference,
