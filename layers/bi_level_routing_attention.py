@@ -4,6 +4,7 @@ from typing import Literal
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+
 from zoo.kernels import region_means, region_routes, routing_attention
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]

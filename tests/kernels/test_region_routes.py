@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from zoo.kernels import region_means, region_routes
 
 MAPS = [((14, 14), (7, 7)), ((9, 17), (4, 3)), ((3, 5), (7, 7)), ((1, 1), (2, 2)), ((8, 1), (3, 1))]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from zoo.kernels import region_routes, routing_attention
 from zoo.kernels.routing_attention import blocked, reference
 from zoo.kernels.routing_attention.blocked import routed_attention

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from zoo.layers import BiLevelRoutingAttention
 
 from zoo import biformer
+from zoo.layers import BiLevelRoutingAttention
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
