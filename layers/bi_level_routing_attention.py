@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
 
+from .pointwise_linear import PointwiseLinear
+
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
 
 
@@ -81,10 +83,10 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing, self.differentiable_routing, self.mask_padding = soft_routing, differentiable_routing, mask_padding
         self._check(lepe_kernel, learned_routing)
 
-        self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
-        self.router = nn.Linear(self.qk_dim, self.qk_dim) if learned_routing else None
+        self.qkv = PointwiseLinear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
+        self.router = PointwiseLinear(self.qk_dim, self.qk_dim) if learned_routing else None
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim) if lepe_kernel else None
-        self.proj = nn.Linear(dim, dim) if out_proj else nn.Identity()
+        self.proj = PointwiseLinear(dim, dim) if out_proj else nn.Identity()
 
     def _check(self, lepe_kernel: int, learned_routing: bool) -> None:
         n_regions = self.regions[0] * self.regions[1]

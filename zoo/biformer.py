@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from torch import Tensor, nn
 
-from zoo.layers import BiLevelRoutingAttention
+from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -41,9 +41,9 @@ class GlobalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, lepe_of_values: bool = False):
         super().__init__()
         self.num_heads, self.lepe_of_values = num_heads, lepe_of_values
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=False)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = PointwiseLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         b, height, width, c = x.shape
@@ -52,6 +52,17 @@ class GlobalAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, c)
         lepe_input = qkv[..., 2 * c :] if self.lepe_of_values else x
         return self.proj(out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), NHWC → NHWC."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = PointwiseLinear(dim, hidden), nn.GELU(), PointwiseLinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
