@@ -3,7 +3,9 @@ import timm
 
 from . import biformer
 
-__all__ = ["biformer", "list_models"]
+__all__ = ["REPORTED_TOP1", "biformer", "list_models"]
+
+REPORTED_TOP1 = {**biformer.REPORTED_TOP1}  # per cent on ImageNet-1k, by the authors
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, inside, pad_to_grid, places, region_size
+from .._regions import cut, divides, inside, pad_to_grid, positions, region_size
 
 Grid = tuple[int, int]
 
@@ -10,9 +10,9 @@ Grid = tuple[int, int]
 def region_means(x: Tensor, regions: Grid, size: Grid) -> Tensor:
     height, width = x.shape[1:3]
     if torch.compiler.is_exporting():  # a graph for every size, whether the grid divides it or not
-        region, _ = places(height, width, regions, size, x.device)
-        belongs = (region == torch.arange(regions[0] * regions[1], device=x.device)[:, None]).to(x.dtype)
-        return belongs @ x.flatten(1, 2) / belongs.sum(1, keepdim=True).clamp(min=1)
+        own = positions(height, width, regions, size, x.device)
+        on_map = (own >= 0).to(x.dtype)
+        return (x.flatten(1, 2)[:, own.clamp(min=0)] * on_map[..., None]).sum(2) / on_map.sum(1, keepdim=True).clamp(min=1)
     if divides(height, width, regions, size):
         return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
     total = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2)

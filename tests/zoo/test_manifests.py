@@ -8,6 +8,7 @@ import torch
 
 import zoo
 from zoo.biformer import checkpoint_filter_fn
+from zoo.model_table import macs
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
 CONVERT = dict.fromkeys(zoo.list_models("biformer*"), checkpoint_filter_fn)
@@ -23,6 +24,7 @@ def test_released_checkpoint_loads(name, tmp_path):
     torch.save({"model": state}, tmp_path / "released.pth")
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "released.pth")))
     assert sum(p.numel() for p in model.parameters()) == manifest["params"]
+    assert abs(macs(name) / manifest["macs"] - 1) < 0.005
     loaded, converted = model.state_dict(), CONVERT[name](state, model)
     assert loaded.keys() == converted.keys()
     for key, value in converted.items():

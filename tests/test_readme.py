@@ -1,0 +1,52 @@
+"""The README's promises: its Python runs, its table is the generated one, its commands name what exists."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import zoo
+from zoo import model_table
+from zoo.mm.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHELL = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if "tools/" in line])
+def test_commands_name_tools_and_options_that_exist(line, load_tool_help):
+    words = shlex.split(line)
+    tool = next(word for word in words if word.startswith("tools/"))
+    said = load_tool_help(ROOT / tool)
+    for word in words[words.index(tool):]:
+        if word.startswith("-"):
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said), f"{tool} has no {word}"
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"tools/t(?:rain|est)\.py (\S+)", README))))
+def test_configs_exist(name):
+    assert load_config(ROOT / name if "/" in name else name, ()).model.name in zoo.list_models()
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
+def test_make_targets_exist(line):
+    assert f"\n{line.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+def test_table_is_generated():
+    written = README.split(model_table.BEGIN)[1].split(model_table.END)[0].strip()
+    names = re.findall(r"^\| `(\w+)`", written, re.M)
+    assert names == zoo.list_models()
+    light = [name for name in names if "_nano" in name]
+    lines = {line.split("`")[1]: line for line in written.splitlines()[2:]}
+    assert [lines[name] for name in light] == model_table.table(light).splitlines()[2:]
+
+
+def test_linked_files_exist():
+    assert all((ROOT / target).exists() for target in re.findall(r"\]\(((?!http)[^)]+)\)", README))
