@@ -1,5 +1,10 @@
-"""Every registered model is a timm citizen. New families join by being registered; nothing here names one."""
+"""Every registered model is a timm citizen. New families join by being registered; nothing here names one.
+
+Three tests take minutes for a large model: compiling, exporting, and the largest images. By default every model runs at
+small sizes and every family's light models run these three; ZOO_EVERY_MODEL=1 runs them for every model.
+"""
 import io
+import os
 import re
 
 import pytest
@@ -15,9 +20,9 @@ import zoo
 MODELS = zoo.list_models()
 LIGHT = [name for name in MODELS if "_nano" in name]
 FAMILIES = sorted({timm.model_entrypoint(name).__module__ for name in MODELS})
-SIZES = [(224, 224), (97, 161), (32, 32), (640, 427)]
 
 every_model = pytest.mark.parametrize("name", MODELS)
+models_for_long_tests = pytest.mark.parametrize("name", MODELS if os.environ.get("ZOO_EVERY_MODEL") else LIGHT)
 
 
 def make(name: str, **args) -> nn.Module:
@@ -63,15 +68,25 @@ def test_defaults_are_documented(name):
     assert isinstance(modules[cfg["classifier"]], nn.Linear) and modules[cfg["classifier"]] is model.get_classifier()
 
 
-@every_model
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_any_size(name, size):
+def check_size(name, size):
     model = make(name, num_classes=7)
     with torch.no_grad():
         out = model(images(size, batch=1))
         assert out.shape == (1, 7) and out.isfinite().all()
         for features, info in zip(make(name, features_only=True)(images(size, 1)), model.feature_info, strict=True):
             assert features.shape[1] == info["num_chs"]
+
+
+@every_model
+@pytest.mark.parametrize("size", [(97, 161), (32, 32)], ids=str)
+def test_small_and_odd_sizes(name, size):
+    check_size(name, size)
+
+
+@models_for_long_tests
+@pytest.mark.parametrize("size", [(224, 224), (640, 427)], ids=str)
+def test_large_sizes(name, size):
+    check_size(name, size)
 
 
 @every_model
@@ -196,7 +211,7 @@ def test_half_precision_weights(name, dtype):
     assert out.dtype == dtype and out.isfinite().all()
 
 
-@every_model
+@models_for_long_tests
 def test_compiles_whole(name):
     """One graph, forward and backward. Turning it into machine code takes minutes, so only light models go that far."""
     model, x = make(name), images((63, 85))
@@ -211,7 +226,7 @@ def test_compiles_whole(name):
             torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=1e-4, rtol=1e-4)
 
 
-@every_model
+@models_for_long_tests
 def test_exports(name):
     model = make(name)
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
