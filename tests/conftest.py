@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,13 @@ def load_tool_help():
         return subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
 
     return read
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Every reference vector by name, whatever the verbosity."""
+    reports = [report for outcome in ("passed", "failed", "error", "skipped") for report in terminalreporter.stats.get(outcome, [])]
+    vectors = {re.search(r"test_reference_vector\[(.+)\]", report.nodeid): report.outcome for report in reports}
+    lines = sorted(f"{match.group(1)}: {outcome}" for match, outcome in vectors.items() if match)
+    if lines:
+        terminalreporter.section("reference vectors")
+        terminalreporter.write_line("\n".join(lines))
