@@ -135,6 +135,16 @@ def test_regions_routed_only_to_empty_ones_give_zero():
         torch.testing.assert_close(out, torch.zeros_like(q))
 
 
+def test_very_low_scores_beside_positions_off_the_map():
+    """Off the map keys are zero and so would be their scores: far above the others, and beyond what exp holds."""
+    q = torch.full((1, 3, 3, 4), -10.0, requires_grad=True)
+    k, v = torch.full_like(q, 10.0).requires_grad_(), torch.randn_like(q).requires_grad_()
+    routes, _ = region_routes(q, k, (2, 2), 4)
+    out = reference.blocked(q, k, v, routes, (2, 2), 1, (2, 2), 1.0, None)
+    torch.testing.assert_close(out, v.mean((1, 2), keepdim=True).expand_as(out))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 def test_dispatch_avoids_the_dense_mask_where_regions_are_many(monkeypatch):
     called = []
     for name in FORMULATIONS:
