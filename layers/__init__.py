@@ -1,4 +1,6 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from .bi_level_routing_attention import BiLevelRoutingAttention
+from .polarized import PolarizedSelfAttention
+from .selective_kernel import SelectiveKernelUnit
 
-__all__ = ["BiLevelRoutingAttention"]
+__all__ = ["BiLevelRoutingAttention", "PolarizedSelfAttention", "SelectiveKernelUnit"]

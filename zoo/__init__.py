@@ -1,9 +1,9 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import biformer
+from . import biformer, sknet
 
-__all__ = ["biformer", "list_models"]
+__all__ = ["biformer", "list_models", "sknet"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
