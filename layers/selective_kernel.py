@@ -1,6 +1,7 @@
 """Selective kernel units (Selective Kernel Networks, arXiv 1903.06586)."""
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +77,13 @@ class SelectiveKernelUnit(nn.Module):
 
     def weights(self, maps: list[Tensor]) -> Tensor:
         """(B, M, C, 1, 1): the weights a of the maps U_m."""
-        pooled = sum(y.mean((2, 3), keepdim=True) for y in maps)
+        pooled = reduce(torch.add, [y.mean((2, 3), keepdim=True) for y in maps])
         z = self.act(self.norm(self.reduce(pooled)))
         return self.select(z).unflatten(1, (len(maps), -1)).softmax(1)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.branches(x)
-        return sum(weight * y for weight, y in zip(self.weights(maps).unbind(1), maps, strict=True))
+        return reduce(torch.add, [weight * y for weight, y in zip(self.weights(maps).unbind(1), maps, strict=True)])
 
 
 def _check(dim: int, out_dim: int, kernel_sizes: Sequence[int], groups: list[int]) -> None:

@@ -1,9 +1,9 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import biformer, sknet
+from . import biformer, polarized, sknet
 
-__all__ = ["biformer", "list_models", "sknet"]
+__all__ = ["biformer", "list_models", "polarized", "sknet"]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,7 +1,10 @@
 """SKNets (Selective Kernel Networks, arXiv 1903.06586): timm's ResNet and ResNeXt with an SK unit as the 3×3 convolution.
 
 Two families. `sknet26/50/101` are the paper's: ResNeXt 32×4d, 3×3 and dilated 3×3 branches of 32 groups. Reported top-1
-on ImageNet-1k at 224: SKNet-50 79.21, SKNet-101 79.81. Their weights were released for Caffe only.
+on ImageNet-1k at 224: SKNet-50 79.21, SKNet-101 79.81. Their weights were released for Caffe only. Where sources disagree,
+the paper's text is followed: the width of the reduction is max(C / 16, 32) everywhere (the authors' Caffe file of SKNet-101
+has 16 in the second stage). That gives 27.48 M parameters and 4.46 G multiply-adds for SKNet-50, 48.74 M and 8.45 G for
+SKNet-101; the paper's table says 27.5 M, 4.47 G, 48.9 M and 8.46 G.
 `sk_resnet50/101` are the authors' PyTorch variant: ResNet, a dense 3×3 and a 3×3 branch of 32 groups. Reported top-1 77.54
 and 78.79; their checkpoints (https://github.com/implus/PytorchInsight) load as they are:
 

@@ -7,10 +7,11 @@ import timm
 import torch
 
 import zoo
-from zoo.biformer import checkpoint_filter_fn
+from zoo import biformer, sknet
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
-CONVERT = dict.fromkeys(zoo.list_models("biformer*"), checkpoint_filter_fn)
+FAMILIES = {"biformer*": biformer, "sk_resnet*": sknet}
+CONVERT = {name: family.checkpoint_filter_fn for names, family in FAMILIES.items() for name in zoo.list_models(names)}
 
 
 @pytest.mark.parametrize("name", sorted(MANIFESTS))
