@@ -1,9 +1,9 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import biformer, polarized, sknet
+from . import attnet, biformer, polarized, sknet
 
-__all__ = ["biformer", "list_models", "polarized", "sknet"]
+__all__ = ["attnet", "biformer", "list_models", "polarized", "sknet"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
