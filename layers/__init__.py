@@ -1,7 +1,8 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from .atconv import ATConv
 from .bi_level_routing_attention import BiLevelRoutingAttention
+from .das import DAS
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 
-__all__ = ["ATConv", "BiLevelRoutingAttention", "PolarizedSelfAttention", "SelectiveKernelUnit"]
+__all__ = ["DAS", "ATConv", "BiLevelRoutingAttention", "PolarizedSelfAttention", "SelectiveKernelUnit"]

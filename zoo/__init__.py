@@ -1,9 +1,10 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import attnet, biformer, polarized, sknet
+from . import attnet, biformer, das, polarized, sknet
+from .attach import attach
 
-__all__ = ["attnet", "biformer", "list_models", "polarized", "sknet"]
+__all__ = ["attach", "attnet", "biformer", "das", "list_models", "polarized", "sknet"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
