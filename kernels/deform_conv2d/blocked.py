@@ -3,16 +3,19 @@
 The samples of a block are columns of a matrix product. They are never held for more than one block, and taken again in the
 backward pass.
 """
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .reference import grid_of, positions
 
 SAMPLES_AT_ONCE = 1 << 22  # elements: 16 MiB of float32
+POSITIONS_AT_ONCE = 512  # output positions, enough for the matrix product; images of fewer are taken together
 
 
 class _Shape(NamedTuple):
@@ -46,10 +49,7 @@ def _blocks(batch: int, shape: _Shape) -> Iterator[tuple[slice, list[slice]]]:
     height, width = shape.out_size
     per_row = max(1, shape.channels * shape.taps * width)
     rows = max(1, SAMPLES_AT_ONCE // per_row)
-    images = max(1, SAMPLES_AT_ONCE // (per_row * max(1, height)))
-    threads = torch.get_num_threads()
-    if images > threads:
-        images -= images % threads
+    images = max(1, min(SAMPLES_AT_ONCE // (per_row * max(1, height)), POSITIONS_AT_ONCE // max(1, height * width)))
     for start in range(0, batch, images):
         yield slice(start, start + images), [slice(row, row + rows) for row in range(0, height, rows)]
 
@@ -77,6 +77,13 @@ def _grid(offset: Tensor, shape: _Shape, first_row: int, parts: int) -> Tensor:
     return grid_of(y, x, *shape.padded)
 
 
+def _grad_of_positions(grad_grid: Tensor, images: int, shape: _Shape, parts: int) -> Tensor:
+    """Gradient of `_grid` → gradient of the offsets, (n, g·K·2, rows, Wo)."""
+    grad = grad_grid.view(images, shape.offset_groups, parts, shape.taps, -1, shape.out_size[1], 2).sum(2)
+    x, y = (g / (padded / 2) for g, padded in zip(grad.unbind(-1), reversed(shape.padded), strict=True))
+    return torch.stack((y, x), 3).flatten(1, 3)
+
+
 def _maps(maps: Tensor, shape: _Shape, parts: int) -> Tensor:
     return maps.reshape(maps.shape[0] * shape.offset_groups * parts, -1, *shape.padded)
 
@@ -93,10 +100,14 @@ def _masked(samples: Tensor, mask: Tensor | None, shape: _Shape) -> Tensor:
     return samples.view(n, shape.offset_groups, -1, shape.taps, rows, width) * mask.view(n, shape.offset_groups, 1, shape.taps, rows, width)
 
 
-def _per_group(weight: Tensor, shape: _Shape, images: int) -> Tensor:
-    """(n·groups, Co/groups, C/groups·K), n times the same."""
-    weight = weight.reshape(1, shape.groups, weight.shape[0] // shape.groups, -1)
-    return weight.expand(images, -1, -1, -1).reshape(images * shape.groups, *weight.shape[2:])
+def _side_by_side(x: Tensor, images: int, groups: int, positions: int) -> Tensor:
+    """(n, groups·c, P) in any shape → (groups, c, n·P); of a single image a view."""
+    return x.reshape(images, groups, -1, positions).permute(1, 2, 0, 3).reshape(groups, -1, images * positions)
+
+
+def _apart(x: Tensor, images: int) -> Tensor:
+    """(groups, c, n·P) → (n, groups, c, P)."""
+    return x.unflatten(2, (images, -1)).permute(2, 0, 1, 3)
 
 
 @torch.library.custom_op("zoo::deform_conv2d", mutates_args=())
@@ -108,16 +119,18 @@ def deform_conv2d(
     shape = _shape(x, offset, weight, stride, padding, dilation)
     inner = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(x.shape[0], weight.shape[0], *shape.out_size)
+    kernels = weight.to(inner).reshape(shape.groups, weight.shape[0] // shape.groups, -1)
     with torch.autocast(x.device.type, enabled=False):
         for images, row_blocks in _blocks(x.shape[0], shape):
             maps = _padded(x[images], shape, inner)
-            parts, kernels = _parts(len(maps), shape), _per_group(weight.to(inner), shape, len(maps))
+            n, parts = len(maps), _parts(len(maps), shape)
             for rows in row_blocks:
                 block = out[images, :, rows]
                 grid = _grid(offset[images, :, rows].to(inner), shape, rows.start, parts)
-                columns = _masked(_sample(_maps(maps, shape, parts), grid), None if mask is None else mask[images, :, rows].to(inner), shape)
-                columns = columns.view(len(kernels), kernels.shape[2], -1)
-                block.copy_(torch.bmm(kernels, columns).view(block.shape))
+                factors = None if mask is None else mask[images, :, rows].to(inner)
+                samples = _masked(_sample(_maps(maps, shape, parts), grid), factors, shape)
+                columns = _side_by_side(samples, n, shape.groups, block[0, 0].numel())
+                block.copy_(_apart(torch.bmm(kernels, columns), n).reshape(block.shape))
         if bias is not None:
             out += bias[:, None, None]
     return out
@@ -131,6 +144,12 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0], *offset.shape[2:])
 
 
+@register_flop_formula(torch.ops.zoo.deform_conv2d)
+def _flops(x_shape: tuple, offset_shape: tuple, weight_shape: tuple, *_, out_shape: tuple, **__) -> int:
+    """Those of the convolution, without the interpolation."""
+    return 2 * math.prod(weight_shape) * out_shape[0] * out_shape[2] * out_shape[3]
+
+
 @torch.library.custom_op("zoo::deform_conv2d_backward", mutates_args=())
 def deform_conv2d_backward(
     grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None,
@@ -140,37 +159,35 @@ def deform_conv2d_backward(
     shape = _shape(x, offset, weight, stride, padding, dilation)
     inner = torch.promote_types(x.dtype, torch.float32)
     grad_x, grad_offset = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, offset))
-    grad_weight = weight.new_zeros(shape.groups, weight.shape[0] // shape.groups, weight[0].numel(), dtype=inner)
     grad_mask = x.new_empty(0) if mask is None else torch.empty_like(mask, memory_format=torch.contiguous_format)
+    kernels = weight.to(inner).reshape(shape.groups, weight.shape[0] // shape.groups, -1)
+    grad_kernels = torch.zeros_like(kernels)
     with torch.autocast(x.device.type, enabled=False):
         for images, row_blocks in _blocks(x.shape[0], shape):
             maps = _padded(x[images], shape, inner)
-            parts, kernels = _parts(len(maps), shape), _per_group(weight.to(inner), shape, len(maps))
-            grad_maps = None
+            n, parts = len(maps), _parts(len(maps), shape)
+            grad_maps = torch.zeros_like(maps)
             for rows in row_blocks:
-                above = grad[images, :, rows].to(inner).reshape(*kernels.shape[:2], -1)
-                grid = _grid(offset[images, :, rows].to(inner), shape, rows.start, parts)
+                above = grad[images, :, rows].to(inner)
                 factors = None if mask is None else mask[images, :, rows].to(inner)
+                count = above[0, 0].numel()
+                above = _side_by_side(above, n, shape.groups, count)
+                grid = _grid(offset[images, :, rows].to(inner), shape, rows.start, parts)
                 samples = _sample(_maps(maps, shape, parts), grid)
-                columns = _masked(samples, factors, shape).view(*kernels.shape[::2], -1)
-                grad_weight += torch.bmm(above, columns.transpose(1, 2)).view(-1, *grad_weight.shape).sum(0)
-                grad_samples = torch.bmm(kernels.transpose(1, 2), above).view(samples.shape)
+                columns = _side_by_side(_masked(samples, factors, shape), n, shape.groups, count)
+                grad_kernels.baddbmm_(above, columns.transpose(1, 2))
+                grad_samples = _apart(torch.bmm(kernels.transpose(1, 2), above), n).reshape(samples.shape)
                 if mask is not None:
-                    dots = (grad_samples * samples).view(len(maps), shape.offset_groups, -1, shape.taps, *factors.shape[2:]).sum(2)
-                    grad_mask[images, :, rows] = dots.flatten(1, 2).to(mask.dtype)
+                    dots = (grad_samples * samples).view(n, shape.offset_groups, -1, shape.taps, *factors.shape[2:]).sum(2)
+                    grad_mask[images, :, rows] = dots.flatten(1, 2)
                     grad_samples = _masked(grad_samples, factors, shape).view(samples.shape)
-                grads = torch.ops.aten.grid_sampler_2d_backward(
+                grad_block, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
                     grad_samples, _maps(maps, shape, parts), grid, 0, 0, False, [True, True])  # bilinear, zeros outside
-                grad_maps = grads[0] if grad_maps is None else grad_maps.add_(grads[0])
-                per_part = grads[1].view(len(maps), shape.offset_groups, parts, shape.taps, -1, shape.out_size[1], 2)
-                per_position = per_part.sum(2) / per_part.new_tensor([shape.padded[1] / 2, shape.padded[0] / 2])
-                per_position = per_position.flip(-1).permute(0, 1, 2, 5, 3, 4)  # (n, g, K, 2, rows, Wo)
-                grad_offset[images, :, rows] = per_position.flatten(1, 3).to(offset.dtype)
-            if grad_maps is None:
-                grad_x[images] = 0
-            else:
-                grad_x[images] = grad_maps.view(maps.shape)[:, :, : shape.size[0], : shape.size[1]]
-    return grad_x, grad_offset, grad_weight.view(weight.shape).to(weight.dtype), grad_mask
+                grad_maps += grad_block.view(maps.shape)
+                grad_offset[images, :, rows] = _grad_of_positions(grad_grid, n, shape, parts)
+            grad_x[images] = grad_maps[:, :, : shape.size[0], : shape.size[1]]
+    grad_weight = grad_kernels.view(weight.shape).to(weight.dtype)
+    return grad_x, grad_offset, grad_weight, grad_mask
 
 
 @deform_conv2d_backward.register_fake
