@@ -78,7 +78,8 @@ class _FusedBranches(nn.Module):
 
 class PolarizedHRNet(HighResolutionNet):
     """timm's HRNet with polarized self-attention in its basic blocks, and what timm's lacks: any input size (timm: multiples
-    of 32, where both agree), stochastic depth, gradient checkpointing.
+    of 32, where both agree), stochastic depth, gradient checkpointing, and the initial zeros of its ResNet in the last norm
+    of every residual branch, without which untrained outputs reach 1e7.
 
     Args: timm's, and
         layout: of the attention, "parallel" or "sequential".
@@ -89,6 +90,9 @@ class PolarizedHRNet(HighResolutionNet):
         super().__init__(cfg, *args, **kwargs)
         self.grad_checkpointing = False
         _polarize(self, (BasicBlock,), layout)
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.zero_init_last()
         for rate, blocks in self._depths(drop_path_rate):
             for block in blocks:
                 block.drop_path = DropPath(rate) if rate else None
