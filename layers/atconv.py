@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from zoo.kernels import depthwise_dynamic_conv2d
 from zoo.kernels._layout import in_layout_of
 
+from ._positions_first import PointwiseConv, positions_first
+
 
 class ATConv(nn.Module):
     """A convolution whose kernels every sample and channel makes from its own content (arXiv 2510.20092, section IV).
@@ -38,33 +40,32 @@ class ATConv(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.dim, self.kernel_size = dim, kernel_size
-        self.kernel_proj = nn.Linear(dim, dim, bias=bias)
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias)
         self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias)
-        self.x_proj = nn.Linear(dim, dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.x_proj = PointwiseConv(dim, dim, bias=bias)
+        self.proj = PointwiseConv(dim, dim, bias=bias)
         self.difference_control = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"ATConv: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        maps = x.permute(2, 3, 0, 1).contiguous()  # (H, W, B, C), in which nothing below copies a map
-        values = self.x_proj(maps).permute(2, 3, 0, 1)
-        out = depthwise_dynamic_conv2d(values, self.kernels(maps), self.difference_control)
-        return in_layout_of(x, self.proj(out.permute(2, 3, 0, 1)).permute(2, 3, 0, 1))
+        maps = positions_first(x)
+        out = depthwise_dynamic_conv2d(self.x_proj(maps), self.kernels(maps), self.difference_control)
+        return in_layout_of(x, self.proj(out))
 
-    def kernels(self, maps: Tensor) -> Tensor:
-        """(H, W, B, C) → (B, C, k, k), before the inhibition."""
-        h, w, b, c = maps.shape
-        pooled = _runs(self.kernel_size**2, h * w, maps) @ maps.reshape(h * w, b * c)
-        context = self.kernel_proj(pooled.reshape(-1, b, c)).permute(1, 2, 0)
-        return self.kernel_gen(F.gelu(context)).reshape(b, c, self.kernel_size, self.kernel_size)
+    def kernels(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, k, k), before the inhibition."""
+        pooled = x.flatten(2) @ _runs(self.kernel_size**2, x)
+        context = self.kernel_proj(pooled[..., None]).squeeze(-1)
+        return self.kernel_gen(F.gelu(context)).unflatten(-1, (self.kernel_size, self.kernel_size))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_size={self.kernel_size}"
 
 
-def _runs(count: int, length: int, like: Tensor) -> Tensor:
-    """Adaptive average pooling from `length` to `count` as a matrix (count, length): a product with it has no layout to obey."""
-    run, place = torch.arange(count, device=like.device)[:, None], torch.arange(length, device=like.device)
+def _runs(count: int, x: Tensor) -> Tensor:
+    """Adaptive average pooling of the H·W positions of x to `count` as a matrix (H·W, count): a product minds no layout."""
+    length = x.shape[2] * x.shape[3]
+    place, run = torch.arange(length, device=x.device)[:, None], torch.arange(count, device=x.device)
     start, end = run * length // count, ((run + 1) * length + count - 1) // count
-    return ((place >= start) & (place < end)).to(like.dtype) / (end - start)
+    return ((place >= start) & (place < end)).to(x.dtype) / (end - start)

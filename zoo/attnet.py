@@ -19,17 +19,11 @@ from timm.models._features import feature_take_indices  # private, and the only 
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
+from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
-
-
-class PositionsNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), without copies where positions lie before batch before channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(2, 3, 0, 1)).permute(2, 3, 0, 1)
 
 
 class LayerScale(nn.Module):
@@ -48,41 +42,60 @@ class GatedMlp(nn.Module):
 
         g, v = fc1(x),  y = GELU(dwconv3×3(g)) ⊙ v,  out = fc2(w ⊙ y / rms(y)) over channels; without norm fc2(y)
 
-    (B, C, H, W) → (B, C, H, W), in memory positions before batch before channels. The division by the root mean square comes
-    after `fc2`, with which it commutes and where there are fewer channels; in float16, whose range it protects, before.
+    (B, C, H, W) → (B, C, H, W). The division by the root mean square comes after `fc2`, with which it commutes and where
+    there are fewer channels; in float16, whose range it protects, before. Without gradients on the CPU, y is made some
+    channels at a time, whose part of the sum in `fc2` is added up while the caches hold them.
     """
+
+    SLICE, FEWEST = 1 << 20, 64  # numbers in a slice of y, but no fewer channels than this
 
     def __init__(self, dim: int, hidden: int, norm: bool, eps: float = 1e-6):
         super().__init__()
-        self.eps = eps
-        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.hidden, self.eps = hidden, eps
+        self.fc1 = nn.Conv2d(dim, 2 * hidden, 1)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.norm = nn.RMSNorm(hidden, eps=eps) if norm else None
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = x.permute(2, 3, 0, 1)
-        gate, value = (F.linear(maps, *half) for half in zip(self.fc1.weight.chunk(2), self.fc1.bias.chunk(2), strict=True))
-        hidden = F.gelu(self._depthwise(gate)) * value
-        return self._project(hidden).permute(2, 3, 0, 1)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return self._whole(x)
+        width = max(self.FEWEST, self.SLICE // (x.numel() // x.shape[1]))
+        return self._whole(x) if width >= self.hidden or torch.is_autocast_enabled("cpu") else self._in_slices(x, width)
 
-    def _depthwise(self, maps: Tensor) -> Tensor:
-        """`dwconv` of (H, W, B, C), the batch taken for channels: no copies."""
-        if torch.compiler.is_exporting():
-            return self.dwconv(maps.permute(2, 3, 0, 1)).permute(2, 3, 0, 1)
-        h, w, b, c = maps.shape
-        maps = maps.reshape(1, h, w, b * c).permute(0, 3, 1, 2)
-        maps = F.conv2d(maps, self.dwconv.weight.repeat(b, 1, 1, 1), self.dwconv.bias.repeat(b), padding=1, groups=b * c)
-        return maps.permute(0, 2, 3, 1).reshape(h, w, b, c)
-
-    def _project(self, hidden: Tensor) -> Tensor:
+    def _whole(self, x: Tensor) -> Tensor:
+        y = self._gated(x, slice(None))
         if self.norm is None:
-            return self.fc2(hidden)
-        if hidden.dtype == torch.float16:
-            return self.fc2(self.norm(hidden))
-        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        inverse = (norm.square() / hidden.shape[-1] + self.eps).rsqrt().to(hidden.dtype)
-        return torch.addcmul(self.fc2.bias, F.linear(hidden, self.fc2.weight * self.norm.weight), inverse)
+            return pointwise(y, self.fc2.weight, self.fc2.bias)
+        if y.dtype == torch.float16:
+            return pointwise(self.norm(y.permute(2, 3, 0, 1)).permute(2, 3, 0, 1), self.fc2.weight, self.fc2.bias)
+        return self._normalized(pointwise(y, self._weight(), None), _squares(y))
+
+    def _in_slices(self, x: Tensor, width: int) -> Tensor:
+        out, squares = 0, 0
+        for start in range(0, self.hidden, width):
+            channels = slice(start, start + width)
+            y = self._gated(x, channels)
+            out += pointwise(y, self._weight()[:, channels], None)
+            squares += 0 if self.norm is None else _squares(y)
+        return out.add_(self.fc2.bias[:, None, None]) if self.norm is None else self._normalized(out, squares)
+
+    def _gated(self, x: Tensor, channels: slice) -> Tensor:
+        """Those channels of y. The halves of fc1 apart, as those of one result would have to be copied."""
+        (gate, value), (gate_bias, value_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
+        gated = depthwise(pointwise(x, gate[channels], gate_bias[channels]), self.dwconv.weight[channels], self.dwconv.bias[channels])
+        return F.gelu(gated) * pointwise(x, value[channels], value_bias[channels])
+
+    def _weight(self) -> Tensor:
+        return self.fc2.weight if self.norm is None else self.fc2.weight * self.norm.weight[:, None, None]
+
+    def _normalized(self, out: Tensor, squares: Tensor) -> Tensor:
+        return torch.addcmul(self.fc2.bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
+
+
+def _squares(y: Tensor) -> Tensor:
+    """Sum of squares over channels, at least in float32."""
+    return torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)).square()
 
 
 class Block(nn.Module):
@@ -90,10 +103,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, mlp_norm: bool, layer_scale: bool, drop_path: float):
         super().__init__()
-        self.norm1 = PositionsNorm(dim, eps=1e-6)
+        self.norm1 = ChannelNorm(dim, eps=1e-6)
         self.attn = ATConv(dim, kernel_size)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = PositionsNorm(dim, eps=1e-6)
+        self.norm2 = ChannelNorm(dim, eps=1e-6)
         self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio) // 3, mlp_norm)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -106,8 +119,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Downsampling and blocks; NCHW → NCHW.
 
-    Inside, the memory holds positions before batch before channels: per-sample kernels are then those of one channels-last
-    image of B·C channels, and linear layers and norms see the channels innermost. None of them copies a map.
+    Inside, maps lie in memory as (H, W, B, C), which none of the layers has to copy (see `zoo.layers._positions_first`).
     """
 
     def __init__(self, downsample: nn.Module, blocks: list[Block]):
@@ -117,7 +129,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+        x = positions_first(self.downsample(x))
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x.contiguous(memory_format=torch.channels_last)
@@ -273,14 +285,11 @@ _RENAMES = [  # the authors' names → ours
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """The authors' names and shapes → ours, for their models and for a single layer."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    state_dict, converted = state_dict.get("model", state_dict), {}
-    for name, value in state_dict.items():
+    """The authors' names → ours, for their models and for a single layer."""
+    converted = {}
+    for name, value in state_dict.get("model", state_dict).items():
         for pattern, ours in _RENAMES:
             name = re.sub(pattern, ours, name)
-        if value.ndim == 4 and len(shapes.get(name, ())) == 2:
-            value = value.flatten(1)  # a 1×1 convolution is a linear layer
         converted[name] = value
     return converted
 
