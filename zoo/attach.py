@@ -79,7 +79,9 @@ def attach(
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     new = {}
     for name, width in widths.items():
-        new[name] = Attached(make(width), width, keep_outputs).to(parameter.device, parameter.dtype).train(modules[name].training)
+        new[name] = Attached(make(width), width, keep_outputs).to(parameter.device, parameter.dtype)
+        _check_shape(name, new[name].layer.eval(), seen.outputs[name][0])
+        new[name].train(modules[name].training)
     undo = [_follow(modules[name], attached) for name, attached in new.items()]
     try:
         with _Probe(model) as now:
@@ -228,12 +230,16 @@ def _is_map(output: object) -> bool:
     return isinstance(output, Tensor) and output.ndim == 4
 
 
+def _check_shape(name: str, layer: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        shape = tuple(layer(x.clone()).shape)
+    if shape != tuple(x.shape):
+        raise InputError(f"{type(layer).__name__} at {name} turns a map of shape {tuple(x.shape)} into {shape}; it has to keep the shape")
+
+
 def _check_calls(before: _Probe, after: _Probe, new: dict[str, Attached]) -> None:
-    """Every new layer must have run as often as the module that it follows, and kept the shape of the map."""
+    """Every new layer must have run as often as the module that it follows."""
     for name, attached in new.items():
-        outputs = next(after.outputs[path] for path, module in after.modules.items() if module is attached)
-        if len(outputs) != len(before.outputs[name]):
+        calls = next(len(after.outputs[path]) for path, module in after.modules.items() if module is attached)
+        if calls != len(before.outputs[name]):
             raise InputError(f"nothing can be attached to {name}, which treats its children alike; attach to one of them")
-        shapes = {tuple(y.shape) for y in before.outputs[name]}, {tuple(y.shape) for y in outputs}
-        if shapes[0] != shapes[1]:
-            raise InputError(f"{type(attached.layer).__name__} at {name} turns maps of shape {shapes[0]} into {shapes[1]}; it has to keep it")
