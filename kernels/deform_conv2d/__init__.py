@@ -88,8 +88,8 @@ def _check(x, offset, weight, bias, mask, stride, padding, dilation) -> None:
         raise ValueError("deform_conv2d: stride and dilation must be at least 1 and padding at least 0, "
                          f"got {stride}, {dilation} and {padding}")
     (b, channels, *size), (out_channels, group_width, *kernel) = x.shape, weight.shape
-    groups = channels // group_width
-    if groups * group_width != channels or out_channels % groups:
+    groups = channels // max(1, group_width)
+    if groups < 1 or groups * group_width != channels or out_channels % groups:
         raise ValueError(f"deform_conv2d: weight must be (Co, {channels} / groups, kh, kw) with groups dividing Co, "
                          f"got shape {tuple(weight.shape)}")
     per_group = 2 * kernel[0] * kernel[1]

@@ -120,6 +120,7 @@ def deform_conv2d(
     inner = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(x.shape[0], weight.shape[0], *shape.out_size)
     kernels = weight.to(inner).reshape(shape.groups, weight.shape[0] // shape.groups, -1)
+    added = None if bias is None else bias.to(inner).view(shape.groups, -1, 1)
     with torch.autocast(x.device.type, enabled=False):
         for images, row_blocks in _blocks(x.shape[0], shape):
             maps = _padded(x[images], shape, inner)
@@ -130,9 +131,8 @@ def deform_conv2d(
                 factors = None if mask is None else mask[images, :, rows].to(inner)
                 samples = _masked(_sample(_maps(maps, shape, parts), grid), factors, shape)
                 columns = _side_by_side(samples, n, shape.groups, block[0, 0].numel())
-                block.copy_(_apart(torch.bmm(kernels, columns), n).reshape(block.shape))
-        if bias is not None:
-            out += bias[:, None, None]
+                product = torch.bmm(kernels, columns) if bias is None else torch.baddbmm(added, kernels, columns)
+                block.copy_(_apart(product, n).reshape(block.shape))
     return out
 
 
