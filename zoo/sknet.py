@@ -1,7 +1,12 @@
 """SKNets (Selective Kernel Networks, arXiv 1903.06586): timm's ResNet and ResNeXt with an SK unit as the 3×3 convolution.
 
 Two families. `sknet26/50/101` are the paper's: ResNeXt 32×4d, 3×3 and dilated 3×3 branches of 32 groups. Reported top-1
-on ImageNet-1k at 224: SKNet-50 79.21, SKNet-101 79.81. Their weights were released for Caffe only. Where sources disagree,
+on ImageNet-1k at 224: SKNet-50 79.21, SKNet-101 79.81. Their weights were released for Caffe only; timm's own training of
+the same network (`skresnext50_32x4d`) loads into `sknet50`:
+
+    timm.create_model("sknet50", pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="timm/skresnext50_32x4d.ra_in1k"))
+
+Where sources disagree,
 the paper's text is followed: the width of the reduction is max(C / 16, 32) everywhere (the authors' Caffe file of SKNet-101
 has 16 in the second stage). That gives 27.48 M parameters and 4.46 G multiply-adds for SKNet-50, 48.74 M and 8.45 G for
 SKNet-101; the paper's table says 27.5 M, 4.47 G, 48.9 M and 8.46 G.
@@ -45,8 +50,8 @@ class SKNet(ResNet):
         return set()
 
 
-_RENAMES = [  # the authors' names → ours
-    (r"^module\.", ""),
+_RENAMES = [
+    (r"^module\.", ""),  # the authors' names → ours
     (r"(^|\.)conv2\.weight$", r"\1conv2.convs.0.weight"),
     (r"(^|\.)conv2g\.weight$", r"\1conv2.convs.1.weight"),
     (r"(^|\.)bn2\.", r"\1conv2.norms.0."),
@@ -54,11 +59,18 @@ _RENAMES = [  # the authors' names → ours
     (r"(^|\.)conv_fc1\.", r"\1conv2.reduce."),
     (r"(^|\.)bn_fc1\.", r"\1conv2.norm."),
     (r"(^|\.)conv_fc2\.", r"\1conv2.select."),
+    (r"\.conv([13])\.conv\.", r".conv\1."),  # timm's names → ours
+    (r"\.conv([13])\.bn\.", r".bn\1."),
+    (r"\.paths\.(\d+)\.conv\.", r".convs.\1."),
+    (r"\.paths\.(\d+)\.bn\.", r".norms.\1."),
+    (r"\.attn\.fc_reduce\.", ".reduce."),
+    (r"\.attn\.bn\.", ".norm."),
+    (r"\.attn\.fc_select\.", ".select."),
 ]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The names of the authors' PyTorch variant → ours, for a network and for a single block."""
+    """The names of the authors' PyTorch variant, and of timm's `skresnext50_32x4d`, → ours, for a network and a single block."""
     converted = {}
     for name, value in state_dict.get("state_dict", state_dict.get("model", state_dict)).items():
         for pattern, ours in _RENAMES:
