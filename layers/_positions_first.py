@@ -5,6 +5,8 @@ norms over channels, and one of B·C channels, for depthwise convolutions whose 
 copies a map. Shapes are (B, C, H, W) all the same. Maps in another layout are copied into this one. Exported graphs hold
 the ordinary operators.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,8 +40,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class PointwiseConv(nn.Conv2d):
     """1×1 convolution as a module."""
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__(in_channels, out_channels, 1, bias=bias)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, **where: Any):
+        super().__init__(in_channels, out_channels, 1, bias=bias, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         return pointwise(x, self.weight, self.bias)

@@ -24,6 +24,7 @@ class ATConv(nn.Module):
         dim: C.
         kernel_size: k, odd.
         bias: of the projections and of the linear layer.
+        device, dtype: of the parameters, as in torch.
 
     θ is the parameter `difference_control` (C,), 0 at the start. It must not decay: having one dimension it does not under
     timm's rules for optimizers.
@@ -35,16 +36,24 @@ class ATConv(nn.Module):
         ValueError: a kernel size that is not odd, at construction; a map of another shape, in `forward`.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.dim, self.kernel_size = dim, kernel_size
-        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias)
-        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias)
-        self.x_proj = PointwiseConv(dim, dim, bias=bias)
-        self.proj = PointwiseConv(dim, dim, bias=bias)
-        self.difference_control = nn.Parameter(torch.zeros(dim))
+        where = dict(device=device, dtype=dtype)
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **where)
+        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **where)
+        self.x_proj = PointwiseConv(dim, dim, bias=bias, **where)
+        self.proj = PointwiseConv(dim, dim, bias=bias, **where)
+        self.difference_control = nn.Parameter(torch.zeros(dim, **where))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
