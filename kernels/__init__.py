@@ -1,5 +1,7 @@
 """Operators: pure functions on tensors."""
+from .deform_conv2d import deform_conv2d
+from .depthwise_dynamic_conv2d import depthwise_dynamic_conv2d
 from .region_routes import region_means, region_routes
 from .routing_attention import routing_attention
 
-__all__ = ["region_means", "region_routes", "routing_attention"]
+__all__ = ["deform_conv2d", "depthwise_dynamic_conv2d", "region_means", "region_routes", "routing_attention"]

@@ -19,6 +19,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--static-size", action="store_true", help="accept images of that size only")
     parser.add_argument("--batch", type=int, help="accept batches of this size only (default: any)")
     parser.add_argument("--opset", type=int, default=20, help="ONNX operator set, 18 or newer (default: 20)")
+    parser.add_argument("--spell-out", action="store_true", help="deformable convolutions in operators of opset 16, not as DeformConv")
     return parser.parse_args(arguments)
 
 
@@ -27,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     model, info = load_model(args.model)
     try:
         exported = export_onnx(model, info, args.output, size=args.size, free_size=not args.static_size, batch=args.batch,
-                               opset=args.opset, progress=lambda step: print(f"{step} …", file=sys.stderr, flush=True))
+                               opset=args.opset, spell_out=args.spell_out,
+                              progress=lambda step: print(f"{step} …", file=sys.stderr, flush=True))
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,8 +22,10 @@ from torch.export import Dim
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.files import check_writable, replacing
+from zoo.kernels.deform_conv2d import spelled_out_in_exports
 
 OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime runs
+DEFORM_CONV_OPSET = 19
 TOLERANCE = 1e-4
 TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether of the batch …
 FREE_SIZE = 256  # … or of a map that strides have made small; tracing computes nothing, so that a large image costs nothing
@@ -59,13 +61,15 @@ class Exported:
 
 
 def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tuple[int, int] | None = None,
-                free_size: bool = True, batch: int | None = None, opset: int = 20,
+                free_size: bool = True, batch: int | None = None, opset: int = 20, spell_out: bool = False,
                 progress: Callable[[str], None] = lambda step: None) -> Exported:
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
     `size` (height, width) is what it is compared at, with others around it, and the only size accepted where `free_size`
     is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class
-    names and preprocessing are written to the file's metadata as JSON. `progress` is called with the name of each step.
+    names and preprocessing are written to the file's metadata as JSON. `spell_out` writes deformable convolutions in
+    operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset` has none. `progress` is
+    called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
     PyTorch by more than 1e-4; `path` is then as it was before.
@@ -77,12 +81,13 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     if free_size:
         progress("running PyTorch at other sizes")
         reason = _why_not_other_sizes(model, info, size)
-    if not reason:
-        try:
-            return _export(model, info, path, size, True, batch, opset, "", progress)
-        except _SizesNotFreeError as error:
-            reason = str(error)
-    return _export(model, info, path, size, False, batch, opset, reason, progress)
+    with spelled_out_in_exports() if spell_out or opset < DEFORM_CONV_OPSET else contextlib.nullcontext():
+        if not reason:
+            try:
+                return _export(model, info, path, size, True, batch, opset, "", progress)
+            except _SizesNotFreeError as error:
+                reason = str(error)
+        return _export(model, info, path, size, False, batch, opset, reason, progress)
 
 
 def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """Every registered model is a timm citizen. New families join by being registered; nothing here names one.
 
-Three tests take minutes for a large model: compiling, exporting, and the largest images. By default every model runs at
-small sizes and every family's light models run these three; ZOO_EVERY_MODEL=1 runs them for every model.
+What a family's code decides once (compiling, exporting, precisions, memory formats, large images and the like) is tested on
+the family's light models by default, and on every model with ZOO_EVERY_MODEL=1; that takes an hour. What hangs on a model's own
+arguments is always tested on every model.
 """
 import io
 import os
@@ -89,7 +90,7 @@ def test_large_sizes(name, size):
     check_size(name, size)
 
 
-@every_model
+@models_for_long_tests
 def test_an_image_does_not_depend_on_its_batch(name):
     model, x = make(name), images(batch=3)
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_classifier_can_be_reset_and_taken_apart(name):
         assert make(name, num_classes=0, global_pool="max")(x).shape == (2, model.num_features)
 
 
-@every_model
+@models_for_long_tests
 def test_gradient_checkpointing_changes_nothing(name):
     x, grads, stored = images(), [], []
     for enable in (False, True):
@@ -172,7 +173,7 @@ def test_input_channels(name, channels):
         assert model(images((32, 32), channels=channels)).shape == (2, 1000)
 
 
-@every_model
+@models_for_long_tests
 def test_weights_for_three_channels_load_into_any_number(name, tmp_path):
     torch.save(make(name).state_dict(), tmp_path / "w.pth")
     overlay = dict(file=str(tmp_path / "w.pth"))
@@ -182,7 +183,7 @@ def test_weights_for_three_channels_load_into_any_number(name, tmp_path):
         assert model(images(channels=1)).shape == (2, 1000) and other(images()).shape == (2, 4)
 
 
-@every_model
+@models_for_long_tests
 def test_channels_last(name):
     model, x = make(name), images()
     expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
@@ -192,7 +193,7 @@ def test_channels_last(name):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-@every_model
+@models_for_long_tests
 def test_bfloat16_autocast(name):
     model, x = make(name), images()
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,7 +204,7 @@ def test_bfloat16_autocast(name):
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@every_model
+@models_for_long_tests
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights(name, dtype):
     with torch.no_grad():
@@ -239,7 +240,7 @@ def test_exports(name):
         torch.testing.assert_close(loaded(images(batch=3)), model(images(batch=3)), atol=1e-5, rtol=1e-5)
 
 
-@every_model
+@models_for_long_tests
 def test_state_survives_saving(name, tmp_path):
     model, x = make(name), images()
     torch.save(model.state_dict(), tmp_path / "model.pth")
@@ -268,7 +269,7 @@ def _patterns(matcher: dict) -> list[str]:
     return found
 
 
-@every_model
+@models_for_long_tests
 def test_encoder_of_a_unet(name):
     unet = smp.Unet(f"tu-{name}", encoder_weights=None, classes=2, encoder_depth=5)
     out = unet.eval()(images((64, 96)))

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from zoo import biformer
-from zoo.layers import BiLevelRoutingAttention
+from zoo import attnet, biformer, polarized, sknet
+from zoo.layers import ATConv, BiLevelRoutingAttention, PolarizedSelfAttention
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -66,8 +66,33 @@ def _biformer(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
-BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(bra=_bra, biformer=_biformer)
-CONVERT = dict(bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn)
+def _polarized(config: dict[str, Any], reference: str) -> nn.Module:
+    return PolarizedSelfAttention(config["planes"], "parallel" if reference.endswith("PSA_p") else "sequential")
+
+
+def _sk(config: dict[str, Any], reference: str) -> nn.Module:
+    unit_args = dict(kernel_sizes=(3, 3), groups=(1, 32), min_width=1)
+    return sknet.SKBottleneck(config["inplanes"], config["planes"], config["stride"], unit_args=unit_args)
+
+
+def _atconv(config: dict[str, Any], reference: str) -> nn.Module:
+    return ATConv(**config)
+
+
+def _attnet(config: dict[str, Any], reference: str) -> nn.Module:
+    assert all(config["glu_dconv"]) and len(set(config["glu_norm"])) == 1
+    return attnet.AttNet(
+        num_classes=config["num_classes"], dims=config["dims"], depths=config["depths"], mlp_ratios=config["exp_rates"],
+        kernel_sizes=config["kernel_sizes"], mlp_norm=config["glu_norm"][0], layer_scale=config["use_layer_scale"],
+    )
+
+
+BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
+    atconv=_atconv, attnet=_attnet, bra=_bra, biformer=_biformer, polarized=_polarized, sk=_sk)
+CONVERT = dict(
+    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
+    bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
+    sk=sknet.checkpoint_filter_fn)
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:

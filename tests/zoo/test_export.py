@@ -13,6 +13,7 @@ from zoo import export
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
 from zoo.export import ExportError, export_onnx
+from zoo.layers import DAS
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "interpolation": "bicubic", "crop_pct": 0.9}
 INFO = ModelInfo("small", ("cat", "dog", "émeu"), DATA_CONFIG)
@@ -102,6 +103,16 @@ def test_small_size_of_a_biformer_is_free(tmp_path):
     model, info = load_model("biformer_nano", in_chans=1, num_classes=10)
     result = export_onnx(model, info, tmp_path / "x.onnx", size=(32, 32))
     assert result.free_size, result.reason
+
+
+@pytest.mark.parametrize(("opset", "spell_out"), [(20, False), (20, True), (18, False)])
+def test_deformable_convolutions_are_the_standard_operator_or_spelled_out(tmp_path, opset, spell_out):
+    result = export_onnx(Small(DAS(3)).eval(), INFO, tmp_path / "x.onnx", opset=opset, spell_out=spell_out)
+    assert result.free_size, result.reason
+    operators = [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
+    standard = opset >= 19 and not spell_out
+    assert operators.count("DeformConv" if standard else "GridSample") == 1
+    assert ("GridSample" if standard else "DeformConv") not in operators
 
 
 def test_size_is_fixed_and_said_so_where_the_model_takes_no_other(tmp_path):

@@ -7,11 +7,12 @@ import timm
 import torch
 
 import zoo
-from zoo.biformer import checkpoint_filter_fn
+from zoo import attnet, biformer, sknet
 from zoo.model_table import macs
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
-CONVERT = dict.fromkeys(zoo.list_models("biformer*"), checkpoint_filter_fn)
+FAMILIES = {"attnet*": attnet, "biformer*": biformer, "sk_resnet*": sknet}
+CONVERT = {name: family.checkpoint_filter_fn for names, family in FAMILIES.items() for name in zoo.list_models(names)}
 
 
 @pytest.mark.parametrize("name", sorted(MANIFESTS))
@@ -24,7 +25,9 @@ def test_released_checkpoint_loads(name, tmp_path):
     torch.save({"model": state}, tmp_path / "released.pth")
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "released.pth")))
     assert sum(p.numel() for p in model.parameters()) == manifest["params"]
-    assert abs(macs(name) / manifest["macs"] - 1) < 0.005
+    # AttNet computes less than its authors' code, which tests/zoo/test_attnet.py accounts for to 0.5 %.
+    least = 0.9 if name.startswith("attnet") else 0.995
+    assert least < macs(name) / manifest["macs"] < 1.005
     loaded, converted = model.state_dict(), CONVERT[name](state, model)
     assert loaded.keys() == converted.keys()
     for key, value in converted.items():

@@ -1,0 +1,20 @@
+# The authors' settings for T2, but for their adaptive gradient clipping (factor 0.01), which the engine does not have.
+_base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
+
+model = dict(
+    type='ImageClassifier',
+    name='attnet_t2',
+    args=dict(num_classes=1000, drop_path_rate=0.2),
+    mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5),
+    label_smoothing=0.1)
+
+# 32 GPUs with 128 images each
+optim_wrapper = dict(optimizer=dict(lr=4e-3, weight_decay=0.05))  # none on norms, biases, layer scale and lateral inhibition
+auto_scale_lr = dict(base_batch_size=4096)
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=2.5e-4, begin=0, end=5, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=2.5e-4, begin=5, convert_to_iter_based=True),
+]
+
+custom_hooks = [dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99995), dict(type='RecordHook')]

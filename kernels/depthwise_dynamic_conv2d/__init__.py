@@ -1,0 +1,44 @@
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["depthwise_dynamic_conv2d"]
+
+
+def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = None) -> Tensor:
+    """Convolution with one k×k kernel per sample and channel (ATConv, arXiv 2510.20092, equations 9 and 10).
+
+        out[b, c, i, j] = Σ_uv K[b, c, u, v] x[b, c, i + u - ⌊k/2⌋, j + v - ⌊k/2⌋],  x being 0 outside the map
+        K = kernels - sigmoid(theta) · mean_uv(kernels),  or K = kernels without theta
+
+    Subtracting the mean is the paper's lateral inhibition: the weights of a kernel compete for a sum that theta → ∞ makes 0.
+
+    Args:
+        x: (B, C, H, W). float32, float64, float16, bfloat16.
+        kernels: (B, C, k, k) of the same dtype (under autocast: of any), not flipped; sides odd, not necessarily equal.
+        theta: (C,) or None.
+
+    Returns:
+        (B, C, H, W) in the memory layout of x: contiguous, channels-last, or with positions before batch before channels,
+        which costs no copy (`x.permute(2, 3, 0, 1)` is contiguous). Differentiable any number of times in all arguments.
+
+    Graphs exported with a free batch hold a sum of shifted maps, as ONNX knows no free number of groups.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"depthwise_dynamic_conv2d: x must be (B, C, H, W) and floating, got {tuple(x.shape)} {x.dtype}")
+    if kernels.ndim != 4 or kernels.shape[:2] != x.shape[:2]:
+        raise ValueError(f"depthwise_dynamic_conv2d: kernels must be (B, C, k, k) with the B and C of x {tuple(x.shape)}, "
+                         f"got {tuple(kernels.shape)}")
+    if kernels.shape[2] % 2 == 0 or kernels.shape[3] % 2 == 0:
+        raise ValueError(f"depthwise_dynamic_conv2d: kernels must have odd sides, got {tuple(kernels.shape[2:])}")
+    if kernels.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"depthwise_dynamic_conv2d: kernels must have the dtype of x ({x.dtype}), got {kernels.dtype}")
+    if theta is not None:
+        if theta.shape != x.shape[1:2]:
+            raise ValueError(f"depthwise_dynamic_conv2d: theta must be (C,) = ({x.shape[1]},), got {tuple(theta.shape)}")
+        kernels = reference.inhibited(kernels, theta)
+    return reference.depthwise_dynamic_conv2d(x, kernels)

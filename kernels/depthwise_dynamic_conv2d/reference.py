@@ -1,0 +1,49 @@
+"""Per-sample depthwise convolution in PyTorch: one convolution with a group for every sample and channel."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._layout import in_layout_of
+
+
+def inhibited(kernels: Tensor, theta: Tensor) -> Tensor:
+    """kernels - sigmoid(theta) · their mean, for (B, C, k, k) and (C,)."""
+    return kernels - theta.sigmoid()[:, None, None] * kernels.mean((2, 3), keepdim=True)
+
+
+def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor) -> Tensor:
+    """Picks the formulation that suits the memory layout, which the result keeps."""
+    if torch.compiler.is_exporting() and not isinstance(x.shape[0], int):
+        return shifted(x, kernels)
+    if x.is_contiguous() or x.stride(1) != 1:
+        return grouped(x, kernels)
+    return in_layout_of(x, positions_first(x, kernels))
+
+
+def grouped(x: Tensor, kernels: Tensor) -> Tensor:
+    """The definition: samples are groups of channels of one sample."""
+    b, c, h, w = x.shape
+    return _convolve(x.reshape(1, b * c, h, w), kernels).reshape(b, c, h, w)
+
+
+def positions_first(x: Tensor, kernels: Tensor) -> Tensor:
+    """The same where channels lie innermost: with the batch beside them, the one sample is channels-last.
+
+    Convolutions prefer that, and where the batch already lies beside the channels nothing is copied.
+    """
+    b, c, h, w = x.shape
+    maps = x.permute(2, 3, 0, 1).reshape(1, h, w, b * c).permute(0, 3, 1, 2)
+    return _convolve(maps, kernels).permute(0, 2, 3, 1).reshape(h, w, b, c).permute(2, 3, 0, 1)
+
+
+def shifted(x: Tensor, kernels: Tensor) -> Tensor:
+    """The same as a sum of shifted maps, one for each place of the kernel: slower, but without a number of groups."""
+    (h, w), (rows, columns) = x.shape[2:], kernels.shape[2:]
+    padded = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2))
+    parts = (padded[:, :, i:i + h, j:j + w] * kernels[:, :, i, j, None, None] for i in range(rows) for j in range(columns))
+    return sum(parts, start=next(parts))
+
+
+def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:
+    b, c, rows, columns = kernels.shape
+    return F.conv2d(maps, kernels.reshape(b * c, 1, rows, columns), padding=(rows // 2, columns // 2), groups=b * c)

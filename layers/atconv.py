@@ -1,0 +1,80 @@
+"""Attentive convolution (ATConv, arXiv 2510.20092)."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.kernels import depthwise_dynamic_conv2d
+from zoo.kernels._layout import in_layout_of
+
+from ._positions_first import PointwiseConv, positions_first
+
+
+class ATConv(nn.Module):
+    """A convolution whose kernels every sample and channel makes from its own content (arXiv 2510.20092, section IV).
+
+    The map's positions, in reading order, are averaged in k² runs; from these a linear layer makes the k×k kernel of the
+    channel, whose weights then compete with their mean (see `zoo.kernels.depthwise_dynamic_conv2d`):
+
+        K = kernel_gen(GELU(kernel_proj(pool_{k²}(x)))),  out = proj((K - sigmoid(θ) · mean(K)) ∗ x_proj(x))
+
+    (B, C, H, W) → (B, C, H, W) in the memory layout of x, any height and width, any floating dtype. As timm's `attn_layer`:
+    `timm.create_model("resnet50", block_args=dict(attn_layer=ATConv))`.
+
+    Args:
+        dim: C.
+        kernel_size: k, odd.
+        bias: of the projections and of the linear layer.
+        device, dtype: of the parameters, as in torch.
+
+    θ is the parameter `difference_control` (C,), 0 at the start. It must not decay: having one dimension it does not under
+    timm's rules for optimizers.
+
+    Differences from the authors' code: the context is pooled before its projection, with which the pooling commutes. That
+    saves a third of the products in projections and changes nothing but rounding.
+
+    Raises:
+        ValueError: a kernel size that is not odd, at construction; a map of another shape, in `forward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        self.dim, self.kernel_size = dim, kernel_size
+        where = dict(device=device, dtype=dtype)
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **where)
+        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **where)
+        self.x_proj = PointwiseConv(dim, dim, bias=bias, **where)
+        self.proj = PointwiseConv(dim, dim, bias=bias, **where)
+        self.difference_control = nn.Parameter(torch.zeros(dim, **where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"ATConv: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
+        maps = positions_first(x)
+        out = depthwise_dynamic_conv2d(self.x_proj(maps), self.kernels(maps), self.difference_control)
+        return in_layout_of(x, self.proj(out))
+
+    def kernels(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, k, k), before the inhibition."""
+        pooled = x.flatten(2) @ _runs(self.kernel_size**2, x)
+        context = self.kernel_proj(pooled[..., None]).squeeze(-1)
+        return self.kernel_gen(F.gelu(context)).unflatten(-1, (self.kernel_size, self.kernel_size))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kernel_size={self.kernel_size}"
+
+
+def _runs(count: int, x: Tensor) -> Tensor:
+    """Adaptive average pooling of the H·W positions of x to `count` as a matrix (H·W, count): a product minds no layout."""
+    length = x.shape[2] * x.shape[3]
+    place, run = torch.arange(length, device=x.device)[:, None], torch.arange(count, device=x.device)
+    start, end = run * length // count, ((run + 1) * length + count - 1) // count
+    return ((place >= start) & (place < end)).to(x.dtype) / (end - start)

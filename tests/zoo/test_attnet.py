@@ -1,0 +1,73 @@
+"""What is particular to AttNet: its cost, its parameters that do not decay, and its gated MLP in slices."""
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.attnet import GatedMlp
+from zoo.checkpoints import load_model
+from zoo.export import export_onnx
+from zoo.layers import ATConv
+
+MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
+
+
+@pytest.mark.parametrize("name", sorted(set(zoo.list_models("attnet_*")) - {"attnet_nano"}))
+def test_multiplications_are_those_of_the_manifest_but_for_what_commutes(name):
+    manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model, images = timm.create_model(name).eval(), torch.empty(manifest["input"])
+    saved = []
+
+    def count(layer, inputs):
+        """The definition projects all positions and pools for free; ours pools by a product and projects k² positions."""
+        (_, c, h, w), runs = inputs[0].shape, layer.kernel_size**2
+        saved.append(c * c * (h * w - runs) - c * h * w * runs)
+
+    for layer in model.modules():
+        if isinstance(layer, ATConv):
+            layer.register_forward_pre_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    macs = counter.get_total_flops() / 2
+    assert macs + sum(saved) == pytest.approx(manifest["macs"], rel=0.005)
+    assert 0.9 * manifest["macs"] < macs < 0.98 * manifest["macs"]
+
+
+def test_lateral_inhibition_does_not_decay():
+    model = timm.create_model("attnet_nano")
+    assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if "difference_control" in name} != set()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 20, 64])
+def test_slices_of_the_gated_mlp_sum_to_the_whole(width, norm):
+    torch.manual_seed(0)
+    mlp, x = GatedMlp(6, 20, norm), torch.randn(2, 6, 5, 4)
+    expected = mlp(x)  # with gradients, in one piece
+    mlp.FEWEST, mlp.SLICE = width, 0
+    sliced = []
+    gated = mlp._gated
+    mlp._gated = lambda x, channels: sliced.append(channels) or gated(x, channels)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected.detach())
+    assert len(sliced) == -(-20 // width)
+
+
+def test_gated_mlp_in_float16_does_not_overflow():
+    mlp, x = GatedMlp(8, 64, norm=True).half(), torch.randn(1, 8, 4, 4).half()
+    with torch.no_grad():
+        mlp.fc1.weight.mul_(100)
+        out = mlp(x)
+        assert out.isfinite().all()
+        torch.testing.assert_close(out.double(), mlp.double()(x.double()), atol=0.01, rtol=0.01)
+
+
+def test_exports_with_free_batch_and_sizes(tmp_path):
+    model, info = load_model("attnet_nano", in_chans=1, num_classes=10)
+    result = export_onnx(model, info, tmp_path / "x.onnx", size=(32, 32))
+    assert result.free_batch and result.free_size, result.reason
