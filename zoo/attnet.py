@@ -47,7 +47,7 @@ class GatedMlp(nn.Module):
     channels at a time, whose part of the sum in `fc2` is added up while the caches hold them.
     """
 
-    SLICE, FEWEST = 1 << 20, 64  # numbers in a slice of y, but no fewer channels than this
+    SLICE, FEWEST = 1 << 21, 64  # numbers in a slice of y, but no fewer channels than this
 
     def __init__(self, dim: int, hidden: int, norm: bool, eps: float = 1e-6):
         super().__init__()
@@ -72,6 +72,7 @@ class GatedMlp(nn.Module):
         return self._normalized(pointwise(y, self._weight(), None), _squares(y))
 
     def _in_slices(self, x: Tensor, width: int) -> Tensor:
+        width = -(-self.hidden // -(-self.hidden // width))  # as many slices, of one width
         out, squares = 0, 0
         for start in range(0, self.hidden, width):
             channels = slice(start, start + width)
@@ -84,7 +85,10 @@ class GatedMlp(nn.Module):
         """Those channels of y. The halves of fc1 apart, as those of one result would have to be copied."""
         (gate, value), (gate_bias, value_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
         gated = depthwise(pointwise(x, gate[channels], gate_bias[channels]), self.dwconv.weight[channels], self.dwconv.bias[channels])
-        return F.gelu(gated) * pointwise(x, value[channels], value_bias[channels])
+        value = pointwise(x, value[channels], value_bias[channels])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.gelu(gated) * value
+        return torch.ops.aten.gelu_(gated).mul_(value)  # a fresh map costs as much as the arithmetic
 
     def _weight(self) -> Tensor:
         return self.fc2.weight if self.norm is None else self.fc2.weight * self.norm.weight[:, None, None]

@@ -49,7 +49,7 @@ def test_slices_of_the_gated_mlp_sum_to_the_whole(width, norm):
     torch.manual_seed(0)
     mlp, x = GatedMlp(6, 20, norm), torch.randn(2, 6, 5, 4)
     expected = mlp(x)  # with gradients, in one piece
-    mlp.FEWEST, mlp.SLICE = width, 0
+    mlp.FEWEST, mlp.SLICE = width, 0  # no wider than this
     sliced = []
     gated = mlp._gated
     mlp._gated = lambda x, channels: sliced.append(channels) or gated(x, channels)
