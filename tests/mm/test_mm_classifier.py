@@ -1,10 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.registry import MODELS
 from timm.data import create_transform
 from torch import nn
 
+import zoo
 from zoo.errors import InputError
 from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import load_config
@@ -115,3 +119,21 @@ def test_imagenet_configs_say_what_the_paper_does(name, drop_path):
     transform = create_transform(**config.train_dataloader.dataset.transform)
     assert [type(step).__name__ for step in transform.transforms] == [
         "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_sound(path):
+    """Its keys are known, its model is one of the zoo and is built, and data and model agree in classes and channels."""
+    config = load_config(path)
+    assert config.model.name in zoo.list_models() and path.stem.rsplit("_", 1)[0] == config.model.name
+    model = MODELS.build(config.model)
+    transform = config.train_dataloader.dataset.transform
+    channels = len(transform.get("mean", (0, 0, 0)))
+    model.train()
+    losses = model(torch.randn(2, channels, 64, 64), torch.tensor([0, 1]), mode="loss")
+    assert losses["loss"].isfinite()
+    digits = config.train_dataloader.dataset.type == "DigitsDataset"
+    assert model.num_classes == (10 if digits else 1000)
