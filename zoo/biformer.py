@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from torch import Tensor, nn
 
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
+from zoo.staged import StagedNetwork
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -113,7 +113,7 @@ def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:
     )
 
 
-class BiFormer(nn.Module):
+class BiFormer(StagedNetwork):
     """BiFormer, any input size.
 
     Args:
@@ -186,64 +186,11 @@ class BiFormer(nn.Module):
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of the stages that `indices` picks (the last n, or a list; all by default), as in timm."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
-        indices, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in indices:
-                intermediates.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if i == len(self.stages) - 1 else x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops the stages after the last of `indices`, and the norm and head where asked."""
-        indices, last = feature_take_indices(len(self.stages), indices)
-        pruned = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if prune_norm or pruned:
-            self.norm = nn.Identity()
-        if prune_head or pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.reset_classifier(0, "")
-        return indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def drop_norm(self) -> None:
+        self.norm = nn.Identity()
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,0 +1,90 @@
+"""What timm asks of a hierarchical network, written once for the families of the zoo."""
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
+from torch import Tensor, nn
+
+
+class StagedNetwork(nn.Module):
+    """A stem, stages that each work at half the resolution of the one before, perhaps a norm, and a head.
+
+    Families build, in their constructor, `stem`, `stages` (an `nn.Sequential` of modules with a flag `grad_checkpointing`),
+    `head` (timm's, with `fc` and `reset`), `feature_info`, `num_classes`, `num_features` and `head_hidden_size`. A norm
+    between stages and head is theirs to name, by `final_norm` and `drop_norm`.
+    """
+
+    stem: nn.Module
+    stages: nn.Sequential
+    head: nn.Module
+    feature_info: list[dict[str, Any]]
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm after the last stage, if there is one."""
+        return x
+
+    def drop_norm(self) -> None:
+        """Puts an identity in the place of the last norm, wherever it is."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the stages that `indices` picks (the last n, or a list; all by default), as in timm.
+
+        `norm` applies `final_norm` to those of the last stage.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
+        indices, last = feature_take_indices(len(self.stages), indices)
+        intermediates, final = [], len(self.stages) - 1
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in indices:
+                intermediates.append(self.final_norm(x) if norm and i == final else x)
+        if intermediates_only:
+            return intermediates
+        return (self.final_norm(x) if i == final else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last of `indices`, and the norm and head where asked."""
+        indices, last = feature_take_indices(len(self.stages), indices)
+        pruned = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or pruned:
+            self.drop_norm()
+        if prune_head or pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.reset_classifier(0, "")
+        return indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.final_norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
