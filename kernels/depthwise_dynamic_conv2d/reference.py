@@ -40,8 +40,10 @@ def shifted(x: Tensor, kernels: Tensor) -> Tensor:
     """The same as a sum of shifted maps, one for each place of the kernel: slower, but without a number of groups."""
     (h, w), (rows, columns) = x.shape[2:], kernels.shape[2:]
     padded = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2))
-    parts = (padded[:, :, i:i + h, j:j + w] * kernels[:, :, i, j, None, None] for i in range(rows) for j in range(columns))
-    return sum(parts, start=next(parts))
+    shifts = [padded.narrow(3, j, w) for j in range(columns)]
+    weights = kernels.flatten(2)[..., None, None].unbind(2)
+    parts = [shifts[i % columns].narrow(2, i // columns, h) * weight for i, weight in enumerate(weights)]
+    return sum(parts[1:], start=parts[0])
 
 
 def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:
