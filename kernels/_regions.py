@@ -15,12 +15,12 @@ def divides(height: int, width: int, regions: tuple[int, int], size: tuple[int, 
     return height == regions[0] * size[0] and width == regions[1] * size[1]
 
 
-def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int], value: float = 0.0) -> Tensor:
-    """(B, H, W, C) → (B, rows·h, columns·w, C), filled at the bottom and on the right."""
+def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) → (B, rows·h, columns·w, C), zeros at the bottom and on the right."""
     height, width = x.shape[1:3]
     if divides(height, width, regions, size):
         return x
-    return F.pad(x, (0, 0, 0, regions[1] * size[1] - width, 0, regions[0] * size[0] - height), value=value)
+    return F.pad(x, (0, 0, 0, regions[1] * size[1] - width, 0, regions[0] * size[0] - height))
 
 
 def cut(x: Tensor, regions: tuple[int, int], size: tuple[int, int], heads: int = 1) -> Tensor:
@@ -36,14 +36,6 @@ def paste(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
     b, heads, _, _, d = x.shape
     x = x.reshape(b, heads, rows, columns, h, w, d).permute(0, 2, 4, 3, 5, 1, 6)
     return x.reshape(b, rows * h, columns * w, heads * d)
-
-
-def inside(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
-    """Which positions of the padded regions lie on the map: (rows·columns, h·w), bool."""
-    (rows, columns), (h, w) = regions, size
-    row = (torch.arange(rows * h, device=device) < height).reshape(rows, 1, h, 1)
-    column = (torch.arange(columns * w, device=device) < width).reshape(1, columns, 1, w)
-    return (row & column).reshape(rows * columns, h * w)
 
 
 def positions(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:

@@ -5,36 +5,24 @@ The authors' checkpoints (MIT licence; https://github.com/price112/Attentive-Con
     timm.create_model("attnet_t2", pretrained=True, pretrained_cfg_overlay=dict(file="AttNet_T2.pth"))
 """
 import re
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
-from zoo.staged import StagedNetwork
+from zoo.staged import StagedNetwork, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
 REPORTED_TOP1 = {"attnet_t2": 84.4}  # the paper's abstract
-
-
-class LayerScale(nn.Module):
-    """γ ⊙ x over the channels of (B, C, H, W)."""
-
-    def __init__(self, dim: int, init_value: float = 1e-6):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init_value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma[:, None, None]
 
 
 class GatedMlp(nn.Module):
@@ -109,10 +97,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = ChannelNorm(dim, eps=1e-6)
         self.attn = ATConv(dim, kernel_size)
-        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls1 = LayerScale2d(dim, 1e-6) if layer_scale else nn.Identity()
         self.norm2 = ChannelNorm(dim, eps=1e-6)
         self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio) // 3, mlp_norm)
-        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale2d(dim, 1e-6) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,10 +129,6 @@ class Stage(nn.Module):
 
 def _conv_norm(in_chans: int, dim: int, suffix: str = "") -> dict[str, nn.Module]:
     return {f"conv{suffix}": nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), f"norm{suffix}": nn.BatchNorm2d(dim)}
-
-
-def _named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
 
 
 class AttNet(StagedNetwork):
@@ -181,10 +165,10 @@ class AttNet(StagedNetwork):
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        self.stem = _named(**_conv_norm(in_chans, dims[0] // 2, "1"), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2"))
+        self.stem = named(**_conv_norm(in_chans, dims[0] // 2, "1"), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2"))
         self.feature_info, stages = [], []
         for i, (dim, kernel_size, ratio) in enumerate(zip(dims, kernel_sizes, mlp_ratios, strict=True)):
-            downsample = _named(**_conv_norm(dims[i - 1], dim)) if i else nn.Identity()
+            downsample = named(**_conv_norm(dims[i - 1], dim)) if i else nn.Identity()
             blocks = [Block(dim, kernel_size, ratio, mlp_norm, layer_scale, rate) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))

@@ -7,7 +7,6 @@ The authors' checkpoints (MIT licence; https://github.com/rayleizhu/BiFormer) lo
 No address is registered: all of their links end in the same file name, under which torch's cache would confuse them.
 """
 import re
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
-from zoo.staged import StagedNetwork
+from zoo.staged import StagedNetwork, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -102,12 +101,8 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def _named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
-
-
 def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:
-    return _named(
+    return named(
         conv1=nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1), norm1=nn.BatchNorm2d(dim // 2), act=nn.GELU(),
         conv2=nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), norm2=nn.BatchNorm2d(dim),
     )
@@ -154,7 +149,7 @@ class BiFormer(StagedNetwork):
         attn_args = attn_args if isinstance(attn_args, list) else [attn_args or {}] * len(dims)
 
         if swin_layout:
-            self.stem = _named(conv1=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm1=nn.BatchNorm2d(dims[0]))
+            self.stem = named(conv1=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm1=nn.BatchNorm2d(dims[0]))
         else:
             self.stem = _conv_stem(in_chans, dims[0])
         self.feature_info, stages = [], []
@@ -162,9 +157,9 @@ class BiFormer(StagedNetwork):
             if i == 0:
                 downsample: nn.Module = nn.Identity()
             elif swin_layout:
-                downsample = _named(norm=nn.BatchNorm2d(dims[i - 1]), conv=nn.Conv2d(dims[i - 1], dim, 2, stride=2))
+                downsample = named(norm=nn.BatchNorm2d(dims[i - 1]), conv=nn.Conv2d(dims[i - 1], dim, 2, stride=2))
             else:
-                downsample = _named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1), norm=nn.BatchNorm2d(dim))
+                downsample = named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1), norm=nn.BatchNorm2d(dim))
             if topk is None:
                 attention = partial(GlobalAttention, dim, lepe_of_values=lepe_of_values)
             else:

@@ -1,4 +1,5 @@
 """What timm asks of a hierarchical network, written once for the families of the zoo."""
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -88,3 +89,8 @@ class StagedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    """A sequence whose modules have names."""
+    return nn.Sequential(OrderedDict(modules))

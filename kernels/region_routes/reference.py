@@ -2,21 +2,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, inside, pad_to_grid, positions, region_size
+from .._regions import cut, divides, pad_to_grid, positions, region_size
 
 Grid = tuple[int, int]
 
 
 def region_means(x: Tensor, regions: Grid, size: Grid) -> Tensor:
     height, width = x.shape[1:3]
-    if torch.compiler.is_exporting():  # a graph for every size, whether the grid divides it or not
-        own = positions(height, width, regions, size, x.device)
-        on_map = (own >= 0).to(x.dtype)
-        return (x.flatten(1, 2)[:, own.clamp(min=0)] * on_map[..., None]).sum(2) / on_map.sum(1, keepdim=True).clamp(min=1)
-    if divides(height, width, regions, size):
+    if not torch.compiler.is_exporting() and divides(height, width, regions, size):
         return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
-    total = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2)
-    return total / inside(height, width, regions, size, x.device).sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+    own = positions(height, width, regions, size, x.device)
+    on_map = (own >= 0).to(x.dtype)
+    if torch.compiler.is_exporting():  # by index: a graph for every size, whether the grid divides it or not
+        total = (x.flatten(1, 2)[:, own.clamp(min=0)] * on_map[..., None]).sum(2)
+    else:
+        total = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2)
+    return total / on_map.sum(1, keepdim=True).clamp(min=1)
 
 
 def region_routes(q: Tensor, k: Tensor, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:

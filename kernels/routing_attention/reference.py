@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, inside, pad_to_grid, paste, places, positions, region_size
+from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size
 from .blocked import routed_attention
 
 Grid = tuple[int, int]
@@ -75,7 +75,7 @@ def blocked(
     size = region_size(height, width, regions)
     q_r = cut(pad_to_grid(q, regions, size), regions, size, num_heads)
     k_r, v_r = (cut(pad_to_grid(x, regions, kv_size), regions, kv_size, num_heads) for x in (k, v))
-    on_map = None if divides(*k.shape[1:3], regions, kv_size) else inside(*k.shape[1:3], regions, kv_size, k.device)
+    on_map = None if divides(*k.shape[1:3], regions, kv_size) else positions(*k.shape[1:3], regions, kv_size, k.device) >= 0
     if weights is not None:
         weights = weights[:, None].expand(-1, num_heads, -1, -1).flatten(0, 2)
     out, _ = routed_attention(
