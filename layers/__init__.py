@@ -1,9 +1,14 @@
 """The mechanisms of the literature as layers for anybody's model."""
+from ._capture import capture
 from .atconv import ATConv
+from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
 from .das import DAS
 from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 
-__all__ = ["DAS", "ATConv", "BiLevelRoutingAttention", "PointwiseLinear", "PolarizedSelfAttention", "SelectiveKernelUnit"]
+__all__ = [
+    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
+    "SelectiveKernelUnit", "capture",
+]

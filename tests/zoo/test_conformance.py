@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from zoo import attnet, biformer, polarized, sknet
-from zoo.layers import ATConv, BiLevelRoutingAttention, PolarizedSelfAttention
+import zoo
+from zoo import attnet, biformer, polarized, sknet, unet
+from zoo.layers import ATConv, AttentionGate, BiLevelRoutingAttention, PolarizedSelfAttention
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -87,10 +88,23 @@ def _attnet(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
+def _attention_gate(config: dict[str, Any], reference: str) -> nn.Module:
+    normalization = "softmax" if config["mode"] == "concatenation_residual" else "sigmoid"
+    dims = config["in_channels"], config["gating_channels"], config["inter_channels"]
+    return AttentionGate(*dims, spatial_dims=len(config["sub_sample_factor"]), normalization=normalization)
+
+
+def _attention_unet(config: dict[str, Any], reference: str) -> nn.Module:
+    widths = [width // config["feature_scale"] for width in (64, 128, 256, 512, 1024)]
+    return unet.UNet(config["in_channels"], config["n_classes"], widths, num_gates=2, deep_supervision=True, spatial_dims=3)
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    atconv=_atconv, attnet=_attnet, bra=_bra, biformer=_biformer, polarized=_polarized, sk=_sk)
+    atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, bra=_bra, biformer=_biformer,
+    polarized=_polarized, sk=_sk)
 CONVERT = dict(
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
+    attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
     sk=sknet.checkpoint_filter_fn)
 
@@ -109,11 +123,16 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).eval()
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    x = tensors["input"].requires_grad_()
-    output = model(x)
-    _close("output", output, tensors["output"], OUTPUT_BOUND)
-    (output * tensors["cotangent/output"]).sum().backward()
-    _close("gradient of the input", x.grad, tensors["grad/input"], GRADIENT_BOUND)
+    inputs = {name: tensors[name].requires_grad_() for name in ("input", "gating") if name in tensors}
+    with zoo.capture(model) as maps:
+        outputs = {"output": model(*inputs.values())}
+    outputs |= maps.get("", {})  # what a single layer reports of itself
+    names = [name.removeprefix("cotangent/") for name in tensors if name.startswith("cotangent/")]
+    for name in names:
+        _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
+    sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
+    for name, x in inputs.items():
+        _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())
     converted = convert({**state, **grads}, model)  # conversion may look at neighbouring entries
     own_names = convert({name: torch.full_like(value, name in grads) for name, value in state.items()}, model)
