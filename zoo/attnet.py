@@ -32,7 +32,8 @@ class GatedMlp(nn.Module):
 
     (B, C, H, W) → (B, C, H, W). The division by the root mean square comes after `fc2`, with which it commutes and where
     there are fewer channels; in float16, whose range it protects, before. Without gradients on the CPU, y is made some
-    channels at a time, whose part of the sum in `fc2` is added up while the caches hold them.
+    channels at a time, whose part of the sum in `fc2` is added up while the caches hold them. Where one of the modules has
+    hooks or is not what was built here (adapters, quantization, pruning), they are called one after the other instead.
     """
 
     SLICE, FEWEST = 1 << 21, 64  # numbers in a slice of y, but no fewer channels than this
@@ -46,6 +47,10 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not all(map(_is_plain, self.children())):
+            gate, value = self.fc1(x).chunk(2, 1)
+            y = F.gelu(self.dwconv(gate)) * value
+            return self.fc2(y if self.norm is None else self.norm(y.movedim(1, -1)).movedim(-1, 1))
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
             return self._whole(x)
         width = max(self.FEWEST, self.SLICE // (x.numel() // x.shape[1]))
@@ -83,6 +88,11 @@ class GatedMlp(nn.Module):
 
     def _normalized(self, out: Tensor, squares: Tensor) -> Tensor:
         return torch.addcmul(self.fc2.bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does no more than its weights say."""
+    return type(module) in (nn.Conv2d, nn.RMSNorm) and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _squares(y: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def open_gates(model: nn.Module) -> nn.Module:
 
 
 @every_cnn
-@pytest.mark.parametrize("layer", ["polarized", "sk"])
+@pytest.mark.parametrize("layer", ["das", "polarized", "atconv", "sk"])
 def test_every_residual_block_keeps_its_output_until_the_gate_opens(name, layer):
     model = make(name)
     before, names = model(IMAGES), set(model.state_dict())

@@ -58,6 +58,22 @@ def test_slices_of_the_gated_mlp_sum_to_the_whole(width, norm):
     assert len(sliced) == -(-20 // width)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_gated_mlp_calls_modules_that_are_hooked_or_replaced(norm, grad):
+    torch.manual_seed(0)
+    mlp, x, called = GatedMlp(6, 20, norm), torch.randn(2, 6, 5, 4), []
+    with torch.set_grad_enabled(grad):
+        expected = mlp(x)
+        for name, module in mlp.named_children():
+            hook = module.register_forward_hook(lambda *_, name=name: called.append(name))
+            torch.testing.assert_close(mlp(x), expected)
+            assert called.pop() == name and not called
+            hook.remove()
+        mlp.fc1 = torch.nn.Sequential(mlp.fc1, torch.nn.Tanh())
+        assert not torch.allclose(mlp(x), expected)
+
+
 def test_gated_mlp_in_float16_does_not_overflow():
     mlp, x = GatedMlp(8, 64, norm=True).half(), torch.randn(1, 8, 4, 4).half()
     with torch.no_grad():
