@@ -66,10 +66,12 @@ class HiLoAttention(nn.Module):
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
-        q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
+        qkv = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads)
+        q, k, v = (part.flatten(1, 2) for part in qkv.chunk(3, 1))  # (B, heads · windows, s², d)
         overhang = self.mask_padding and (padded.shape != x.shape or torch.compiler.is_exporting())
-        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
-        out = paste(F.scaled_dot_product_attention(q, k, v, mask), grid, size)
+        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0).repeat(self.hi_heads, 1)[:, None] if overhang else None
+        out = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (self.hi_heads, -1))
+        out = paste(out, grid, size)
         return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
 
     def _lo(self, x: Tensor) -> Tensor:
