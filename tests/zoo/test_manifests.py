@@ -7,11 +7,11 @@ import timm
 import torch
 
 import zoo
-from zoo import attnet, biformer, sknet
+from zoo import attnet, biformer, fan, sknet
 from zoo.model_table import macs
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
-FAMILIES = {"attnet*": attnet, "biformer*": biformer, "sk_resnet*": sknet}
+FAMILIES = {"attnet*": attnet, "biformer*": biformer, "tap_fan*": fan, "sk_resnet*": sknet}
 CONVERT = {name: family.checkpoint_filter_fn for names, family in FAMILIES.items() for name in zoo.list_models(names)}
 
 
