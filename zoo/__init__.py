@@ -1,16 +1,19 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import attnet, biformer, das, fan, polarized, sknet
+from . import attnet, biformer, das, deit, fan, polarized, sknet
 from .attach import attach
 from .losses import AttentionDiversificationLoss
 
 __all__ = [
-    "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "das", "fan", "list_models", "polarized", "sknet",
+    "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "das", "deit", "fan", "list_models", "polarized",
+    "sknet",
 ]
 
 REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
-    name: top1 for family in (attnet, biformer, das, fan, polarized, sknet) for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
+    name: top1
+    for family in (attnet, biformer, das, deit, fan, polarized, sknet)
+    for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
 }
 
 

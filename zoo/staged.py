@@ -19,7 +19,6 @@ class StagedNetwork(nn.Module):
     stem: nn.Module
     stages: nn.Sequential
     head: nn.Module
-    coarser: nn.Module | None = None
     feature_info: list[dict[str, Any]]
 
     def final_norm(self, x: Tensor) -> Tensor:
@@ -89,7 +88,8 @@ class StagedNetwork(nn.Module):
         return indices
 
     def _levels(self) -> list[nn.Module]:
-        return [*self.stages, *filter(None, [self.coarser])]
+        coarser = getattr(self, "coarser", None)
+        return [*self.stages] if coarser is None else [*self.stages, coarser]
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.final_norm(self.stages(self.stem(x)))
