@@ -9,6 +9,16 @@ from .pointwise_linear import PointwiseLinear
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 
+class CancelledBiasLinear(nn.Linear):
+    """x Wᵀ: a linear layer whose bias a softmax over tokens would cancel, and that leaves it out.
+
+    The bias is there for checkpoints; its gradient, otherwise what rounding leaves, is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, 0 * self.bias)
+
+
 class TokenMixing(nn.Module):
     """Multi-head attention between all tokens of a map: out = proj(softmax(Q Kᵀ / √d) V).
 
@@ -66,7 +76,7 @@ class ChannelProcessing(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden: int):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.q = PointwiseLinear(dim, dim)
+        self.q = CancelledBiasLinear(dim, dim)
         self.mlp = DepthwiseMlp(dim, hidden)
         self.norm = nn.LayerNorm(dim)
 

@@ -21,6 +21,7 @@ from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
 from zoo.layers import FullyAttentionalBlock
+from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.staged import StagedNetwork, named
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
@@ -76,6 +77,8 @@ class ClassAttentionHead(nn.Module):
         make = partial(ClassAttentionBlock, dim, num_heads, mlp_ratio, qkv_bias=True, tokens_norm=True,
                        norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.blocks = nn.Sequential(make(), make())
+        for block in self.blocks:
+            block.attn.k = CancelledBiasLinear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type)
@@ -86,7 +89,7 @@ class ClassAttentionHead(nn.Module):
                 raise ValueError("the class token is gone: global_pool cannot go back to 'token' from another")
             if pool_type != "token":
                 self.cls_token = self.blocks = None
-                self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True, input_fmt="NHWC")
+                self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
         self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -94,7 +97,7 @@ class ClassAttentionHead(nn.Module):
         if self.cls_token is None:
             x = self.global_pool(x)
         else:
-            x = self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1))[:, 0]
+            x = self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1))[:, 0]
         x = self.drop(self.norm(x))
         x = x if pre_logits else self.fc(x)
         return x.permute(0, 3, 1, 2) if x.ndim == 4 else x

@@ -74,13 +74,13 @@ class _Similarities(TorchFunctionMode):
              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
         among_all = query.ndim == 4 and len(query) == self.batch and query.shape == key.shape
         if among_all and attn_mask is None and not is_causal:
-            # Out of reach of gradient checkpointing, which would look for these tensors when it runs the layer again.
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
+            with _kept():
                 self.found.append(attention_similarity(query, key, self.threshold, scale))
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+def _kept() -> contextlib.AbstractContextManager:
+    """Keeps gradient checkpointing from looking for the tensors saved inside when it runs the layer again."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 @contextlib.contextmanager
