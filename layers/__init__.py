@@ -3,14 +3,18 @@ from ._capture import capture
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
+from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .hilo import HiLoAttention
 from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
+from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "DeformableTokenMerging", "HiLoAttention", "MultiAttentionGate",
-    "PointwiseLinear", "PolarizedSelfAttention", "SelectiveKernelUnit", "capture",
+    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
+    "FullyAttentionalBlock", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention", "SelectiveKernelUnit",
+    "TokenAwareAvgPool", "TokenMixing", "capture",
 ]

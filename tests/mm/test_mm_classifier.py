@@ -42,6 +42,20 @@ def test_loss_with_mixup_against_its_definition(loss, smoothing):
     torch.testing.assert_close(found, expected)
 
 
+def test_attention_diversification_is_added_and_logged():
+    inputs, targets = _batch()
+    plain = ImageClassifier("test_vit", ARGS).eval()
+    task = ImageClassifier("test_vit", ARGS, attention_diversification=0.5, attention_threshold=0.9).eval()
+    task.load_state_dict(plain.state_dict())
+    without, found = (each(inputs, targets, mode="loss") for each in (plain, task))
+    _, similarity = zoo.AttentionDiversificationLoss(0.9)(plain.model, inputs)
+    assert set(without) == {"loss"} and set(found) == {"loss", "attention_similarity"}
+    torch.testing.assert_close(found["loss"], without["loss"] + 0.5 * similarity)
+    torch.testing.assert_close(found["attention_similarity"], similarity.detach())
+    _, logged = task.parse_losses(found)
+    assert logged["loss"] == found["loss"] and logged["attention_similarity"] == similarity
+
+
 def test_predictions_are_probabilities():
     inputs, targets = _batch()
     predictions = ImageClassifier("test_vit", ARGS).eval()(inputs, targets, mode="predict")

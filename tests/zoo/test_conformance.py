@@ -4,8 +4,10 @@ A case loads the reference's state through our checkpoint conversion and must gi
 `tests/golden/README.md` for the format and the bounds.
 """
 import json
+import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
-from zoo import attnet, biformer, litv2, polarized, sknet, unet
-from zoo.layers import ATConv, AttentionGate, BiLevelRoutingAttention, DeformableTokenMerging, HiLoAttention, PolarizedSelfAttention
+from zoo import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.kernels import attention_similarity
+from zoo.layers import (
+    ATConv,
+    AttentionGate,
+    BiLevelRoutingAttention,
+    ChannelProcessing,
+    DeformableTokenMerging,
+    HiLoAttention,
+    PolarizedSelfAttention,
+    TokenAwareAvgPool,
+    TokenMixing,
+)
+from zoo.staged import named
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -132,14 +147,72 @@ def _litv2(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
+class _Tokens(nn.Sequential):
+    """A layer that takes NHWC behind an interface that takes (B, N, C), of square maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1])
+        return super().forward(x.unflatten(1, (side, side))).flatten(1, 2)
+
+
+class _Diversification(nn.Module):
+    """The attention diversification loss of given logits: queries are their rows, keys the unit vectors."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, *logits: Tensor) -> Tensor:
+        layers = [attention_similarity(x, torch.eye(x.shape[-1]).expand_as(x), self.threshold, scale=1.0) for x in logits]
+        return torch.stack(layers).mean()
+
+
+def _tap(config: dict[str, Any], reference: str) -> nn.Module:
+    return _ChannelsFirst(named(pool=TokenAwareAvgPool(**config)))
+
+
+def _fan(config: dict[str, Any], reference: str) -> nn.Module:
+    if "TokenMixing" in reference:
+        return _Tokens(OrderedDict(layer=TokenMixing(config["dim"], config["num_heads"])))
+    if "ChannelProcessing" in reference:
+        return _Tokens(OrderedDict(layer=ChannelProcessing(config["dim"], config["num_heads"], config["mlp_hidden_dim"])))
+    if "ClassAttentionBlock" in reference:  # timm's, used as it is
+        return ClassAttentionBlock(**config)
+    backbone = config.get("backbone")
+    hybrid = dict(hybrid_dims=tuple(backbone["dims"][:2]), hybrid_depths=tuple(backbone["depths"])) if backbone else {}
+    return fan.Fan(num_classes=config["num_classes"], embed_dim=config["embed_dim"], depth=config["depth"], num_heads=config["num_heads"],
+                   num_scales=config["num_scales"], **hybrid)
+
+
+def _convert_fan(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, ClassAttentionBlock):
+        return state
+    converted = fan.checkpoint_filter_fn(state, model)
+    return {f"layer.{name}": value for name, value in converted.items()} if isinstance(model, _Tokens) else converted
+
+
+def _adl(config: dict[str, Any], reference: str) -> nn.Module:
+    return _Diversification(config["threshold"])
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer, bra=_bra,
-    hilo=_hilo, litv2=_litv2, polarized=_polarized, sk=_sk)
+    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
+    bra=_bra, fan=_fan, hilo=_hilo, litv2=_litv2, polarized=_polarized, sk=_sk, tap=_tap)
 CONVERT = dict(
+    adl=lambda state, model: state, fan=_convert_fan, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
     hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn)
+
+
+def _attention_of(model: nn.Module) -> dict[str, Tensor]:
+    """Fills with the attention of the model's token mixing once the model runs."""
+    layers, found = [layer for layer in model.modules() if isinstance(layer, TokenMixing)], {}
+    for i, layer in enumerate(layers):
+        name = f"attention.{i}" if len(layers) > 1 else "attention"
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: found.update({name: layer.attention(*inputs)}))
+    return found
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
@@ -164,6 +237,12 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     for name in names:
         _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
     sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
+    inputs = {name: x.requires_grad_() for name, x in sorted(tensors.items()) if name == "input" or name.startswith("logits.")}
+    outputs = _attention_of(model) if any(name.startswith("attention") for name in tensors) else {}
+    outputs["output"] = model(*inputs.values())
+    for name, output in outputs.items():
+        _close(name, output, tensors[name], OUTPUT_BOUND)
+    sum((output * tensors[f"cotangent/{name}"]).sum() for name, output in outputs.items()).backward()
     for name, x in inputs.items():
         _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())

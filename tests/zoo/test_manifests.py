@@ -9,11 +9,11 @@ import timm
 import torch
 
 import zoo
-from zoo import attnet, biformer, litv2, sknet, unet
+from zoo import attnet, biformer, fan, litv2, sknet, unet
 from zoo.model_table import macs
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
-FAMILIES = {"attention_unet3d": unet, "attnet*": attnet, "biformer*": biformer, "litv2*": litv2, "sk_resnet*": sknet}
+FAMILIES = {"attention_unet3d": unet, "attnet*": attnet, "biformer*": biformer, "litv2*": litv2, "sk_resnet*": sknet, "tap_fan*": fan}
 NAMES = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # ours, where it is another
 CONVERT = {name: family.checkpoint_filter_fn for names, family in FAMILIES.items() for name in zoo.list_models(names)}
 
