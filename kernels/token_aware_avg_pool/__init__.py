@@ -1,0 +1,34 @@
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["token_aware_avg_pool"]
+
+
+def token_aware_avg_pool(x: Tensor, weights: Tensor) -> Tensor:
+    """Average pools of several sizes, mixed anew at every position (arXiv 2303.11126, section 3.1).
+
+        out[p] = Σ_k weights[p, k] · pool_k(x)[p],  k = 0 … K - 1
+        pool_0(x) = x,  pool_k(x)[p] = 1/9 Σ_{u, v ∈ {-k, 0, k}} x[p + (u, v)],  x being 0 outside the map
+
+    Args:
+        x: (B, H, W, C). float32, float64, float16, bfloat16; computed in at least float32.
+        weights: (B, H, W, K) of the same dtype (under autocast: of any), K at least 1.
+
+    Returns:
+        (B, H, W, C) in the dtype of x. Differentiable once in x and weights; the backward pass takes the pools again, so
+        that beyond the arguments one map is held at a time. Exported graphs hold dilated depthwise convolutions.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"token_aware_avg_pool: x must be (B, H, W, C) and floating, got {tuple(x.shape)} {x.dtype}")
+    if weights.ndim != 4 or weights.shape[:3] != x.shape[:3] or weights.shape[3] == 0:
+        raise ValueError("token_aware_avg_pool: weights must be (B, H, W, K) with the B, H and W of x "
+                         f"{tuple(x.shape)} and K at least 1, got {tuple(weights.shape)}")
+    if not weights.is_floating_point() or (weights.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"token_aware_avg_pool: weights must have the dtype of x ({x.dtype}), got {weights.dtype}")
+    compute = reference.token_aware_avg_pool if torch.compiler.is_exporting() else reference.recomputed
+    return compute(x, weights)
