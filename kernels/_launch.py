@@ -1,8 +1,9 @@
 """Launches Triton kernels with the committed configurations, or notes what would be launched.
 
 A configuration holds what a kernel does not compute with: its tile sizes, `num_warps`, `num_stages`. `configurations.json`
-has them for every kernel under "default", under a key that the operator makes of its problem ("bfloat16 64"), and under an
-architecture and that key ("sm_90 bfloat16 64"); the most specific one is taken. `make gpu` measures and writes the latter.
+has them for every kernel under "default", under beginnings of a key that the operator makes of its problem ("packed",
+"packed bfloat16 64"), and under an architecture and that key ("sm_90 packed bfloat16 64"); the most specific one is taken.
+`make gpu` measures and writes the latter.
 """
 import contextlib
 import functools
@@ -42,11 +43,11 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: 
 
     Args:
         grid: number of programs, from all arguments and the configuration.
-        key: what of the problem decides on the configuration.
+        key: what of the problem decides on the configuration: words, the most important first.
         arguments: of the kernel, except those that the configuration holds.
     """
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    chosen = configuration(kernel.fn.__name__, _target or _architecture(device), key)
+    chosen = configuration_of(kernel, device, key)
     if _recorded is not None:
         _recorded.append(Launch(kernel, key, arguments, chosen))
         return
@@ -59,11 +60,17 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Configuration:
+    """What `launch` takes."""
+    return configuration(kernel.fn.__name__, _target or _architecture(device), key)
+
+
 def configuration(kernel: str, architecture: str, key: str) -> Configuration:
     if kernel in _overridden:
         return _overridden[kernel]
-    entries = _configurations()[kernel]
-    return next(entries[name] for name in (f"{architecture} {key}", key, "default") if name in entries)
+    entries, words = _configurations()[kernel], key.split()
+    names = [f"{architecture} {key}", *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
+    return next(entries[name] for name in names if name in entries)
 
 
 @contextlib.contextmanager
