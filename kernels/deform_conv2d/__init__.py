@@ -69,7 +69,7 @@ def deform_conv2d(
     stride, padding, dilation = (tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
     _check(x, offset, weight, bias, mask, stride, padding, dilation)
     largest = max(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])
-    if use_triton("deform_conv2d", backend, x, None if largest < 2**31 else "an image has 2³¹ elements or more"):
+    if use_triton("deform_conv2d", backend, x, None if largest < 2**31 else "an image spans 2³¹ elements or more"):
         from .triton import deform_conv2d as compute
     elif torch.compiler.is_exporting():
         compute = reference.deform_conv2d if _spelled_out.get() else _torchvision

@@ -247,9 +247,9 @@ def _strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def _key(x: Tensor, problem: dict[str, Any]) -> str:
-    """float32 or half, and how wide a tile of channels can be."""
+    """How wide a tile of channels can be, and whether products are of float32."""
     width = "depthwise" if problem["SEGMENT"] == 1 else "narrow" if problem["SEGMENT"] < 16 else "wide"
-    return f"{'float32' if x.dtype == torch.float32 else 'half'} {width}"
+    return f"{width} {'float32' if x.dtype == torch.float32 else 'half'}"
 
 
 def _by_group(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
