@@ -18,8 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from .._backends import name_of
 from .._launch import float32_precision, launch
+from .blocked import flops
 
 WEIGHT_PROGRAMS = 1024  # the gradient of the weight is split over positions until there are about as many
 
@@ -201,11 +204,10 @@ def deform_conv2d_backward_weight(
 
     `partial` is (shares, groups, kh·kw, C, Co).
     """
-    PARTS: tl.constexpr = (SEGMENT + CHANNELS - 1) // CHANNELS  # of a segment
-    parts_of_group = GROUP // SEGMENT * PARTS
-    part, out_tiles = tl.program_id(1), tl.cdiv(OUT_GROUP, OUTS)
+    per_segment, out_tiles = tl.cdiv(SEGMENT, CHANNELS), tl.cdiv(OUT_GROUP, OUTS)
+    per_tap, part = per_segment * (GROUP // SEGMENT), tl.program_id(1)
     group, o = tl.program_id(2) // out_tiles, tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
-    tap, first, channel = part // parts_of_group * TAPS, part % parts_of_group // PARTS * SEGMENT, part % PARTS * CHANNELS
+    tap, first, channel = part // per_tap * TAPS, part % per_tap // per_segment * SEGMENT, part % per_segment * CHANNELS
     offset_group = (group * GROUP + first) // OFFSET_GROUP
     t, c = tap + tl.arange(0, TAPS)[:, None, None], channel + tl.arange(0, CHANNELS)[None, :, None]
     total = tl.zeros((OUTS, TAPS * CHANNELS), tl.float32)
@@ -274,6 +276,9 @@ def deform_conv2d(
                            triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"])),
            _key(x, problem), **problem, weight=_by_group(weight, groups, x.dtype), bias=bias, out=out, **_strides("out", out))
     return out
+
+
+register_flop_formula(torch.ops.zoo.deform_conv2d_triton)(flops)
 
 
 @deform_conv2d.register_fake
@@ -364,20 +369,18 @@ deform_conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    geometries = dict(  # channels, output channels, groups, kernel side, stride, masked
-        das=(48, 256, 16, 3, 1, False), merging=(96, 192, 1, 2, 2, False), masked=(64, 64, 1, 3, 1, True), depthwise=(32, 32, 32, 3, 1, True))
+    layers = {  # channels, output channels, groups, side of the kernel, stride, masked
+        "das": (48, 256, 16, 3, 1, False), "merging": (96, 192, 1, 2, 2, False), "masked depthwise": (32, 32, 32, 3, 1, True),
+    }
     for (name, (channels, out_channels, groups, side, stride, masked)), dtype in itertools.product(
-            geometries.items(), (torch.float32, torch.bfloat16)):
-        x = torch.zeros(1, channels, 16, 16, dtype=dtype)
-        if name == "merging": x = x.contiguous(memory_format=torch.channels_last)
+            layers.items(), (torch.float32, torch.bfloat16)):
+        x, offset, mask = (torch.zeros(1, count, size, size, dtype=dtype)
+                           for count, size in ((channels, 16), (2 * side**2, 16 // stride), (side**2, 16 // stride)))
         weight = torch.zeros(out_channels, channels // groups, side, side, dtype=dtype)
-        out = 16 // stride
-        offset = torch.zeros(1, 2 * side**2, out, out, dtype=dtype)
-        mask = torch.zeros(1, side**2, out, out, dtype=dtype) if masked else None
+        mask, geometry = mask if masked else None, ([stride, stride], [(side - stride) // 2] * 2, [1, 1])
 
-        def run(x=x, offset=offset, weight=weight, mask=mask, side=side, stride=stride) -> None:
-            geometry = [stride, stride], [(side - stride) // 2] * 2, [1, 1]
+        def run(x=x, offset=offset, weight=weight, mask=mask, geometry=geometry) -> None:
             out = deform_conv2d(x, offset, weight, None, mask, *geometry)
             deform_conv2d_backward(out, x, offset, weight, mask, *geometry)
 
-        yield f"{name} {str(dtype).removeprefix('torch.')}", run
+        yield f"{name} {name_of(dtype)}", run

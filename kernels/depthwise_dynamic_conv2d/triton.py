@@ -98,9 +98,10 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None, t
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
+    b, c, height, width = x.shape
     launch(depthwise_dynamic_conv2d_forward,
-           lambda chosen: (triton.cdiv(x.shape[2] * x.shape[3], chosen["POSITIONS"]), triton.cdiv(x.shape[1], chosen["CHANNELS"]), x.shape[0]),
-           _key(x), x=x, kernels=kernels, theta=theta, out=out, **_shape(x, kernels.shape[2:], transposed), **_strides("x", x),
+           lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
+           x=x, kernels=kernels, theta=theta, out=out, **_shape(x, kernels.shape[2:], transposed), **_strides("x", x),
            **_strides("kernels", kernels), **_strides("out", out))
     return out
 
