@@ -116,13 +116,15 @@ def test_operator_is_well_registered(kernel_device, masked):
 
 
 def test_compiles_whole_and_checkpoints(kernel_device):
-    arguments = problem(kernel_device, size=(3, 4), kernel=(1, 2), padding=(0, 0))
-    expected = run(arguments, "triton")
-    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(arguments, "triton"), expected)
-    x, offset, weight, bias, mask = (t.requires_grad_() for t in arguments[:5])
-    out = checkpoint(deform_conv2d, x, offset, weight, bias, 1, 0, 1, mask, "triton", use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x),
-                               torch.autograd.grad(deform_conv2d(x, offset, weight, bias, mask=mask).square().sum(), x))
+    x, offset, weight, bias, mask, *_ = problem(kernel_device, size=(3, 4), kernel=(1, 2), padding=(0, 0))
+    inputs = [t.requires_grad_() for t in (x, offset, weight, bias, mask)]
+
+    def loss(x, offset, weight, bias, mask):
+        return deform_conv2d(x, offset, weight, bias, mask=mask, backend="triton").square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs), expected)
+    torch.testing.assert_close(torch.autograd.grad(checkpoint(loss, *inputs, use_reentrant=False), inputs), expected)
 
 
 def test_autocast_mixes_dtypes_and_returns_that_of_x(kernel_device):
