@@ -278,7 +278,7 @@ def deform_conv2d(
     return out
 
 
-register_flop_formula(torch.ops.zoo.deform_conv2d_triton)(flops)
+register_flop_formula(torch.ops.zoo.deform_conv2d_triton, get_raw=True)(flops)  # it already takes tensors
 
 
 @deform_conv2d.register_fake
@@ -304,7 +304,9 @@ def deform_conv2d_backward(
     """Gradients of x, offset, weight and mask (of no elements where there is no mask)."""
     if grad.numel() == 0:
         return tuple(map(torch.zeros_like, _empty_grads(x, offset, weight, mask)))
-    _, grad_offset, _, grad_mask = _empty_grads(x, offset, weight, mask)
+    grad_x, grad_offset, _, grad_mask = _empty_grads(x, offset, weight, mask)
+    if grad_x.stride() != x.stride():
+        x = grad_x.copy_(x)  # the kernel addresses both alike
     problem = _problem(x, offset, weight, mask, stride, padding, dilation) | dict(grad=grad) | _strides("grad", grad)
     groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
     positions, taps = grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
@@ -315,7 +317,6 @@ def deform_conv2d_backward(
            _key(x, problem), **problem, weight=_by_group(weight, groups, x.dtype), scale=scale, grad_x=sums, grad_offset=grad_offset,
            grad_mask=grad_mask)
     grad_x = (sums if scale is None else sums / scale.double()).to(x.dtype)
-
     shares = min(x.shape[0] * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
     partial = torch.empty(shares, groups, taps, problem["GROUP"], problem["OUT_GROUP"], dtype=torch.float32, device=x.device)
 
@@ -325,7 +326,7 @@ def deform_conv2d_backward(
                 groups * triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"]))
 
     launch(deform_conv2d_backward_weight, grid, _key(x, problem), **problem, partial=partial, images=x.shape[0])
-    grad_weight = partial.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
+    grad_weight = partial.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype).contiguous()
     return grad_x, grad_offset, grad_weight, grad_mask
 
 

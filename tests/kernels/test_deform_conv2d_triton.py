@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.kernels import deform_conv2d
 from zoo.kernels._launch import overridden
 from zoo.kernels.deform_conv2d.triton import deform_conv2d as operator
+from zoo.kernels.deform_conv2d.triton import deform_conv2d_backward as gradient
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {
@@ -81,10 +82,12 @@ def test_values_and_gradients_are_those_of_the_reference(kernel_device, size, ke
         assert_close(run(arguments, "triton", layout=layout), run(arguments, "reference", torch.float64), dtype)
 
 
-@pytest.mark.parametrize(("groups", "offset_groups"), [(2, 1), (1, 2), (2, 3), (3, 2), (2, 4)])
-def test_offset_groups_need_not_divide_groups(kernel_device, groups, offset_groups):
+@pytest.mark.parametrize(("groups", "offset_groups", "layout"), [
+    (2, 1, "strided"), (1, 2, "channels last"), (2, 3, "contiguous"), (3, 2, "strided"), (2, 4, "channels last")])
+def test_any_groups_in_any_layout(kernel_device, groups, offset_groups, layout):
     arguments = problem(kernel_device, size=(3, 4), kernel=(1, 2), groups=groups, offset_groups=offset_groups, widths=(1, 2))
-    assert_close(run(arguments, "triton"), run(arguments, "reference"), torch.float32)
+    with tiled(2, 8, 16, 32):
+        assert_close(run(arguments, "triton", layout=layout), run(arguments, "reference"), torch.float32)
 
 
 @pytest.mark.parametrize("change", [dict(), dict(masked=False, widths=(3, 16), groups=2), dict(spread=20.0, dtype=torch.bfloat16)], ids=str)
@@ -112,7 +115,12 @@ def test_undefined_and_infinite_offsets_sample_nothing(kernel_device):
 def test_operator_is_well_registered(kernel_device, masked):
     *tensors, stride, padding, dilation = problem(kernel_device, size=(2, 3), kernel=(1, 2), masked=masked, bias=masked, padding=(0, 0))
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(operator, (*tensors, list(stride), list(padding), list(dilation)))
+    geometry = list(stride), list(padding), list(dilation)
+    torch.library.opcheck(operator, (*tensors, *geometry))
+    x, offset, weight, _, mask = (t if t is None else t.detach() for t in tensors)
+    for inputs in (x, offset), (LAYOUTS["strided"](x), offset):
+        grad = torch.randn_like(operator(*inputs, weight, None, mask, *geometry))
+        torch.library.opcheck(gradient, (grad, *inputs, weight, mask, *geometry), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_whole_and_checkpoints(kernel_device):
