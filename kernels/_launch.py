@@ -66,12 +66,12 @@ def float32_precision(device: torch.device) -> str:
     """
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    return "tf32x3" if (_target or _architecture(device)).startswith("sm_") else "ieee"
+    return "tf32x3" if (_target or architecture(device)).startswith("sm_") else "ieee"
 
 
 def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Configuration:
     """What `launch` takes."""
-    return configuration(kernel.fn.__name__, _target or _architecture(device), key)
+    return configuration(kernel.fn.__name__, _target or architecture(device), key)
 
 
 def configuration(kernel: str, architecture: str, key: str) -> Configuration:
@@ -109,8 +109,19 @@ def _configurations() -> dict[str, dict[str, Configuration]]:
     return json.loads(CONFIGURATIONS.read_text())
 
 
+def add_configurations(found: dict[str, dict[str, Configuration]]) -> None:
+    """Writes these, by kernel and key, into the file beside those it has."""
+    table = {kernel: entries | found.get(kernel, {}) for kernel, entries in _configurations().items()}
+    kernels = []
+    for kernel, entries in sorted(table.items()):
+        lines = [f"  {json.dumps(key)}: {json.dumps(chosen)}" for key, chosen in entries.items()]
+        kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
+    CONFIGURATIONS.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    _configurations.cache_clear()
+
+
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     """As GPU compilers call it: sm_90, gfx942; cpu for the interpreter."""
     if device.type != "cuda":
         return device.type
