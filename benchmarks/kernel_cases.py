@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo import kernels
 from zoo.kernel_benchmark import Case, Cases, Side
+from zoo.layers._positions_first import positions_first
 
 from .biformer_authors import _cut, _paste
 
@@ -159,6 +160,8 @@ def deform_conv2d(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case
         batch, padding = 1 if small else 32, 1 if kernel == 3 else 0
         out_size = (size + 2 * padding - kernel) // stride + 1
         x, weight = leaf(device, dtype, batch, channels, size, size), leaf(device, dtype, out, channels // groups, kernel, kernel)
+        if "LITv2" in name:
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()  # as its tokens lie
         offset = leaf(device, dtype, batch, 2 * kernel**2, out_size, out_size)
         leaves = x, offset, weight, *([leaf(device, dtype, batch, kernel**2, out_size, out_size)] if masked else [])
 
@@ -170,9 +173,8 @@ def deform_conv2d(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case
             return torchvision.ops.deform_conv2d(x, offset, weight, None, stride, padding, 1, *mask).to(tensors[0].dtype)
 
         rivals = {"torchvision": side(theirs, *leaves)}
-        mmcv = _mmcv_deform_conv2d()
-        if masked and mmcv is not None:
-            rivals["mmcv"] = side(lambda x, o, w, m, f=mmcv, s=stride, p=padding, g=groups: f(x, o, m, w, None, s, p, 1, g, 1), *leaves)
+        if (mmcv := _mmcv_deform_conv2d()) is not None:
+            rivals["mmcv"] = side(lambda *tensors, f=mmcv, s=stride, p=padding, g=groups: f(*tensors, s, p, g), *leaves)
         products = 2 * batch * out_size**2 * weight.numel()
         yield Case("deform_conv2d", f"{name}, {channels}×{size}² → {out}×{out_size}², batch {batch}", side(ours, *leaves), rivals,
                    moved(leaves, batch * out * out_size**2), (products, 3 * products))
@@ -180,20 +182,30 @@ def deform_conv2d(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case
 
 def _mmcv_deform_conv2d() -> Callable[..., Tensor] | None:
     try:
-        from mmcv.ops import modulated_deform_conv2d
+        from mmcv.ops import deform_conv2d, modulated_deform_conv2d
     except ImportError:
         return None
-    return modulated_deform_conv2d
+
+    def compute(x: Tensor, offset: Tensor, weight: Tensor, *rest: Tensor | int) -> Tensor:
+        *mask, stride, padding, groups = rest
+        if mask:
+            return modulated_deform_conv2d(x, offset, *mask, weight, None, stride, padding, 1, groups, 1)
+        return deform_conv2d(x, offset, weight, stride, padding, 1, groups, 1)
+
+    return compute
 
 
 def depthwise_dynamic_conv2d(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
-    """Stages of AttNet-T2: ours against a grouped convolution, inhibition included."""
-    for stage, (channels, size) in enumerate([(6, 5)] if small else [(64, 56), (128, 28), (288, 14), (512, 7)], 1):
+    """Stages of AttNet-T2, channels first and as the network keeps them: ours against a grouped convolution, inhibition included."""
+    stages = enumerate([(6, 5)] if small else [(64, 56), (128, 28), (288, 14), (512, 7)], 1)
+    for (stage, (channels, size)), layout in itertools.product(stages, ("channels first", "positions first")):
         batch = 2 if small else 64
-        x, weight = leaf(device, dtype, batch, channels, size, size), leaf(device, dtype, batch, channels, 3, 3)
+        first, weight = leaf(device, dtype, batch, channels, size, size), leaf(device, dtype, batch, channels, 3, 3)
         theta = leaf(device, dtype, channels)
-        yield Case("depthwise_dynamic_conv2d", f"AttNet-T2 stage {stage}, {channels}×{size}², batch {batch}",
-                   side(kernels.depthwise_dynamic_conv2d, x, weight, theta), {"grouped": side(_grouped, x, weight, theta)},
+        x = first if layout == "channels first" else positions_first(first.detach()).requires_grad_()
+        yield Case("depthwise_dynamic_conv2d", f"AttNet-T2 stage {stage}, {channels}×{size}², batch {batch}, {layout}",
+                   side(kernels.depthwise_dynamic_conv2d, x, weight, theta),
+                   {"grouped, channels first": side(_grouped, first, weight, theta)},
                    moved((x, weight, theta), x.numel()), (18 * x.numel(), 54 * x.numel()))
 
 

@@ -240,7 +240,8 @@ def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *ge
         x=x, offset=offset, mask=mask, height=x.shape[2], width=x.shape[3], out_height=offset.shape[2], out_width=offset.shape[3],
         **_strides("x", x), **_strides("offset", offset), **_strides("mask", mask),
         GROUP=group_width, OUT_GROUP=out_channels * group_width // x.shape[1], OFFSET_GROUP=offset_group,
-        SEGMENT=math.gcd(group_width, offset_group), KH=kh, KW=kw, SY=sy, SX=sx, PY=py, PX=px, DY=dy, DX=dx, PRECISION=float32_precision(x.device),
+        SEGMENT=math.gcd(group_width, offset_group), KH=kh, KW=kw, SY=sy, SX=sx, PY=py, PX=px, DY=dy, DX=dx,
+        PRECISION=float32_precision(x.device),
     )
 
 

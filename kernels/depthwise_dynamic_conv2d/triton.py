@@ -165,12 +165,15 @@ gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_ke
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    for dtype, memory_format in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
-        x = torch.zeros(2, 64, 28, 28, dtype=dtype).contiguous(memory_format=memory_format)
+    for dtype, side, memory_format in (
+        (torch.float32, 56, torch.contiguous_format), (torch.bfloat16, 56, torch.contiguous_format),
+        (torch.bfloat16, 7, torch.contiguous_format), (torch.bfloat16, 56, torch.channels_last),
+    ):
+        x = torch.zeros(2, 64, side, side, dtype=dtype).contiguous(memory_format=memory_format)
         kernels, theta = torch.zeros(2, 64, 3, 3, dtype=dtype), torch.zeros(64, dtype=dtype)
 
         def run(x=x, kernels=kernels, theta=theta) -> None:
             depthwise_dynamic_conv2d(x, kernels, theta, False)
             gradient_of_kernels(x, x, [3, 3], False)
 
-        yield f"{name_of(dtype)}{' channels-last' if memory_format == torch.channels_last else ''}", run
+        yield f"{_key(x)} {name_of(dtype)}", run
