@@ -37,8 +37,9 @@ class HaloAttention(nn.Module):
         device, dtype: of the parameters, as in torch.
 
     Differences from timm's `HaloAttn`, whose weights load as they are: maps need not be multiples of the block (see the
-    operator), and windows are never all in memory. As there, the offset of a key from a strided query is taken from the
-    query's number in the block, and of the 2w − 1 rows of the tables of relative positions no query reads the first w − b / stride.
+    operator), averages at the edge of odd maps are over what there is, and windows are never all in memory. As there, the offset
+    of a key from a strided query is taken from the query's number in the block, and of the 2w − 1 rows of the tables of relative
+    positions no query reads the first w − b / stride.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.

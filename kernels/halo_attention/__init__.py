@@ -38,7 +38,8 @@ def halo_attention(
         (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable once in q, k, v, rel_h and rel_w.
 
     Keys and values are never copied for all windows at once, and the attention is not kept for the backward pass: memory
-    beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead.
+    beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead, for any
+    size in ONNX; `torch.export` itself guards against maps of a single block where it was shown more.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
