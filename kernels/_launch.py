@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._interpreter import correct_products
+
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
 OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one step, whatever Triton's default
 Configuration = dict[str, int]
@@ -51,13 +53,20 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: 
     if _recorded is not None:
         _recorded.append(Launch(kernel, key, arguments, chosen))
         return
+    if device.type == "cpu":
+        correct_products()
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **chosen, **OPTIONS)
 
 
-def float32_precision() -> str:
-    """Of products of float32 matrices, `input_precision` of `tl.dot`: what torch has been told for its own."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def float32_precision(device: torch.device) -> str:
+    """Of products of float32 matrices, `input_precision` of `tl.dot`: that of float32, or tf32 where torch has been told so.
+
+    NVIDIA's matrix units reach it with three products in tf32, AMD's have float32.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if (_target or _architecture(device)).startswith("sm_") else "ieee"
 
 
 def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Configuration:

@@ -23,8 +23,8 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: Backend | None = 
     check_map("x", "region_means", x)
     check_regions("region_means", regions)
     if use_triton("region_means", backend, x):
-        from .triton import region_means
-        return region_means(x, list(regions))
+        from . import triton
+        return triton.region_means(x, list(regions))
     return reference.region_means(x, regions, region_size(*x.shape[1:3], regions))
 
 

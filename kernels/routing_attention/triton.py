@@ -48,6 +48,13 @@ def _region(position, columns, h, w, width):
 
 
 @triton.jit
+def _sees(bits, region):
+    """Whether regions are in sets of 64 bits, by halves: 64-bit shifts are slow."""
+    low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
+    return (tl.where(region < 32, low, high) >> (region & 31)) & 1 != 0
+
+
+@triton.jit
 def _held(tile, columns, h, w, height, width, PACKED: tl.constexpr, SIZE: tl.constexpr):
     """The positions that a program holds, whether they are on the map, and their region where it is one."""
     if PACKED:
@@ -114,7 +121,7 @@ def routing_attention_forward(
         if PACKED:
             there = first + tl.arange(0, KEYS)
             exists = there < keys
-            seen = exists & ((routed[:, None] >> _region(there, columns, kv_h, kv_w, kv_width)) & 1 != 0)
+            seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
         else:
             there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
             seen = exists[None, :]
@@ -135,9 +142,9 @@ def routing_attention_forward(
         sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
     nothing = total == 0.0
-    sums /= tl.where(nothing, 1.0, total)[:, None]
+    total = tl.where(nothing, 1.0, total)
     out += batch * height * width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    _store_rows(out, sums, position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
+    _store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
     tl.store(logsumexp + (batch * heads + head) * height * width + position, tl.where(nothing, 0.0, highest + tl.log2(total)), mask=on)
 
 
@@ -180,7 +187,7 @@ def routing_attention_backward_queries(
         if PACKED:
             there = first + tl.arange(0, KEYS)
             exists = there < keys
-            seen = exists & ((routed[:, None] >> _region(there, columns, kv_h, kv_w, kv_width)) & 1 != 0)
+            seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
         else:
             there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
             seen = exists[None, :] & on[:, None]
@@ -243,13 +250,13 @@ def routing_attention_backward_keys(
         if PACKED:
             there, exists = j, j < queries
             routed = tl.load(bits + batch * regions + _region(there, columns, h, w, width), mask=exists, other=0)
-            seen = (routed >> own[:, None]) & 1 != 0
+            seen = on[:, None] & _sees(routed, own[:, None])
         else:
             entry = start + _quotient(j, h * w)
             route = tl.load(order + batch * regions * slots + entry, mask=entry < end, other=0).to(tl.int32)
             there, exists = _position(_quotient(route, slots), j - (entry - start) * (h * w), columns, h, w, height, width)
             exists &= entry < end
-            seen = exists[None, :]
+            seen = on[:, None] & exists
         rows = _rows(q, there, exists, q_position, q_channel, WIDTH, BLOCK)
         above = _rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
         denominator = tl.load(logsumexp + per_query + there, mask=exists, other=0.0)
@@ -294,7 +301,7 @@ class _Problem:
         self.arguments = dict(
             bits=self.bits, weights=self.weights, scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
             height=height, width=width, h=h, w=w, kv_height=kv_height, kv_width=kv_width, kv_h=kv_size[0], kv_w=kv_size[1],
-            **_maps(q=q, k=k, v=v), PACKED=self.packed, WEIGHTED=weights is not None, PRECISION=float32_precision(),
+            **_maps(q=q, k=k, v=v), PACKED=self.packed, WEIGHTED=weights is not None, PRECISION=float32_precision(q.device),
             WIDTH=width_of_head, BLOCK=block, VALUE_WIDTH=value_width_of_head, VALUE_BLOCK=value_block)
         self._of_heads = f"{name_of(q.dtype)} {max(block, value_block)}"
 
@@ -329,8 +336,9 @@ def _maps(**maps: Tensor) -> dict[str, Tensor | int]:
     """Maps with their positions in one dimension, a view where rows lie evenly, and their strides."""
     arguments = {}
     for name, x in maps.items():
-        x = x.flatten(1, 2)
-        arguments |= {name: x} | {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), x.stride(), strict=True)}
+        arguments[name] = x.flatten(1, 2)
+        strides = zip(("batch", "position", "channel"), arguments[name].stride(), strict=True)
+        arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
     return arguments
 
 
