@@ -9,11 +9,12 @@ from ._backends import default_backend
 from .attention_similarity import attention_similarity
 from .deform_conv2d import deform_conv2d
 from .depthwise_dynamic_conv2d import depthwise_dynamic_conv2d
+from .halo_attention import halo_attention
 from .region_routes import region_means, region_routes
 from .routing_attention import routing_attention
 from .token_aware_avg_pool import token_aware_avg_pool
 
 __all__ = [
-    "attention_similarity", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d", "region_means", "region_routes",
-    "routing_attention", "token_aware_avg_pool",
+    "attention_similarity", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d", "halo_attention", "region_means",
+    "region_routes", "routing_attention", "token_aware_avg_pool",
 ]

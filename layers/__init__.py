@@ -7,6 +7,7 @@ from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
+from .halo import HaloAttention
 from .hilo import HiLoAttention
 from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
@@ -15,6 +16,6 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention", "SelectiveKernelUnit",
-    "TokenAwareAvgPool", "TokenMixing", "capture",
+    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
+    "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
