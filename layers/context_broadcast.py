@@ -1,6 +1,9 @@
 """Context broadcasting, CB (arXiv 2210.08457)."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._capture import report
 
 
 class ContextBroadcast(nn.Module):
@@ -8,7 +11,8 @@ class ContextBroadcast(nn.Module):
 
         CB: out = (x + mean(x)) / 2,  CB_S: out = x + λ ⊙ mean(x)
 
-    (B, …, C) → (B, …, C), tokens being all dimensions between batch and channels; any floating dtype.
+    (B, …, C) → (B, …, C), tokens being all dimensions between batch and channels; any floating dtype. `zoo.capture` gets the
+    `similarity` (B, …), the cosine of every token and the mean.
 
     Args:
         dim: C.
@@ -30,6 +34,7 @@ class ContextBroadcast(nn.Module):
         if x.ndim < 3 or x.shape[-1] != self.dim:
             raise ValueError(f"ContextBroadcast: x must be (B, …, {self.dim}), got shape {tuple(x.shape)}")
         mean = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
+        report(self, similarity=lambda: F.cosine_similarity(x, mean, -1))
         return (x + mean) / 2 if self.scale is None else x + self.scale * mean
 
     def extra_repr(self) -> str:

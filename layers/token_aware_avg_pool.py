@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from zoo.kernels import token_aware_avg_pool
 
+from ._capture import report
+
 
 class TokenAwareAvgPool(nn.Module):
     """Lets every token choose how far it looks around before attention (arXiv 2303.11126, section 3.1).
@@ -11,7 +13,8 @@ class TokenAwareAvgPool(nn.Module):
         out[p] = Σ_k w[p, k] · pool_k(x)[p],  w = softmax_k(conv3×3(BatchNorm(conv3×3(x))))
         pool_0(x) = x,  pool_k(x) the mean over 3×3 tokens k apart, those outside the map being 0
 
-    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype. With one scale it is the identity.
+    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype. With one scale it is the identity. `zoo.capture` gets
+    the `weights` w, (B, H, W, K).
 
     Args:
         dim: C.
@@ -35,7 +38,9 @@ class TokenAwareAvgPool(nn.Module):
         self.conv2 = nn.Conv2d(num_scales, num_scales, 3, padding=1, bias=False, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        return token_aware_avg_pool(x, self.weights(x))
+        weights = self.weights(x)
+        report(self, weights=weights)
+        return token_aware_avg_pool(x, weights)
 
     def weights(self, x: Tensor) -> Tensor:
         """w, (B, H, W, K), positive and of sum 1."""

@@ -40,7 +40,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Captured:
-    """A layer that reported, the maps it reported of one image, the size (H, W) of its map, and the image (H, W, 3), 0 to 1."""
+    """A layer that reported, the maps it reported of one image, the size (H, W) of its map, and the image (H, W, 3), 0 to 1.
+
+    The size of tokens in a sequence is that of the image.
+    """
 
     name: str
     layer: nn.Module
@@ -77,7 +80,8 @@ def mechanisms(model: nn.Module, info: ModelInfo, picture: Image.Image, query: P
     stages = {(type(modules[name]), *(value.shape for value in found.values())): name for name, found in drawn.items()}
     seen = []
     for name in stages.values():
-        captured = Captured(name, modules[name], {key: value[0] for key, value in drawn[name].items()}, sizes[name], shown)
+        captured = Captured(name, modules[name], {key: value[0] for key, value in drawn[name].items()},
+                            sizes.get(name, shown.shape[:2]), shown)
         figure, caption = PICTURES[type(modules[name])](captured, query)
         seen.append(Seen(name.replace(".", "-"), f"{name}: {type(modules[name]).__name__}", caption, _render(figure)))
     return seen
@@ -219,13 +223,74 @@ def _gate(seen: Captured, query: Point):
     return figure, f"What the gate lets through, {attention.min():.2f} to {attention.max():.2f}."
 
 
+def _high_and_low(seen: Captured, query: Point):
+    layer, (height, width) = seen.layer, seen.size
+    grid = tuple(math.ceil(n / layer.window) for n in seen.size)
+    row, column = (int(f * n) for f, n in zip(query, seen.size, strict=True))
+    figure, (left, right) = _figure(2)
+    for axes in (left, right):
+        axes.imshow(seen.image, extent=seen.extent)
+        axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
+    if "hi" in seen.maps:
+        window = row // layer.window * grid[1] + column // layer.window
+        place = row % layer.window * layer.window + column % layer.window
+        share = seen.maps["hi"].mean(0)[window, place].tolist()
+        top, first = row - row % layer.window, column - column % layer.window
+        for i, weight in enumerate(share):
+            box = (top + i // layer.window, first + i % layer.window, 1, 1)
+            left.add_patch(_rectangle(box, facecolor=("yellow", 0.1 + 0.6 * weight / max(share)), edgecolor="black"))
+    if "lo" in seen.maps:
+        low = seen.maps["lo"].mean(0)[row * width + column].unflatten(0, grid).repeat_interleave(layer.window, 0)
+        _overlay(right, seen.image, low.repeat_interleave(layer.window, 1)[:height, :width], seen.extent)
+    return figure, (f"What the red cross attends to: left, its window of {layer.window}x{layer.window} positions, in the heads of high "
+                    "frequencies; right, the means of all windows, in those of low ones.")
+
+
+def _halo(seen: Captured, query: Point):
+    layer, attention = seen.layer, seen.maps["attention"]
+    block, halo, stride = layer.block_size, layer.halo_size, layer.stride
+    row, column = (int(f * n) for f, n in zip(query, seen.size, strict=True))
+    own = attention[row // block, column // block].mean(0)[row % block // stride, column % block // stride]
+    top, first = row // block * block - halo, column // block * block - halo
+    window = block + 2 * halo
+    figure, (axes,) = _figure(1)
+    axes.imshow(seen.image, extent=seen.extent)
+    axes.imshow(own, extent=(first - 0.5, first + window - 0.5, top + window - 0.5, top - 0.5), cmap="inferno", alpha=0.6)
+    axes.add_patch(_rectangle((top + halo, first + halo, block, block), fill=False, edgecolor="white", linewidth=1.5))
+    axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
+    axes.set_xlim(min(seen.extent[0], first - 0.5), max(seen.extent[1], first + window - 0.5))
+    axes.set_ylim(max(seen.extent[2], top + window - 0.5), min(seen.extent[3], top - 0.5))
+    return figure, f"What the red cross attends to: its block of {block}x{block} positions (white) and a halo of {halo} around it."
+
+
+def _token_aware(seen: Captured, query: Point):
+    weights = seen.maps["weights"]
+    figure, (axes,) = _figure(1)
+    _overlay(axes, seen.image, weights @ torch.arange(weights.shape[-1], dtype=weights.dtype), seen.extent)
+    shares = ", ".join(f"{share:.2f}" for share in weights.mean((0, 1)).tolist())
+    return figure, f"How far every token looks around itself, as its mean dilation; shares of the pools, itself first: {shares}."
+
+
+def _context(seen: Captured, query: Point):
+    similarity = seen.maps["similarity"]
+    ratio = seen.size[0] / seen.size[1]
+    rows, columns = math.isqrt(int(len(similarity) * ratio)), math.isqrt(int(len(similarity) / ratio))  # the patches, which come last
+    figure, (axes,) = _figure(1)
+    _overlay(axes, seen.image, similarity[-rows * columns :].unflatten(0, (rows, columns)), seen.extent)
+    return figure, f"Cosine of every token and the mean of all, which is added to it, {similarity.min():.2f} to {similarity.max():.2f}."
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
     zoo.layers.BiLevelRoutingAttention: _routing,
+    zoo.layers.ContextBroadcast: _context,
     zoo.layers.DAS: _deformable,
+    zoo.layers.HaloAttention: _halo,
+    zoo.layers.HiLoAttention: _high_and_low,
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.SelectiveKernelUnit: _selective,
+    zoo.layers.TokenAwareAvgPool: _token_aware,
 }
 
 
@@ -284,7 +349,7 @@ def _sizes(model: nn.Module):
             hook.remove()
 
 
-CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention}
+CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HiLoAttention, zoo.layers.TokenAwareAvgPool}
 
 
 def _integrated_gradients(model: nn.Module, image: Tensor, target: int) -> Tensor:

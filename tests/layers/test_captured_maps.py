@@ -4,7 +4,19 @@ import torch
 import torch.nn.functional as F
 
 import zoo
-from zoo.layers import DAS, ATConv, BiLevelRoutingAttention, PolarizedSelfAttention, SelectiveKernelUnit
+from zoo.kernels._regions import cut, paste
+from zoo.kernels.token_aware_avg_pool.reference import token_aware_avg_pool
+from zoo.layers import (
+    DAS,
+    ATConv,
+    BiLevelRoutingAttention,
+    ContextBroadcast,
+    HaloAttention,
+    HiLoAttention,
+    PolarizedSelfAttention,
+    SelectiveKernelUnit,
+    TokenAwareAvgPool,
+)
 
 
 def captured(layer, x):
@@ -74,6 +86,48 @@ def test_kernels_of_attentive_convolution():
     out, maps = captured(layer, x)
     convolved = F.conv2d(layer.x_proj(x).reshape(1, 16, 6, 7), maps["kernels"].reshape(16, 1, 5, 5), padding=2, groups=16)
     torch.testing.assert_close(out, layer.proj(convolved.reshape(2, 8, 6, 7)))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_high_and_low_attention(size):
+    layer, x = randomized(HiLoAttention(16, 4, window=2, alpha=0.5)), torch.randn(2, *size, 16)
+    out, maps = captured(layer, x)
+    rows, columns = ((n + 1) // 2 for n in size)
+    padded = F.pad(x, (0, 0, 0, size[1] % 2, 0, size[0] % 2))
+    values = cut(layer.hi_qkv(padded), (rows, columns), (2, 2), 6).chunk(3, 1)[2]
+    high = layer.hi_proj(paste(maps["hi"] @ values, (rows, columns), (2, 2))[:, : size[0], : size[1]])
+    means = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).flatten(2).transpose(1, 2)
+    values = layer.lo_kv(means)[..., 8:].unflatten(-1, (2, 4)).transpose(1, 2)
+    low = layer.lo_proj((maps["lo"] @ values).transpose(1, 2).reshape(2, *size, 8))
+    torch.testing.assert_close(out, torch.cat([high, low], -1))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_halo_windows(stride):
+    layer, x = randomized(HaloAttention(8, 8, stride, num_heads=2, block_size=4, halo_size=1)), torch.randn(2, 8, 7, 10)
+    out, maps = captured(layer, x)
+    side = 4 // stride
+    attention = maps["attention"]
+    assert attention.shape == (2, 2, 3, 2, side, side, 6, 6)
+    torch.testing.assert_close(attention.sum((-1, -2)), torch.ones(2, 2, 3, 2, side, side))
+    values = layer.kv(x).unflatten(1, (2, 8))[:, :, 4:]  # each head's keys, then its values
+    values = F.pad(values, (1, 3, 1, 2)).unfold(3, 6, 4).unfold(4, 6, 4)
+    found = torch.einsum("nrcmijyx,nmercyx->nmericj", attention, values).reshape(2, 8, 2 * side, 3 * side)
+    torch.testing.assert_close(out, found[:, :, : out.shape[2], : out.shape[3]])
+
+
+def test_weights_of_token_aware_pooling():
+    layer, x = randomized(TokenAwareAvgPool(8)), torch.randn(2, 5, 7, 8)
+    out, maps = captured(layer, x)
+    torch.testing.assert_close(out, token_aware_avg_pool(x, maps["weights"]))
+
+
+def test_similarity_to_the_context():
+    x = torch.randn(2, 5, 8)
+    _, maps = captured(ContextBroadcast(8), x)
+    for token, found in zip(x.unbind(1), maps["similarity"].unbind(1), strict=True):
+        mean = x.mean(1)
+        torch.testing.assert_close(found, (token * mean).sum(-1) / token.norm(dim=-1) / mean.norm(dim=-1))
 
 
 def test_models_report_every_block_by_name_and_nothing_afterwards():

@@ -13,7 +13,10 @@ from zoo.errors import InputError
 from zoo.kernels import deform_conv2d
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
-STAGES = {"attnet_nano": 4, "biformer_nano": 3, "das_resnet_nano": 4, "polarized_resnet_nano": 4, "sknet_nano": 4}
+STAGES = {
+    "attnet_nano": 4, "biformer_nano": 3, "das_resnet_nano": 4, "deit_nano_patch16_224_cb": 1, "halonet_nano": 5, "litv2_nano": 2,
+    "polarized_resnet_nano": 4, "sknet_nano": 4, "tap_fan_nano": 1,
+}
 
 
 def small(name):
