@@ -155,7 +155,8 @@ def test_gradients_in_float64(name, way):
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), groups=st.integers(1, 3), offset_groups=st.integers(1, 3),
-    masked=st.booleans(), bias=st.booleans(), fewest=st.sampled_from([1, 100]), batch=st.integers(1, 5), at_once=st.integers(1, 2000), seed=st.integers(0, 99),
+    masked=st.booleans(), bias=st.booleans(), fewest=st.sampled_from([1, 100]),
+    batch=st.integers(1, 5), at_once=st.integers(1, 2000), seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_agrees_with_torchvision_on_any_shape(size, kernel, stride, padding, dilation, groups, offset_groups, fewest, at_once, **rest):
