@@ -47,23 +47,24 @@ class AttentionDiversificationLoss(nn.Module):
 
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
         """What model(images) returns, and the similarity, a scalar in [0, 1]; images (B, …)."""
-        with _fused(model), _Similarities(len(images), self.threshold) as similarities:
+        similarities: list[Tensor] = []
+        with _fused(model), _Similarities(images.shape[0], self.threshold, similarities):
             out = model(images)
-        if not similarities.found:
+        if not similarities:
             raise InputError(f"{type(model).__name__} has no layer in which all tokens of an image attend to one another, "
                              "which the attention diversification loss needs")
-        return out, torch.stack(similarities.found).mean()
+        return out, torch.stack(similarities).mean()
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
 
 
 class _Similarities(TorchFunctionMode):
-    """Collects in `found` the similarity of every attention between all tokens of the images."""
+    """Adds to `found` the similarity of every attention between all tokens of the images."""
 
-    def __init__(self, batch: int, threshold: float):
+    def __init__(self, batch: int, threshold: float, found: list[Tensor]):
         super().__init__()
-        self.batch, self.threshold, self.found = batch, threshold, []
+        self.batch, self.threshold, self.found = batch, threshold, found
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -72,7 +73,7 @@ class _Similarities(TorchFunctionMode):
 
     def _add(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
-        among_all = query.ndim == 4 and len(query) == self.batch and query.shape == key.shape
+        among_all = query.ndim == 4 and query.shape[0] == self.batch and query.shape == key.shape
         if among_all and attn_mask is None and not is_causal:
             with _kept():
                 self.found.append(attention_similarity(query, key, self.threshold, scale))

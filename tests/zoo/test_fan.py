@@ -61,6 +61,6 @@ def test_unbiased_norm():
 
 
 def test_exports_with_free_batch_and_sizes(tmp_path):
-    model, info = load_model("tap_fan_nano", in_chans=1, num_classes=10)
+    model, info = load_model("tap_fan_nano", in_chans=1, num_classes=10, depth=1)
     result = export_onnx(model, info, tmp_path / "x.onnx", size=(64, 64))
     assert result.free_batch and result.free_size, result.reason
