@@ -150,7 +150,7 @@ def halo_attention_backward_queries(
         grad_scores = attention * (tl.dot(above, tl.trans(values), input_precision=PRECISION) - share[:, None])
         grad_scores = grad_scores.to(key_rows.dtype)
         sums = tl.dot(grad_scores, key_rows, sums, input_precision=PRECISION)
-        on_line = (key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE)
+        on_line = tl.where((key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE), 1.0, 0.0)
         line_sums = tl.dot(grad_scores, on_line.to(key_rows.dtype), line_sums, input_precision=PRECISION)
 
     grad_q += batch * q_height * q_width * heads * WIDTH + head * WIDTH
