@@ -172,14 +172,14 @@ def halo_attention_backward_keys(
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     window: tl.constexpr = BLOCK + 2 * HALO
     offsets: tl.constexpr = window + SIDE - 1
-    KEYS: tl.constexpr = PATCH * PATCH
+    keys: tl.constexpr = PATCH * PATCH
     grad += batch * grad_batch + head * grad_head
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     per_query = batch * q_height * q_width * heads
     logits += per_query * (2 * offsets)
-    patches, place = tl.cdiv(width, PATCH), tl.arange(0, KEYS)
+    patches, place = tl.cdiv(width, PATCH), tl.arange(0, keys)
     top, left = tile // patches * PATCH, tile % patches * PATCH
     y, x = top + place // PATCH, left + place % PATCH
     position, on = y * width + x, (y < height) & (x < width)
@@ -191,8 +191,8 @@ def halo_attention_backward_keys(
     last_row = tl.minimum((top + PATCH - 1 + HALO) // BLOCK, rows - 1)
     across = tl.minimum((left + PATCH - 1 + HALO) // BLOCK, columns - 1) - first_column + 1
     count = (last_row - first_row + 1) * across * SIDE * SIDE
-    key_sums = tl.zeros((KEYS, WIDTH_TILE), tl.float32)
-    value_sums = tl.zeros((KEYS, VALUE_TILE), tl.float32)
+    key_sums = tl.zeros((keys, WIDTH_TILE), tl.float32)
+    value_sums = tl.zeros((keys, VALUE_TILE), tl.float32)
     for first in range(0, count, QUERIES):
         entry = first + tl.arange(0, QUERIES)
         block, within = entry // (SIDE * SIDE), entry % (SIDE * SIDE)
@@ -227,7 +227,8 @@ class _Problem:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float):
         (self.batch, q_height, q_width, self.heads, width), (height, map_width), value_width = q.shape, k.shape[1:3], v.shape[4]
-        self.size, self.side = (height, map_width), rel_h.shape[0] - block - 2 * halo + 1
+        self.size, self.window = (height, map_width), block + 2 * halo
+        self.side = rel_h.shape[0] - self.window + 1
         self.rows, self.columns = triton.cdiv(height, block), triton.cdiv(map_width, block)
         self.table = torch.cat((rel_h, rel_w)).float()
         tiles = [max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width, value_width)]
@@ -262,7 +263,8 @@ def halo_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
     out, logsumexp = _empty_results(q, v)
-    problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
     launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.arguments)
     return out, logsumexp
 
@@ -282,13 +284,19 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _gradients(grad, _Problem(q, k, v, rel_h, rel_w, block, halo, scale), q, k, v, rel_h, out, logsumexp)
+
+
+def _gradients(
+    grad: Tensor, problem: _Problem, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
     shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=torch.empty_like(logsumexp))
     grad_logits = torch.zeros_like(shared["logits"])
     launch(halo_attention_backward_queries, problem.query_grid, problem.key, **shared, out=out, grad_q=grad_q, grad_logits=grad_logits,
-           WINDOW_TILE=max(SMALLEST_TILE, triton.next_power_of_2(block + 2 * halo)))
+           WINDOW_TILE=max(SMALLEST_TILE, triton.next_power_of_2(problem.window)))
     launch(halo_attention_backward_keys, problem.key_grid, problem.key, **shared, rows=problem.rows, grad_k=grad_k, grad_v=grad_v)
 
     grad_logits = grad_logits.flatten(0, 3)
