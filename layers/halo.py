@@ -90,8 +90,10 @@ class HaloAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"HaloAttention: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        q, kv = (y.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)) for y in (self.q(x), self.kv(x)))
-        k, v = kv.split((self.dim_head, kv.shape[-1] - self.dim_head), -1)
+        q, kv = self.q(x), self.kv(x)
+        heads = kv.unflatten(1, (self.num_heads, -1))
+        k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
+        q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
         tables = [table[unread:] for table in (self.pos_embed.height_rel, self.pos_embed.width_rel)]
         report(self, attention=lambda: attention(q, k, *tables, self.block_size, self.halo_size, self.dim_head**-0.5))

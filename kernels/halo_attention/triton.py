@@ -77,9 +77,11 @@ def halo_attention_forward(
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
+    per_query = batch * q_height * q_width * heads
+    logits += per_query * (2 * offsets)
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
-    own = (batch * q_height * q_width + position) * heads + head
-    by_row, by_column = logits + own * (2 * offsets) + SIDE - 1 - i, logits + own * (2 * offsets) + offsets + SIDE - 1 - j
+    own = position * heads + head
+    by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
     queries = _rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
 
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
@@ -89,8 +91,8 @@ def halo_attention_forward(
         key_i, key_j, there, exists, seen = _keys_of(first, row, column, height, width, BLOCK, HALO, KEYS)
         scores = tl.dot(queries, tl.trans(_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)), input_precision=PRECISION)
         pairs = on[:, None] & seen
-        scores = scores * (scale * LOG2_E) + tl.load(by_row[:, None] + key_i, mask=pairs, other=0.0)
-        scores = tl.where(seen, scores + tl.load(by_column[:, None] + key_j, mask=pairs, other=0.0), -float("inf"))
+        scores = scores * (scale * LOG2_E) + tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
+        scores = tl.where(seen, scores + tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0), -float("inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
         exponentials = tl.exp2(scores - above[:, None])
         fade = tl.exp2(highest - above)
@@ -100,7 +102,7 @@ def halo_attention_forward(
 
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
     _store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
-    tl.store(logsumexp + own, highest + tl.log2(total), mask=on)
+    tl.store(logsumexp + per_query + own, highest + tl.log2(total), mask=on)
 
 
 @triton.jit
@@ -120,16 +122,18 @@ def halo_attention_backward_queries(
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
+    per_query = batch * q_height * q_width * heads
+    logits += per_query * (2 * offsets)
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
-    own = (batch * q_height * q_width + position) * heads + head
+    own = position * heads + head
     by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
     queries = _rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
     above = _rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
     result = _rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_TILE)
     share = tl.sum(above.to(tl.float32) * result.to(tl.float32), 1)
-    tl.store(shares + own, share, mask=on)
-    denominator = tl.load(logsumexp + own, mask=on, other=0.0)
+    tl.store(shares + per_query + own, share, mask=on)
+    denominator = tl.load(logsumexp + per_query + own, mask=on, other=0.0)
 
     line = tl.arange(0, 2 * WINDOW_TILE)  # of the window: its rows, then its columns
     sums = tl.zeros((QUERIES, WIDTH_TILE), tl.float32)
@@ -140,19 +144,19 @@ def halo_attention_backward_queries(
         values = _rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
         pairs = on[:, None] & seen
         scores = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION) * (scale * LOG2_E)
-        scores += tl.load(logits + by_row[:, None] + key_i, mask=pairs, other=0.0)
-        scores += tl.load(logits + by_column[:, None] + key_j, mask=pairs, other=0.0)
+        scores += tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
+        scores += tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0)
         attention = tl.exp2(tl.where(pairs, scores - denominator[:, None], -float("inf")))
         grad_scores = attention * (tl.dot(above, tl.trans(values), input_precision=PRECISION) - share[:, None])
         grad_scores = grad_scores.to(key_rows.dtype)
         sums = tl.dot(grad_scores, key_rows, sums, input_precision=PRECISION)
-        on_line = (key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE)
+        on_line = tl.where((key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE), 1.0, 0.0)
         line_sums = tl.dot(grad_scores, on_line.to(key_rows.dtype), line_sums, input_precision=PRECISION)
 
     grad_q += batch * q_height * q_width * heads * WIDTH + head * WIDTH
     _store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
     place = tl.where(line < WINDOW_TILE, by_row[:, None] + line, by_column[:, None] + line - WINDOW_TILE)
-    tl.store(grad_logits + place, line_sums, mask=on[:, None] & (line % WINDOW_TILE < window))
+    tl.store(grad_logits + per_query * (2 * offsets) + place, line_sums, mask=on[:, None] & (line % WINDOW_TILE < window))
 
 
 @triton.jit
@@ -168,12 +172,14 @@ def halo_attention_backward_keys(
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     window: tl.constexpr = BLOCK + 2 * HALO
     offsets: tl.constexpr = window + SIDE - 1
-    KEYS: tl.constexpr = PATCH * PATCH
+    keys: tl.constexpr = PATCH * PATCH
     grad += batch * grad_batch + head * grad_head
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    patches, place = tl.cdiv(width, PATCH), tl.arange(0, KEYS)
+    per_query = batch * q_height * q_width * heads
+    logits += per_query * (2 * offsets)
+    patches, place = tl.cdiv(width, PATCH), tl.arange(0, keys)
     top, left = tile // patches * PATCH, tile % patches * PATCH
     y, x = top + place // PATCH, left + place % PATCH
     position, on = y * width + x, (y < height) & (x < width)
@@ -185,8 +191,8 @@ def halo_attention_backward_keys(
     last_row = tl.minimum((top + PATCH - 1 + HALO) // BLOCK, rows - 1)
     across = tl.minimum((left + PATCH - 1 + HALO) // BLOCK, columns - 1) - first_column + 1
     count = (last_row - first_row + 1) * across * SIDE * SIDE
-    key_sums = tl.zeros((KEYS, WIDTH_TILE), tl.float32)
-    value_sums = tl.zeros((KEYS, VALUE_TILE), tl.float32)
+    key_sums = tl.zeros((keys, WIDTH_TILE), tl.float32)
+    value_sums = tl.zeros((keys, VALUE_TILE), tl.float32)
     for first in range(0, count, QUERIES):
         entry = first + tl.arange(0, QUERIES)
         block, within = entry // (SIDE * SIDE), entry % (SIDE * SIDE)
@@ -194,17 +200,17 @@ def halo_attention_backward_keys(
         query_y, query_x = row * SIDE + i, column * SIDE + j
         exists = (entry < count) & (query_y < q_height) & (query_x < q_width)
         there = query_y * q_width + query_x
-        own = (batch * q_height * q_width + there) * heads + head
+        own = there * heads + head
         key_i, key_j = y[:, None] - (row * BLOCK - HALO), x[:, None] - (column * BLOCK - HALO)
         pairs = exists & on[:, None] & (key_i >= 0) & (key_i < window) & (key_j >= 0) & (key_j < window)
 
         queries = _rows(q, there, exists, q_position, q_channel, WIDTH, WIDTH_TILE)
         above = _rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
-        denominator = tl.load(logsumexp + own, mask=exists, other=0.0)
-        share = tl.load(shares + own, mask=exists, other=0.0)
+        denominator = tl.load(logsumexp + per_query + own, mask=exists, other=0.0)
+        share = tl.load(shares + per_query + own, mask=exists, other=0.0)
         scores = tl.dot(key_rows, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
-        scores += tl.load(logits + own * (2 * offsets) + (key_i - i + SIDE - 1), mask=pairs, other=0.0)
-        scores += tl.load(logits + own * (2 * offsets) + (offsets + key_j - j + SIDE - 1), mask=pairs, other=0.0)
+        scores += tl.load(logits + (own * (2 * offsets) + SIDE - 1 - i + key_i), mask=pairs, other=0.0)
+        scores += tl.load(logits + (own * (2 * offsets) + offsets + SIDE - 1 - j + key_j), mask=pairs, other=0.0)
         attention = tl.exp2(tl.where(pairs, scores - denominator, -float("inf")))
         grad_scores = attention * (tl.dot(values, tl.trans(above), input_precision=PRECISION) - share)
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
@@ -221,14 +227,15 @@ class _Problem:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float):
         (self.batch, q_height, q_width, self.heads, width), (height, map_width), value_width = q.shape, k.shape[1:3], v.shape[4]
-        self.size, self.side = (height, map_width), rel_h.shape[0] - block - 2 * halo + 1
+        self.size, self.window = (height, map_width), block + 2 * halo
+        self.side = rel_h.shape[0] - self.window + 1
         self.rows, self.columns = triton.cdiv(height, block), triton.cdiv(map_width, block)
         self.table = torch.cat((rel_h, rel_w)).float()
         tiles = [max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width, value_width)]
         self.arguments = dict(
             logits=q.float() @ (self.table * LOG2_E.value).t(), scale=scale, heads=self.heads, columns=self.columns,
             height=height, width=map_width, q_height=q_height, q_width=q_width, **_maps(q=q, k=k, v=v), BLOCK=block, HALO=halo,
-            SIDE=self.side, PRECISION=float32_precision(), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width,
+            SIDE=self.side, PRECISION=float32_precision(q.device), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width,
             VALUE_TILE=tiles[1])
         held = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(self.side**2)))
         self.key = f"queries{held} {name_of(q.dtype)} {max(tiles)}"
@@ -256,7 +263,8 @@ def halo_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
     out, logsumexp = _empty_results(q, v)
-    problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
     launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.arguments)
     return out, logsumexp
 
@@ -276,13 +284,19 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _gradients(grad, _Problem(q, k, v, rel_h, rel_w, block, halo, scale), q, k, v, rel_h, out, logsumexp)
+
+
+def _gradients(
+    grad: Tensor, problem: _Problem, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
     shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=torch.empty_like(logsumexp))
     grad_logits = torch.zeros_like(shared["logits"])
     launch(halo_attention_backward_queries, problem.query_grid, problem.key, **shared, out=out, grad_q=grad_q, grad_logits=grad_logits,
-           WINDOW_TILE=max(SMALLEST_TILE, triton.next_power_of_2(block + 2 * halo)))
+           WINDOW_TILE=max(SMALLEST_TILE, triton.next_power_of_2(problem.window)))
     launch(halo_attention_backward_keys, problem.key_grid, problem.key, **shared, rows=problem.rows, grad_k=grad_k, grad_v=grad_v)
 
     grad_logits = grad_logits.flatten(0, 3)
@@ -315,14 +329,13 @@ halo_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    for dtype in DTYPES:
-        for width in (16, 32, 64, 128):
-            for block, halo, stride in ((8, 3, 1), (8, 3, 2), (10, 3, 1), (14, 2, 1)):
-                side = block // stride
-                k = torch.zeros(1, 2 * block, 2 * block, 2, width, dtype=dtype, requires_grad=True)
-                table = torch.zeros(block + 2 * halo + side - 1, width, requires_grad=True)
+    problems = [(dtype, width, 8, 3, 1) for dtype in DTYPES for width in (16, 32, 64, 128)]
+    problems += [(dtype, 64, *blocks) for dtype in DTYPES[::2] for blocks in ((8, 3, 2), (10, 3, 2), (14, 2, 1))]
+    for dtype, width, block, halo, stride in problems:
+        k = torch.zeros(1, 2 * block, 2 * block, 2, width, dtype=dtype, requires_grad=True)
+        table = torch.zeros(block + 2 * halo + block // stride - 1, width, requires_grad=True)
 
-                def run(arguments=(k[:, ::stride, ::stride], k, k, table, table, block, halo, 1.0)) -> None:
-                    halo_attention(*arguments)[0].sum().backward()
+        def run(arguments=(k[:, ::stride, ::stride], k, k, table, table, block, halo, 1.0)) -> None:
+            halo_attention(*arguments)[0].sum().backward()
 
-                yield f"{name_of(dtype)}, {width} channels a head, blocks of {block} with halo {halo}, stride {stride}", run
+        yield f"{name_of(dtype)}, {width} channels a head, blocks of {block} with halo {halo}, stride {stride}", run

@@ -78,14 +78,17 @@ def test_lower_precision_and_channels_last(dtype):
     assert (layer.to(dtype)(x.to(dtype)) - expected).abs().max() < 0.1
 
 
-def test_compiles_whole_and_exports():
-    layer, x = HaloAttention(8, num_heads=2, block_size=4, halo_size=1).eval(), torch.randn(2, 8, 8, 8)
+def test_compiles_whole():
+    layer, x = HaloAttention(8, num_heads=2, block_size=4, halo_size=1), torch.randn(2, 8, 9, 6)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
-    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    exported = torch.export.export(layer, (x,), dynamic_shapes=(free,), prefer_deferred_runtime_asserts_over_guards=True).module()
-    for shape in ((1, 8, 8, 8), (3, 8, 5, 11), (2, 8, 14, 7)):
-        other = torch.randn(shape)
-        torch.testing.assert_close(exported(other), layer(other))
+
+
+def test_state_survives_saving(tmp_path):
+    layer, other = (HaloAttention(8, num_heads=2, block_size=4, halo_size=1) for _ in range(2))
+    torch.save(layer.state_dict(), tmp_path / "layer.pth")
+    other.load_state_dict(torch.load(tmp_path / "layer.pth", weights_only=True))
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(layer(x), other(x))
 
 
 def test_is_timms_halo_attention_in_timms_networks():
