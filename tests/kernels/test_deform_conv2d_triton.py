@@ -43,7 +43,7 @@ def run(arguments, backend, dtype=None, layout="contiguous"):
     x, offset, weight, bias, mask = tensors
     out = deform_conv2d(LAYOUTS[layout](x), LAYOUTS[layout](offset), weight, bias, stride, padding, dilation,
                         mask if mask is None else LAYOUTS[layout](mask), backend)
-    cotangent = torch.arange(out.numel(), device=out.device).sin().view(out.shape).to(out.dtype)
+    cotangent = ((5 * torch.arange(out.numel(), device=out.device) % 11 - 5) / 8).view(out.shape).to(out.dtype)  # exact in every dtype
     return out, *torch.autograd.grad(out, [t for t in tensors if t is not None], LAYOUTS[layout](cotangent))
 
 

@@ -28,7 +28,7 @@ def problem(device, dtype=torch.float32, shape=(2, 3, 5, 4), sides=(3, 3), inhib
 
 def run(inputs, backend, layout="contiguous"):
     out = depthwise_dynamic_conv2d(LAYOUTS[layout](inputs[0]), *inputs[1:], backend=backend)
-    cotangent = torch.arange(out.numel(), device=out.device).sin().view(out.shape).to(out.dtype)
+    cotangent = ((5 * torch.arange(out.numel(), device=out.device) % 11 - 5) / 8).view(out.shape).to(out.dtype)  # exact in every dtype
     return out, *torch.autograd.grad(out, inputs, LAYOUTS[layout](cotangent), create_graph=True)
 
 
