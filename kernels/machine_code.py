@@ -1,5 +1,6 @@
 """What the kernels become on each target: compiled to machine code, which takes no GPU, and the resources read off it."""
 import importlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -42,11 +43,11 @@ class MachineCode(NamedTuple):
     shared_memory: int  # bytes per program
 
 
-def compile_operator(operator: str) -> Iterator[MachineCode]:
-    """Every kernel of `zoo.kernels.<operator>` in every variant it names in `compiled_variants`, for every target."""
+def compile_operator(operator: str, first: int | None = None) -> Iterator[MachineCode]:
+    """Every kernel of `zoo.kernels.<operator>` in the variants of its `compiled_variants`, all or the first ones, for every target."""
     module = importlib.import_module(f"zoo.kernels.{operator}.triton")
     for target in TARGETS:
-        for variant, run in module.compiled_variants():
+        for variant, run in itertools.islice(module.compiled_variants(), first):
             with recording(target.name) as launches:
                 run()
             for launch in launches:

@@ -250,9 +250,9 @@ def _strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def _key(x: Tensor, problem: dict[str, Any]) -> str:
-    """How wide a tile of channels can be, and whether products are of float32."""
+    """How wide a tile of channels can be, and the size of the dtype."""
     width = "depthwise" if problem["SEGMENT"] == 1 else "narrow" if problem["SEGMENT"] < 16 else "wide"
-    return f"{width} {'float32' if x.dtype == torch.float32 else 'half'}"
+    return f"{width} {8 * x.itemsize}-bit"
 
 
 def _by_group(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
