@@ -134,7 +134,7 @@ token_aware_avg_pool.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         x, weights = torch.zeros(2, 14, 14, 64, dtype=dtype), torch.zeros(2, 14, 14, 4, dtype=dtype)
 
         def run(x=x, weights=weights) -> None:
