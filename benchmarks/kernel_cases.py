@@ -37,7 +37,7 @@ def moved(leaves: tuple[Tensor, ...], out: int) -> tuple[int, int]:
 
 def routing_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
     """Stages of BiFormer: ours against the authors' gather, and against dense attention over as many keys, already gathered."""
-    sizes, widths = ({(32, 48): 1}, {"T and S": 64}) if small else (BATCHES, BIFORMER_WIDTHS)
+    sizes, widths = ({(32, 64): 1}, {"T and S": 64}) if small else (BATCHES, BIFORMER_WIDTHS)
     stages = itertools.product(widths.items(), sizes.items(), enumerate(BIFORMER_STAGES, 1))
     for (name, width), (size, batch), (stage, (stride, topk)) in stages:
         dim, regions = width * stride // 4, 2 if small else REGIONS
