@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             sections[name] = section
             print(f"compiled {name}", flush=True)
     with replacing(args.file) as written:
-        written.write_text(HEAD + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in known))
+        written.write_text(HEAD + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in known if name in sections))
     print(f"wrote {args.file}")
 
 
