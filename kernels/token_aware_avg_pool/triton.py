@@ -35,7 +35,7 @@ def token_aware_avg_pool_forward(
     here = weights + i * weights_row + j * weights_column
     total = tl.load(x + i * x_row + j * x_column, mask=on & (c < channels), other=0.0).to(tl.float32)
     total *= tl.load(here, mask=on, other=0.0).to(tl.float32)
-    for k in tl.static_range(1, POOLS):
+    for k in range(1, POOLS):
         pool = tl.zeros((POSITIONS, CHANNELS), tl.float32)
         for place in tl.static_range(9):
             y, z, there = _moved(i, j, place, k, height, width)
