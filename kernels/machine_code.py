@@ -4,7 +4,6 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,15 +42,15 @@ class MachineCode(NamedTuple):
     shared_memory: int  # bytes per program
 
 
-def compile_operator(operator: str, first: int | None = None) -> Iterator[MachineCode]:
-    """Every kernel of `zoo.kernels.<operator>` in the variants of its `compiled_variants`, all or the first ones, for every target."""
+def compile_operator(operator: str, target: Target, first: int | None = None) -> list[MachineCode]:
+    """Every kernel of `zoo.kernels.<operator>` in the variants of its `compiled_variants`, all or the first ones."""
     module = importlib.import_module(f"zoo.kernels.{operator}.triton")
-    for target in TARGETS:
-        for variant, run in itertools.islice(module.compiled_variants(), first):
-            with recording(target.name) as launches:
-                run()
-            for launch in launches:
-                yield _compile(launch, variant, target)
+    compiled = []
+    for variant, run in itertools.islice(module.compiled_variants(), first):
+        with recording(target.name) as launches:
+            run()
+        compiled += [_compile(launch, variant, target) for launch in launches]
+    return compiled
 
 
 def table(compiled: list[MachineCode]) -> str:

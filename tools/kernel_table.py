@@ -9,6 +9,7 @@ from zoo.errors import InputError, near_misses
 from zoo.files import check_writable, replacing
 from zoo.kernels._backends import operators_with_kernels
 from zoo.kernels._launch import digest
+from zoo.kernels.machine_code import TARGETS, compile_operator, table
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "kernels_machine_code.md"
 HEAD = """# The kernels' machine code
@@ -31,8 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     sections = read(args.file) if args.file.exists() else {}
     changed = args.operators or [name for name in known if f"`{digest(name)}`" not in sections.get(name, "")]
     with ProcessPoolExecutor() as pool:
-        for name, section in zip(changed, pool.map(compiled, changed), strict=True):
-            sections[name] = section
+        running = {name: [pool.submit(compile_operator, name, target) for target in TARGETS] for name in changed}
+        for name, parts in running.items():
+            sections[name] = f"Kernels and configurations `{digest(name)}`.\n\n{table([code for part in parts for code in part.result()])}"
             print(f"compiled {name}", flush=True)
     with replacing(args.file) as written:
         written.write_text(HEAD + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in known if name in sections))
@@ -43,11 +45,6 @@ def read(file: Path) -> dict[str, str]:
     """The sections by operator."""
     parts = re.split(r"^## (\w+)$", file.read_text(), flags=re.MULTILINE)
     return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def compiled(operator: str) -> str:
-    from zoo.kernels.machine_code import compile_operator, table
-    return f"Kernels and configurations `{digest(operator)}`.\n\n{table(list(compile_operator(operator)))}"
 
 
 if __name__ == "__main__":
