@@ -28,7 +28,7 @@ models: $(READY)
 gpu:
 	@rm -rf build/gpu && mkdir -p build/gpu/zoo
 	@ln -s $(CURDIR)/zoo/* $(CURDIR)/kernels $(CURDIR)/layers $(CURDIR)/configs build/gpu/zoo/
-	PYTHONPATH=build/gpu $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
+	PYTHONPATH=$(CURDIR)/build/gpu PYTHONSAFEPATH=1 $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB, once."

@@ -2,11 +2,12 @@
 
 A configuration holds what a kernel does not compute with: its tile sizes, `num_warps`, `num_stages`. `configurations.json`
 has them for every kernel under "default", under beginnings of a key that the operator makes of its problem ("packed",
-"packed bfloat16 64"), and under an architecture and that key ("sm_90 packed bfloat16 64"); the most specific one is taken.
+"packed 16-bit 64"), and under an architecture and that key ("sm_90 packed 16-bit 64"); the most specific one is taken.
 `make gpu` measures and writes the latter.
 """
 import contextlib
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,13 @@ def configuration(kernel: str, architecture: str, key: str) -> Configuration:
     entries, words = _configurations()[kernel], key.split()
     names = [f"{architecture} {key}", *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
     return next(entries[name] for name in names if name in entries)
+
+
+def digest(operator: str) -> str:
+    """Of the kernels of `zoo.kernels.<operator>` and their configurations: changes when their machine code may."""
+    source = CONFIGURATIONS.parent.joinpath(operator, "triton.py").read_text()
+    chosen = {kernel: entries for kernel, entries in _configurations().items() if f"def {kernel}(" in source}
+    return hashlib.sha256((source + json.dumps(chosen, sort_keys=True)).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """What the kernels become on each target: compiled to machine code, which takes no GPU, and the resources read off it."""
 import importlib
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +42,15 @@ class MachineCode(NamedTuple):
     shared_memory: int  # bytes per program
 
 
-def compile_operator(operator: str) -> Iterator[MachineCode]:
-    """Every kernel of `zoo.kernels.<operator>` in every variant it names in `compiled_variants`, for every target."""
+def compile_operator(operator: str, target: Target, first: int | None = None) -> list[MachineCode]:
+    """Every kernel of `zoo.kernels.<operator>` in the variants of its `compiled_variants`, all or the first ones."""
     module = importlib.import_module(f"zoo.kernels.{operator}.triton")
-    for target in TARGETS:
-        for variant, run in module.compiled_variants():
-            with recording(target.name) as launches:
-                run()
-            for launch in launches:
-                yield _compile(launch, variant, target)
+    compiled = []
+    for variant, run in itertools.islice(module.compiled_variants(), first):
+        with recording(target.name) as launches:
+            run()
+        compiled += [_compile(launch, variant, target) for launch in launches]
+    return compiled
 
 
 def table(compiled: list[MachineCode]) -> str:

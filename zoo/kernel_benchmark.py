@@ -1,5 +1,4 @@
 """Kernels on the device at hand: tuned, and measured beside their rivals and against the floors of the hardware."""
-import itertools
 import multiprocessing
 import statistics
 import time
@@ -59,7 +58,7 @@ Cases = Callable[[str, torch.dtype, bool], Iterator[Case]]
 
 
 class Deadline:
-    """Time that is running out, so that late steps are left out rather than everything lost."""
+    """Time that is running out, in all processes, so that late steps are left out rather than everything lost."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -107,7 +106,8 @@ def measure(case: Case, device: str, limits: Ceilings) -> list[Row]:
 def _pass(side: Side, kind: str) -> Callable[[], object]:
     if kind == "forward":
         return torch.no_grad()(side.run)
-    cotangent = torch.randn_like(side.run())
+    with torch.no_grad():
+        cotangent = torch.randn_like(side.run())
     return lambda: side.run().backward(cotangent)
 
 
@@ -206,18 +206,23 @@ def _fastest(side: Side, kind: str, kernel: str, present: Configuration, device:
     return min(times, key=lambda entry: entry[0])[1]
 
 
-def compile_in_processes(cases: Callable[[], list[Case]], workers: int) -> Callable[[list[tuple[int, str, Configuration]]], None]:
+def compile_in_processes(
+    cases: Callable[[], list[Case]], workers: int, deadline: Deadline
+) -> Callable[[list[tuple[int, str, Configuration]]], None]:
     """For `tune`: what is to be timed is compiled by many processes, and found in Triton's cache after that."""
     def compile_ahead(wanted: list[tuple[int, str, Configuration]]) -> None:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_compile, itertools.repeat(cases), [wanted[i::workers] for i in range(workers)]))
+            for done in [pool.submit(_compile, cases, wanted[i::workers], deadline) for i in range(workers)]:
+                done.result()
 
     return compile_ahead
 
 
-def _compile(cases: Callable[[], list[Case]], wanted: list[tuple[int, str, Configuration]]) -> None:
+def _compile(cases: Callable[[], list[Case]], wanted: list[tuple[int, str, Configuration]], deadline: Deadline) -> None:
     built = cases()
     for place, kernel, chosen in wanted:
+        if deadline.over:
+            return
         with overridden(kernel, chosen):
             try:
                 _pass(built[place].ours, PASSES[1])()

@@ -250,9 +250,9 @@ def _strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def _key(x: Tensor, problem: dict[str, Any]) -> str:
-    """How wide a tile of channels can be, and whether products are of float32."""
+    """How wide a tile of channels can be, and the size of the dtype."""
     width = "depthwise" if problem["SEGMENT"] == 1 else "narrow" if problem["SEGMENT"] < 16 else "wide"
-    return f"{width} {'float32' if x.dtype == torch.float32 else 'half'}"
+    return f"{width} {8 * x.itemsize}-bit"
 
 
 def _by_group(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -371,12 +371,14 @@ deform_conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    layers = {  # channels, output channels, groups, side of the kernel, stride, masked
-        "das": (48, 256, 16, 3, 1, False), "merging": (96, 192, 1, 2, 2, False), "masked depthwise": (32, 32, 32, 3, 1, True),
+    layers = {  # channels, output channels, groups, side of the kernel, stride, masked, memory format
+        "das": (48, 256, 16, 3, 1, False, torch.contiguous_format),
+        "merging": (96, 192, 1, 2, 2, False, torch.channels_last),
+        "masked depthwise": (32, 32, 32, 3, 1, True, torch.contiguous_format),
     }
-    for (name, (channels, out_channels, groups, side, stride, masked)), dtype in itertools.product(
-            layers.items(), (torch.float32, torch.bfloat16)):
-        x, offset, mask = (torch.zeros(1, count, size, size, dtype=dtype)
+    for dtype, (name, (channels, out_channels, groups, side, stride, masked, memory_format)) in itertools.product(
+            (torch.bfloat16, torch.float32), layers.items()):
+        x, offset, mask = (torch.zeros(1, count, size, size, dtype=dtype).contiguous(memory_format=memory_format)
                            for count, size in ((channels, 16), (2 * side**2, 16 // stride), (side**2, 16 // stride)))
         weight = torch.zeros(out_channels, channels // groups, side, side, dtype=dtype)
         mask, geometry = mask if masked else None, ([stride, stride], [(side - stride) // 2] * 2, [1, 1])

@@ -35,7 +35,7 @@ def token_aware_avg_pool_forward(
     here = weights + i * weights_row + j * weights_column
     total = tl.load(x + i * x_row + j * x_column, mask=on & (c < channels), other=0.0).to(tl.float32)
     total *= tl.load(here, mask=on, other=0.0).to(tl.float32)
-    for k in tl.static_range(1, POOLS):
+    for k in range(1, POOLS):
         pool = tl.zeros((POSITIONS, CHANNELS), tl.float32)
         for place in tl.static_range(9):
             y, z, there = _moved(i, j, place, k, height, width)
@@ -134,7 +134,7 @@ token_aware_avg_pool.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         x, weights = torch.zeros(2, 14, 14, 64, dtype=dtype), torch.zeros(2, 14, 14, 4, dtype=dtype)
 
         def run(x=x, weights=weights) -> None:

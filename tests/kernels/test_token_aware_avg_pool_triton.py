@@ -23,7 +23,7 @@ def problem(device, dtype=torch.float32, shape=(2, 5, 4, 3), pools=4, seed=0):
 
 def run(inputs, backend, layout="contiguous"):
     out = token_aware_avg_pool(*map(LAYOUTS[layout], inputs), backend)
-    cotangent = torch.arange(out.numel(), device=out.device).sin().view(out.shape).to(out.dtype)
+    cotangent = ((5 * torch.arange(out.numel(), device=out.device) % 11 - 5) / 8).view(out.shape).to(out.dtype)  # exact in every dtype
     return out, *torch.autograd.grad(out, inputs, LAYOUTS[layout](cotangent))
 
 
