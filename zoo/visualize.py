@@ -41,7 +41,7 @@ def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: s
     tiles = [annotate(_grey(image), [Path(path).name])]
     for name, gate in gates.items():
         whole = crop(resize(gate[None], padded), x.shape[1:])[0]
-        tiles.append(annotate(_heat(image, _shown(whole, at)), [name, f"{'×'.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"]))
+        tiles.append(annotate(_heat(image, _shown(whole, at)), [name, f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"]))
     with replacing(output) as written:
         contact_sheet(tiles).save(written)
     return len(gates)

@@ -4,7 +4,7 @@ train_dataloader = dict(
     drop_last=True,
     sampler=dict(type='ReproducibleSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
-    dataset=dict(type='DigitScenesDataset', split='train', scenes=1200, cache=True))
+    dataset=dict(type='DigitScenesDataset', split='train', scenes=800, cache=True))
 val_dataloader = dict(
     batch_size=40,
     num_workers=0,
