@@ -308,6 +308,7 @@ default_cfgs = generate_default_cfgs({
     "attention_unet.untrained": _cfg(),
     "attention_unet_nano.untrained": _cfg(),
     "attention_unet3d.untrained": _cfg_3d(),
+    "attention_unet3d_light.untrained": _cfg_3d(),
     "attention_unet3d_nano.untrained": _cfg_3d(),
     "unet.untrained": _cfg(paper_ids="arXiv:1505.04597", paper_name="U-Net: Convolutional Networks for Biomedical Image Segmentation"),
     "unet3d.untrained": _cfg_3d(),
@@ -347,6 +348,13 @@ _CT = dict(widths=(16, 32, 64, 128, 256), num_gates=2, deep_supervision=True, sp
 def attention_unet3d(pretrained: bool = False, **kwargs: Any) -> UNet:
     """The paper's network for CT: two gates per skip, deep supervision, a quarter of U-Net's widths."""
     return _unet("attention_unet3d", pretrained, **dict(_CT, **kwargs))
+
+
+@register_model
+def attention_unet3d_light(pretrained: bool = False, **kwargs: Any) -> UNet:
+    """Of the same widths, with one gate per skip and a light decoder, without deep supervision; not in the paper."""
+    args = dict(_CT, num_gates=1, deep_supervision=False, light_decoder=True)
+    return _unet("attention_unet3d_light", pretrained, **dict(args, **kwargs))
 
 
 @register_model
