@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError
 
-SIGMA = 0.125  # of a window's Gaussian weights, over its size
+SIGMA = 0.125  # of a window's Gaussian weights, over its size; as in MONAI
+LEAST = 1e-3  # weight, of the corners
 
 
 def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int, overlap: float = 0.25, batch: int = 4,
@@ -31,7 +32,7 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
     device = next(model.parameters()).device
     starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
     rows, places = starts[0], list(itertools.product(*starts[1:]))
-    weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window])
+    weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
     labels = torch.empty(sizes, dtype=torch.uint8)
     sums = torch.zeros(classes, window[0], *sizes[1:])
     done = 0
@@ -59,7 +60,7 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
 
 def _gaussian(window: int) -> Tensor:
     place = torch.arange(window) - (window - 1) / 2
-    return torch.exp(-0.5 * (place / (SIGMA * window)) ** 2).clamp(min=1e-3)
+    return torch.exp(-0.5 * (place / (SIGMA * window)) ** 2)
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -68,7 +68,7 @@ class Grid:
 
     def prepare(self, image: Any) -> Tensor:
         """(1, X, Y, Z) float32."""
-        volume = torch.from_numpy(np.array(_canonical(image).dataobj, np.float32))[None]
+        volume = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
         volume = self.normalize(volume)
         if self.spacing is not None:
             volume = F.interpolate(volume[None], self.size(image), mode="trilinear")[0]
@@ -84,7 +84,7 @@ class Grid:
 
     def prepare_mask(self, image: Any, classes: int, path: str | Path) -> Tensor:
         """(1, X, Y, Z) uint8. Raises InputError for labels that are not whole numbers below `classes`."""
-        labels = torch.from_numpy(np.array(_canonical(image).dataobj, np.float32))[None]
+        labels = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
         check_labels(labels, classes, path)
         labels = labels.to(torch.uint8)
         return labels if self.spacing is None else _nearest(labels, self.size(image))

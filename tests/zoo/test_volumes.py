@@ -101,10 +101,10 @@ def test_windows_against_a_loop(size, window, overlap):
         cut = tuple(slice(s[i], s[i] + w) for s, i, w in zip(starts, place, window, strict=True))
         weights = torch.ones(window)
         for axis, w in enumerate(window):
-            profile = torch.tensor([max(1e-3, np.exp(-0.5 * ((i - (w - 1) / 2) / (0.125 * w)) ** 2)) for i in range(w)])
+            profile = torch.tensor([np.exp(-0.5 * ((i - (w - 1) / 2) / (0.125 * w)) ** 2) for i in range(w)], dtype=torch.float32)
             weights = weights * profile.view(*[-1 if a == axis else 1 for a in range(len(window))])
         with torch.no_grad():
-            sums[(slice(None), *cut)] += model(x[(slice(None), *cut)][None])[0] * weights
+            sums[(slice(None), *cut)] += model(x[(slice(None), *cut)][None])[0] * weights.clamp(min=1e-3)
         count += 1
     assert found.dtype == torch.uint8 and torch.equal(found, sums.argmax(0).to(torch.uint8))
     assert seen[-1] == (count, count) and [done for done, _ in seen] == sorted({done for done, _ in seen})
