@@ -1,8 +1,8 @@
 """Models as ONNX files that have been checked, run and compared before they are left anywhere.
 
-The sizes (height and width, of volumes depth too) of an exported model are free if three things hold: PyTorch runs the model at other sizes,
-its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they
-are fixed, and the reason is told.
+The sizes (height and width, of volumes depth too) of an exported model are free if three things hold: PyTorch runs the
+model at other sizes, its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other
+sizes. Otherwise they are fixed, and the reason is told.
 """
 import contextlib
 import importlib
@@ -67,9 +67,9 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
     Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes).
-    `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size accepted where `free_size`
-    is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class
-    names and preprocessing are written to the file's metadata as JSON. `spell_out` writes deformable convolutions in
+    `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
+    accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
+    None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes deformable convolutions in
     operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset` has none. `progress` is
     called with the name of each step.
 

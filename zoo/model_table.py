@@ -47,8 +47,9 @@ def table(names: Iterable[str]) -> str:
         cfg = model.pretrained_cfg
         top1 = zoo.REPORTED_TOP1.get(name)
         paper = cfg["paper_ids"].removeprefix("arXiv:")
+        parameters = sum(p.numel() for p in model.parameters())
         rows.append(
-            f"| `{name}` | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M | {macs(name) / 1e9:.2f} G | {_size(cfg['input_size'])} "
+            f"| `{name}` | {parameters / 1e6:.2f} M | {macs(name) / 1e9:.2f} G | {_size(cfg['input_size'])} "
             f"| {'–' if top1 is None else f'{top1} %'} | [{paper}](https://arxiv.org/abs/{paper}) |")
     return "\n".join(rows)
 
