@@ -4,7 +4,7 @@ from pathlib import Path
 
 from zoo.checkpoints import load_trained
 from zoo.cli import run
-from zoo.visualize import picture_gates
+from zoo.gates import picture_gates
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
+from zoo.gates import picture_gates
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
@@ -21,7 +22,6 @@ from zoo.mm.masks import DecathlonDataset, DigitScenesDataset, MNI152Dataset, Pi
 from zoo.mm.metrics import MeanDice, MeanIoU
 from zoo.mm.segmentor import Segmentor
 from zoo.sliding import segment
-from zoo.visualize import picture_gates
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for folder in ("volumes", "segmentation") for path in (ROOT / "configs" / folder).glob("*unet*.py"))
