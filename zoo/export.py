@@ -69,9 +69,9 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes).
     `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
     accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
-    None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes deformable convolutions in
-    operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset` has none. `progress` is
-    called with the name of each step.
+    None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes
+    deformable convolutions in operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset`
+    has none. `progress` is called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
     PyTorch by more than 1e-4; `path` is then as it was before.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.files import replacing
-from zoo.predict import PICTURE_SUFFIXES, annotate, class_name, find_pictures, open_picture, output_files
+from zoo.predict import PICTURE_SUFFIXES, annotate, class_name, find_pictures, open_picture, output_files, picture_tensor
 from zoo.sliding import segment
 from zoo.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
 
@@ -41,7 +41,8 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
         overlap: share of a window that its neighbours cover too.
         progress: called with the file and the numbers of windows done and in all.
 
-    Raises InputError for what cannot be read, written, or taken by the network, before any of it is run.
+    Raises InputError for files that do not exist, are not of the network's kind, or cannot be written, before any of them
+    is segmented; for a damaged one or one smaller than the window, when its turn comes.
     """
     volumes = len(info.input_size) == 4
     files = _find(inputs, volumes, info)
@@ -69,11 +70,7 @@ def prepare(info: ModelInfo, path: Path) -> Tensor:
     """(C, *sizes): the file as the network was trained to see it."""
     if len(info.input_size) == 4:
         return Grid.of(info.data_config).prepare(open_volume(path))
-    channels = info.input_size[0]
-    pixels = np.array(open_picture(path, channels), np.float32).reshape(-1, channels)
-    width, height = open_picture(path, channels).size
-    mean, std = (np.array(info.data_config[key], np.float32) for key in ("mean", "std"))
-    return torch.from_numpy((pixels / 255 - mean) / std).T.reshape(channels, height, width)
+    return picture_tensor(open_picture(path, info.input_size[0]), info.data_config["mean"], info.data_config["std"])
 
 
 def overlay(picture: Image.Image, labels: Tensor, names: Sequence[str]) -> Image.Image:

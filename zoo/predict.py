@@ -1,7 +1,7 @@
 """Classes of pictures, with probabilities, and pictures annotated with them."""
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, near_misses
@@ -62,6 +62,12 @@ def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
         raise InputError(f"{path} is not a picture that can be read") from None
     except Exception as error:  # a damaged file surfaces as whatever its decoder stumbles over
         raise InputError(f"the picture {path} cannot be read: {error}") from error
+
+
+def picture_tensor(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(C, H, W): pixels between 0 and 1, less the mean of their channel, over its standard deviation."""
+    pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, len(mean)) / 255
+    return torch.from_numpy((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1).contiguous()
 
 
 def predict(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, top: int = 5, batch: int = 32,

@@ -29,10 +29,11 @@ def open_volume(path: str | Path) -> Any:
         raise InputError(f"there is no volume {path}{near_misses(path.name, others)}")
     try:
         image = nibabel.load(path)
-        shape = tuple(n for n in image.shape if n > 1) if len(image.shape) > 3 else image.shape
-        if len(shape) != 3:
+        if len(image.shape) > 3:
+            image = nibabel.squeeze_image(image)  # axes of length 1 after the third
+        if len(image.shape) != 3:
             raise InputError(f"{path} is of shape {'×'.join(map(str, image.shape))}, where a volume of three dimensions is needed")
-        return nibabel.squeeze_image(image) if len(image.shape) > 3 else image
+        return image
     except InputError:
         raise
     except Exception as error:  # a damaged file surfaces as whatever its reader stumbles over

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.registry import DATASETS
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from zoo.errors import InputError, near_misses
 from zoo.mm.datasets import DigitsDataset, Sample, check_split, seeded
 from zoo.mm.monai import monai_part
-from zoo.predict import PICTURE_SUFFIXES, open_picture
+from zoo.predict import PICTURE_SUFFIXES, open_picture, picture_tensor
 from zoo.volumes import VOLUME_SUFFIXES, Grid, check_labels, check_same_grid, open_volume
 
 KEYS = ("inputs", "targets")
@@ -222,15 +222,18 @@ class PictureMaskDataset(MaskedImages):
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, mask_path = self.files[index]
-        channels = self.data_config["input_size"][0]
-        picture = torch.from_numpy(np.array(open_picture(image_path, channels), np.float32) / 255).reshape(-1, channels)
-        picture = (picture - torch.tensor(self.data_config["mean"])) / torch.tensor(self.data_config["std"])
-        with Image.open(image_path) as image, Image.open(mask_path) as mask:
-            size, labels = image.size, torch.from_numpy(np.array(mask))
-        if labels.ndim != 2 or labels.shape != (size[1], size[0]):
-            raise InputError(f"the mask {mask_path} is of shape {_times(labels.shape)}, its picture {image_path} of {size[1]}×{size[0]}")
+        config = self.data_config
+        inputs = picture_tensor(open_picture(image_path, config["input_size"][0]), config["mean"], config["std"])
+        try:
+            with Image.open(mask_path) as mask:
+                labels = torch.from_numpy(np.array(mask))
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"the mask {mask_path} cannot be read as a picture: {error}") from None
+        if labels.shape != inputs.shape[1:]:
+            raise InputError(f"the mask {mask_path} is of shape {_times(labels.shape)}, its picture {image_path} of "
+                             f"{_times(inputs.shape[1:])}")
         check_labels(labels, len(self.metainfo["classes"]), mask_path)
-        return picture.T.reshape(channels, size[1], size[0]), labels[None].to(torch.uint8)
+        return inputs, labels[None].to(torch.uint8)
 
 
 @DATASETS.register_module()
