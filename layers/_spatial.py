@@ -13,6 +13,7 @@ GROUP_WIDTH = 8
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 SIZES = {2: "H, W", 3: "D, H, W"}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
 

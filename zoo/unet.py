@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo import attnet, biformer, das, polarized, sknet
 from zoo.errors import InputError, near_misses
 from zoo.layers import AttentionGate, MultiAttentionGate
-from zoo.layers._spatial import CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
+from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.staged import named
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
@@ -65,6 +65,8 @@ class ConvEncoder(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        if x.device.type == "cpu" and not torch.compiler.is_exporting():  # convolutions there are up to twice as fast so
+            x = x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
         maps = []
         for level in self.levels:
             x = self.pool(maps[-1], 2) if maps else x
@@ -102,15 +104,18 @@ class TimmEncoder(nn.Module):
 class Up(nn.Module):
     """One level of the decoder: two convolutions of the skip, gated or not, beside the coarser map, interpolated to its size.
 
-    Without skip (`skip_dim` 0) the map's size is doubled.
+    Without skip (`skip_dim` 0) the map's size is doubled. A light level has one convolution, and narrows the coarser map by a
+    1×1 convolution before.
     """
 
-    def __init__(self, dim: int, skip_dim: int, out_dim: int, num_gates: int, blocks: Blocks):
+    def __init__(self, dim: int, skip_dim: int, out_dim: int, num_gates: int, light: bool, blocks: Blocks):
         super().__init__()
         self.gate = blocks.gate(skip_dim, dim, num_gates) if num_gates else None
-        self.conv = blocks.double_conv(skip_dim + dim, out_dim)
+        self.narrow = named(**blocks.conv(dim, out_dim, 1)) if light else nn.Identity()
+        self.conv = named(**blocks.conv(skip_dim + out_dim, out_dim, 3)) if light else blocks.double_conv(skip_dim + dim, out_dim)
 
     def forward(self, x: Tensor, skip: Tensor | None, signal: Tensor) -> Tensor:
+        x = self.narrow(x)
         if skip is None:
             return self.conv(resize(x, [2 * n for n in x.shape[2:]]))
         gated = skip if self.gate is None else self.gate(skip, signal)
@@ -145,6 +150,8 @@ class UNet(nn.Module):
         encoder: name of a hierarchical timm model that takes the place of the convolutions on the way down; 2-D only.
         encoder_args: arguments of `timm.create_model` for it, such as `pretrained` or `drop_path_rate`.
         num_gates: per skip; 0 for a plain U-Net.
+        light_decoder: the decoder narrows the coarser map by a 1×1 convolution before it is interpolated, and has one convolution
+            per level instead of two: about half of the multiplications. Not in the paper.
         deep_supervision: every level predicts, and the output is a 1×1 mixture of their interpolated logits.
         norm: "batch", "instance", or "group" (8 channels each), outside the encoder.
         act_layer: timm's name of the activation outside the encoder.
@@ -162,6 +169,7 @@ class UNet(nn.Module):
         encoder: str | None = None,
         encoder_args: Mapping[str, Any] | None = None,
         num_gates: int = 1,
+        light_decoder: bool = False,
         deep_supervision: bool = False,
         norm: Norm = "batch",
         act_layer: str = "relu",
@@ -196,7 +204,8 @@ class UNet(nn.Module):
         self.signal = named(**blocks.conv(dim, dim, 1)) if num_gates else nn.Identity()
         self.decoder = nn.ModuleList()
         for i in reversed(range(len(widths))):
-            self.decoder.append(Up(dim, skip_dims[i], widths[i], num_gates if i and skip_dims[i] else 0, blocks))
+            gates = num_gates if i and skip_dims[i] else 0
+            self.decoder.append(Up(dim, skip_dims[i], widths[i], gates, light_decoder, blocks))
             dim = widths[i]
         self.num_features = self.head_hidden_size = dim
         self.widths = list(widths)
@@ -299,6 +308,7 @@ default_cfgs = generate_default_cfgs({
     "attention_unet.untrained": _cfg(),
     "attention_unet_nano.untrained": _cfg(),
     "attention_unet3d.untrained": _cfg_3d(),
+    "attention_unet3d_light.untrained": _cfg_3d(),
     "attention_unet3d_nano.untrained": _cfg_3d(),
     "unet.untrained": _cfg(paper_ids="arXiv:1505.04597", paper_name="U-Net: Convolutional Networks for Biomedical Image Segmentation"),
     "unet3d.untrained": _cfg_3d(),
@@ -338,6 +348,13 @@ _CT = dict(widths=(16, 32, 64, 128, 256), num_gates=2, deep_supervision=True, sp
 def attention_unet3d(pretrained: bool = False, **kwargs: Any) -> UNet:
     """The paper's network for CT: two gates per skip, deep supervision, a quarter of U-Net's widths."""
     return _unet("attention_unet3d", pretrained, **dict(_CT, **kwargs))
+
+
+@register_model
+def attention_unet3d_light(pretrained: bool = False, **kwargs: Any) -> UNet:
+    """Of the same widths, with one gate per skip and a light decoder, without deep supervision; not in the paper."""
+    args = dict(_CT, num_gates=1, deep_supervision=False, light_decoder=True)
+    return _unet("attention_unet3d_light", pretrained, **dict(args, **kwargs))
 
 
 @register_model

@@ -238,7 +238,7 @@ class _Problem:
             SIDE=self.side, PRECISION=float32_precision(q.device), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width,
             VALUE_TILE=tiles[1])
         held = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(self.side**2)))
-        self.key = f"queries{held} {name_of(q.dtype)} {max(tiles)}"
+        self.key = f"queries{held} {8 * q.itemsize}-bit {max(tiles)}"
 
     def query_grid(self, chosen: dict[str, Any]) -> tuple[int, int]:
         return self.heads * self.rows * self.columns * triton.cdiv(self.side**2, chosen["QUERIES"]), self.batch
