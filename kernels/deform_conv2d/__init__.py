@@ -54,9 +54,8 @@ def deform_conv2d(
         (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset, weight, bias and mask.
 
     On the CPU, samples are held for some images or rows at a time and taken again in the backward pass; channels-last tensors
-    are the fastest where there is one group of each kind. Other devices run
-    torchvision's operator. So do exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless exported within
-    `spelled_out_in_exports`.
+    are the fastest where there is one group of each kind. Other devices run torchvision's operator. So do exported graphs, which
+    ONNX then shows as `DeformConv` (opset 19), unless exported within `spelled_out_in_exports`.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
