@@ -51,7 +51,8 @@ def deform_conv2d(
         mask: (B, offset groups·kh·kw, Ho, Wo), factors of the samples; default 1.
 
     Returns:
-        (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset, weight, bias and mask.
+        (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset,
+        weight, bias and mask.
 
     On the CPU, samples are held for some images or rows at a time and taken again in the backward pass; channels-last tensors
     are the fastest where there is one group of each kind. Other devices run torchvision's operator. So do exported graphs, which
