@@ -16,7 +16,7 @@ from .blocks import Shape, blocks
 from .reference import positions
 
 POSITIONS_AT_ONCE = 2048  # output positions, enough for the matrix product and few enough for the caches
-FEWEST_CHANNELS = 32  # in a row that is worth gathering
+FEWEST_CHANNELS = 64  # in a row that is worth gathering
 
 
 class _Axis(NamedTuple):
