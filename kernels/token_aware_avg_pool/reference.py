@@ -1,7 +1,7 @@
 """Token-aware average pooling in PyTorch, one dilation at a time, as an operator with its own gradient.
 
-Pools are depthwise convolutions, which run faster than sums of shifted maps. The backward pass takes them again, so that
-training keeps the map and the weights only.
+There, pools are depthwise convolutions, which run faster than sums of shifted maps. The backward pass takes them again, so
+that training keeps the map and the weights only.
 """
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,16 @@ from torch import Tensor
 
 def avg_pool(x: Tensor, dilation: int) -> Tensor:
     """Mean over 3×3 positions `dilation` apart, those outside the map being 0; the map itself at dilation 0."""
+    if dilation == 0:
+        return x
+    height, width = x.shape[1:3]
+    padded = F.pad(x, (0, 0, dilation, dilation, dilation, dilation))
+    rows = sum(padded.narrow(1, shift, height) for shift in (0, dilation, 2 * dilation))
+    return sum(rows.narrow(2, shift, width) for shift in (0, dilation, 2 * dilation)) / 9
+
+
+def convolved(x: Tensor, dilation: int) -> Tensor:
+    """The same as a convolution."""
     if dilation == 0:
         return x
     channels = x.shape[-1]
@@ -30,7 +40,7 @@ def recomputed(x: Tensor, weights: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         out = map_.mul(weights[0][..., None]).contiguous()
         for dilation, weight in enumerate(weights[1:], 1):
-            out.addcmul_(weight[..., None], avg_pool(map_, dilation))
+            out.addcmul_(weight[..., None], convolved(map_, dilation))
     return out.to(x.dtype)
 
 
@@ -47,8 +57,8 @@ def recomputed_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tenso
     grad_x, grad_weights = torch.zeros(x.shape, dtype=inner, device=x.device), []
     with torch.autocast(x.device.type, enabled=False):
         for dilation, weight in enumerate(weights.to(inner).unbind(-1)):
-            grad_x += avg_pool(grad * weight[..., None], dilation)
-            grad_weights.append((grad * avg_pool(map_, dilation)).sum(-1))
+            grad_x += convolved(grad * weight[..., None], dilation)
+            grad_weights.append((grad * convolved(map_, dilation)).sum(-1))
     return grad_x.to(x.dtype), torch.stack(grad_weights, -1).to(weights.dtype)
 
 
