@@ -376,15 +376,20 @@ def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
         "merging": (96, 192, 1, 2, 2, False, torch.channels_last),
         "masked depthwise": (32, 32, 32, 3, 1, True, torch.contiguous_format),
     }
-    for dtype, (name, (channels, out_channels, groups, side, stride, masked, memory_format)) in itertools.product(
-            (torch.bfloat16, torch.float32), layers.items()):
+    for deterministic, dtype, (name, (channels, out_channels, groups, side, stride, masked, memory_format)) in itertools.product(
+            (False, True), (torch.bfloat16, torch.float32), layers.items()):
         x, offset, mask = (torch.zeros(1, count, size, size, dtype=dtype).contiguous(memory_format=memory_format)
                            for count, size in ((channels, 16), (2 * side**2, 16 // stride), (side**2, 16 // stride)))
         weight = torch.zeros(out_channels, channels // groups, side, side, dtype=dtype)
         mask, geometry = mask if masked else None, ([stride, stride], [(side - stride) // 2] * 2, [1, 1])
 
-        def run(x=x, offset=offset, weight=weight, mask=mask, geometry=geometry) -> None:
+        def run(x=x, offset=offset, weight=weight, mask=mask, geometry=geometry, deterministic=deterministic) -> None:
             out = deform_conv2d(x, offset, weight, None, mask, *geometry)
-            deform_conv2d_backward(out, x, offset, weight, mask, *geometry)
+            before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                deform_conv2d_backward(out, x, offset, weight, mask, *geometry)
+            finally:
+                torch.use_deterministic_algorithms(before)
 
-        yield f"{name} {name_of(dtype)}", run
+        yield f"{name} {name_of(dtype)}{', deterministic' if deterministic else ''}", run
