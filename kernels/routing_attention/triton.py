@@ -421,8 +421,12 @@ routing_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
-    for dtype, width in ((torch.bfloat16, 32), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 128)):
-        for side, topk, weighted in ((32, 1, False), (4, 2, False), (8, 2, False), (12, 2, False), (32, 1, True)):
+    large, packed = (32, 1, False), (4, 2, False)  # side of the map, routes, weighted
+    for dtype, width, shapes in (
+        (torch.bfloat16, 32, (large, packed, (8, 2, False), (12, 2, False), (32, 1, True))),
+        (torch.bfloat16, 128, (large, packed)), (torch.float32, 64, (large, packed)),
+    ):
+        for side, topk, weighted in shapes:
             x = torch.zeros(1, side, side, 2 * width, dtype=dtype, requires_grad=True)
             routes = torch.arange(topk).expand(1, 4, topk)
             weights = torch.ones(1, 4, topk, requires_grad=True) if weighted else None
