@@ -161,7 +161,8 @@ def test_memory_formats_give_the_same(name):
 @light
 def test_precisions(name):
     model = make(name)
-    x, expected = images(model), model(images(model))
+    x = images(model, (32, 32) if model.spatial_dims == 2 else (16, 16, 16))  # torch 2.15 on the CPU: no bfloat16 gradients of 2×2×2 maps
+    expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x)
     assert (out - expected).abs().max() < 0.1 * expected.abs().max().clamp(min=0.1)
