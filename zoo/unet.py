@@ -277,8 +277,10 @@ _RENAMES = [  # the authors' names → ours; levels are counted from 1, the deco
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their network for CT and for a single gate."""
-    converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
+    state_dict, converted = state_dict.get("model", state_dict), {}
+    if any(name.startswith("encoder.") for name in state_dict):  # ours
+        return state_dict
+    for name, value in state_dict.items():
         for pattern, ours in _RENAMES:
             name = re.sub(pattern, ours, name)
         converted[name] = value

@@ -12,9 +12,10 @@ import zoo
 from zoo import unet
 
 MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ == "zoo.unet"]
-LIGHT = ["attention_unet_nano", "attention_unet3d_nano", "attention_unet_biformer_nano"]  # 2-D, 3-D, around an encoder
+LIGHT = ["attention_unet_nano", "attention_unet3d_nano"]
 SIZE = {2: (32, 32), 3: (8, 8, 8)}
 light = pytest.mark.parametrize("name", LIGHT)
+light_or_around_another = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_sknet_nano"])
 
 
 def make(name: str, **args) -> nn.Module:
@@ -41,7 +42,8 @@ def test_every_hierarchical_network_of_the_zoo_is_an_encoder():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in unet.ENCODERS or "_nano" in name])
 def test_forward_and_backward(name):
-    model = make(name, num_classes=5).train()
+    widths = {} if name in unet.ENCODERS else dict(widths=(4, 6, 8, 10, 12))
+    model = make(name, num_classes=5, **widths).train()
     x = images(model, (33, 40, 8))
     out = model(x)
     assert out.shape == (2, 5, *x.shape[2:]) and out.isfinite().all()
@@ -50,7 +52,7 @@ def test_forward_and_backward(name):
     assert not without, f"parameters without a finite gradient: {without}"
 
 
-@light
+@light_or_around_another
 @pytest.mark.parametrize("size", [(1, 1, 1), (7, 3, 2), (45, 38, 11)], ids=str)
 def test_output_has_the_size_of_any_input(name, size):
     model = make(name, num_classes=3)
@@ -72,7 +74,7 @@ def test_what_is_repeated_at_the_borders_is_the_last_slice(name):
         torch.testing.assert_close(model(x), model(longer)[cut])
 
 
-@light
+@light_or_around_another
 def test_an_image_does_not_depend_on_its_batch(name):
     model = make(name)
     x = images(model, batch=3)
@@ -80,7 +82,7 @@ def test_an_image_does_not_depend_on_its_batch(name):
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), atol=1e-5, rtol=1e-5)
 
 
-@light
+@light_or_around_another
 def test_defaults_are_documented(name):
     model = make(name)
     cfg = model.pretrained_cfg
@@ -93,7 +95,7 @@ def test_defaults_are_documented(name):
         assert modules[cfg["first_conv"]].in_channels == model.in_chans
 
 
-@light
+@light_or_around_another
 def test_classifier_can_be_reset_and_taken_apart(name):
     model = make(name, num_classes=5)
     x = images(model)
@@ -123,7 +125,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert stored[1] < 0.7 * stored[0]
 
 
-@light
+@light_or_around_another
 @pytest.mark.parametrize("channels", [1, 4])
 def test_input_channels(name, channels):
     model = make(name, in_chans=channels)
@@ -131,7 +133,7 @@ def test_input_channels(name, channels):
         assert model(images(model)).shape[1] == model.num_classes
 
 
-@light
+@light_or_around_another
 def test_state_survives_saving_and_fits_other_classes(name, tmp_path):
     model = make(name)
     torch.save(model.state_dict(), tmp_path / "w.pth")
@@ -159,7 +161,8 @@ def test_memory_formats_give_the_same(name):
 @light
 def test_precisions(name):
     model = make(name)
-    x, expected = images(model), model(images(model))
+    x = images(model, (32, 32) if model.spatial_dims == 2 else (16, 16, 16))  # torch 2.15 on the CPU: no bfloat16 gradients of 2×2×2 maps
+    expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x)
     assert (out - expected).abs().max() < 0.1 * expected.abs().max().clamp(min=0.1)
@@ -194,7 +197,7 @@ def test_exports_and_loads(name):
         torch.testing.assert_close(torch.export.load(buffer).module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-@light
+@light_or_around_another
 def test_groups_cover_every_parameter(name):
     model = make(name)
     for coarse in (False, True):
@@ -205,13 +208,13 @@ def test_groups_cover_every_parameter(name):
     assert len({g["lr_scale"] for g in groups}) > 4
 
 
-@light
+@light_or_around_another
 def test_feature_maps_are_not_offered(name):
     with pytest.raises(RuntimeError, match="features_only is not implemented"):
         make(name, features_only=True)
 
 
-@light
+@light_or_around_another
 def test_every_gate_reports_its_map_at_its_skips_resolution(name):
     model = make(name)
     x = images(model, (31, 21, 9), batch=1)
