@@ -100,6 +100,7 @@ def test_layer_under_autocast_and_checkpointing(kernel_device):
 def test_what_the_kernels_cannot_do_is_named():
     for dtype, width, most in ((torch.float32, 80, 64), (torch.bfloat16, 160, 128)):
         wide, table = torch.zeros(1, 2, 2, 1, width, dtype=dtype), torch.zeros(3, width)
-        with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: .* at most {most} channels a head in {dtype}, not {width}"):
+        message = f"backend 'triton' cannot run here: .* at most {most} channels a head in {dtype}, not {width}"
+        with pytest.raises(ValueError, match=message):
             halo_attention(wide, wide, wide, table, table, 2, 0, backend="triton")
         assert halo_attention(wide, wide, wide, table, table, 2, 0).shape == wide.shape
