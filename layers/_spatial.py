@@ -25,6 +25,13 @@ def check_spatial(spatial_dims: int, norm: str) -> None:
         raise ValueError(f"norm must be one of {', '.join(Norm.__args__)}, got {norm!r}")
 
 
+class _GroupNorm(nn.GroupNorm):
+    """With the operator itself: the functional form refuses a single position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Module:
     """Batch norm; instance norm with factors and offsets, which takes maps of one position; groups of 8 channels.
 
@@ -32,7 +39,7 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Modu
     """
     if norm == "batch":
         return _BATCH_NORM[spatial_dims](dim, **where)
-    return nn.GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
+    return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
