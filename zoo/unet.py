@@ -16,7 +16,7 @@ from timm.layers import create_act_layer, get_act_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo import attnet, biformer, das, polarized, sknet
+from zoo import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
 from zoo.errors import InputError, near_misses
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
@@ -303,7 +303,7 @@ def _cfg_3d(**kwargs: Any) -> dict[str, Any]:
 
 ENCODERS = {  # the hierarchical networks of the zoo, by the names of U-Nets around them
     f"attention_unet_{name}": name for name in timm.list_models()
-    if sys.modules[timm.model_entrypoint(name).__module__] in (attnet, biformer, das, polarized, sknet)
+    if sys.modules[timm.model_entrypoint(name).__module__] in (attnet, biformer, das, fan, halonet, litv2, polarized, sknet)
 }
 
 default_cfgs = generate_default_cfgs({

@@ -61,8 +61,8 @@ def deform_conv2d(
     The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x, and again in the backward
     pass, whose only sums in no fixed order are those of the gradient of x, and not even they under
     `torch.use_deterministic_algorithms`. The reference on the CPU holds the samples of some images or rows at a time, fastest in
-    channels-last memory where there is one group of each kind; on other devices it is torchvision's operator. So it is in exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless
-    exported within `spelled_out_in_exports`.
+    channels-last memory where there is one group of each kind; on other devices it is torchvision's operator. So it is in exported
+    graphs, which ONNX then shows as `DeformConv` (opset 19), unless exported within `spelled_out_in_exports`.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
