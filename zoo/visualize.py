@@ -159,11 +159,12 @@ def _routing(seen: Captured, query: Point):
     share = seen.maps["attention"][own].mean((0, 1)).unflatten(0, (len(routes), -1)).sum(1).tolist()
     figure, (axes,) = _figure(1)
     axes.imshow(seen.image, extent=seen.extent)
-    for route, weight in zip(routes, share, strict=True):
-        box = region_box(route, seen.size, layer.regions)
+    boxes = [region_box(route, seen.size, layer.regions) for route in routes]
+    for box, weight in zip(boxes, share, strict=True):
         axes.add_patch(_rectangle(box, facecolor=("yellow", 0.1 + 0.6 * weight / max(share)), edgecolor="black"))
     axes.add_patch(_rectangle(region_box(own, seen.size, layer.regions), fill=False, edgecolor="red", linewidth=2.5))
-    return figure, f"On this {height}x{width} map the red region attends to the {len(routes)} in yellow, the stronger the colour, the more."
+    count = sum(h * w > 0 for *_, h, w in boxes)  # some may lie off the map
+    return figure, f"On this {height}x{width} map the red region attends to the {count} in yellow, the stronger the colour, the more."
 
 
 def _deformable(seen: Captured, query: Point):
