@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zoo.kernels import deform_conv2d
-from zoo.kernels.deform_conv2d import blocked, reference, spelled_out_in_exports
+from zoo.kernels.deform_conv2d import blocked, blocks, gathered, reference, spelled_out_in_exports
 
 
 def oracle(x, offset, weight, bias, mask, stride, padding, dilation):
@@ -95,7 +95,7 @@ def test_is_the_definition(name):
 @pytest.mark.parametrize("at_once", [1, 300, 1 << 22])  # rows, images, everything
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_values_and_gradients_are_those_of_torchvision(name, at_once, monkeypatch):
-    monkeypatch.setattr(blocked, "SAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr(blocks, "SAMPLES_AT_ONCE", at_once)
     arguments = problem(**PROBLEMS[name])
     torch.testing.assert_close(run(ours, arguments), run(torchvisions, arguments))
 
@@ -152,7 +152,7 @@ def test_agrees_with_torchvision_on_any_shape(size, kernel, stride, padding, dil
     channels = (groups * offset_groups * 2, groups * 2)
     arguments = problem(size, channels, kernel, stride, padding, dilation, groups, offset_groups, **rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "SAMPLES_AT_ONCE", at_once)
+        patch.setattr(blocks, "SAMPLES_AT_ONCE", at_once)
         torch.testing.assert_close(run(ours, arguments), run(torchvisions, arguments))
 
 

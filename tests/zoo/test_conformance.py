@@ -5,6 +5,7 @@ A case loads the reference's state through our checkpoint conversion and must gi
 """
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from zoo import attnet, biformer, polarized, sknet
-from zoo.layers import ATConv, BiLevelRoutingAttention, PolarizedSelfAttention
+from zoo import attnet, biformer, litv2, polarized, sknet
+from zoo.layers import ATConv, BiLevelRoutingAttention, DeformableTokenMerging, HiLoAttention, PolarizedSelfAttention
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -34,6 +35,22 @@ class _ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _Tokens(nn.Module):
+    """A layer of maps behind an interface of tokens (B, N, C) of a map of one size, with the layer's own parameter names."""
+
+    def __init__(self, layer: nn.Module, height: int, width: int, channels_first: bool):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
+        self.size, self.channels_first = (height, width), channels_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, self.size)
+        if self.channels_first:
+            return self.layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.layer(x).flatten(1, 2)
 
 
 def _attention_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -87,12 +104,28 @@ def _attnet(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
+def _hilo(config: dict[str, Any], reference: str) -> nn.Module:
+    if "DTM" in reference:
+        return _Tokens(DeformableTokenMerging(config["dim"]), *config["input_resolution"], channels_first=True)
+    height, width = map(int, re.search(r"H=(\d+), W=(\d+)", reference).groups())
+    layer = HiLoAttention(config["dim"], config["num_heads"], config["window_size"], config["alpha"], config["qkv_bias"])
+    return _Tokens(layer, height, width, channels_first=False)
+
+
+def _litv2(config: dict[str, Any], reference: str) -> nn.Module:
+    width = config["embed_dim"]
+    return litv2.LITv2(
+        num_classes=config["num_classes"], dims=[width * 2**i for i in range(4)], depths=config["depths"], num_heads=config["num_heads"],
+        windows=[window or None for window in config["local_ws"]], alpha=config["alpha"],
+    )
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    atconv=_atconv, attnet=_attnet, bra=_bra, biformer=_biformer, polarized=_polarized, sk=_sk)
+    atconv=_atconv, attnet=_attnet, bra=_bra, biformer=_biformer, hilo=_hilo, litv2=_litv2, polarized=_polarized, sk=_sk)
 CONVERT = dict(
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    sk=sknet.checkpoint_filter_fn)
+    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn)
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
