@@ -3,12 +3,13 @@ from .atconv import ATConv
 from .bi_level_routing_attention import BiLevelRoutingAttention
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .halo import HaloAttention
 from .hilo import HiLoAttention
 from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 
 __all__ = [
-    "DAS", "ATConv", "BiLevelRoutingAttention", "DeformableTokenMerging", "HiLoAttention", "PointwiseLinear", "PolarizedSelfAttention",
-    "SelectiveKernelUnit",
+    "DAS", "ATConv", "BiLevelRoutingAttention", "DeformableTokenMerging", "HaloAttention", "HiLoAttention", "PointwiseLinear",
+    "PolarizedSelfAttention", "SelectiveKernelUnit",
 ]

@@ -21,7 +21,7 @@ class StagedNetwork(nn.Module):
     feature_info: list[dict[str, Any]]
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after the last stage, if there is one."""
+        """The norm after the last stage, or what else leads from its features to the head's, if there is anything."""
         return x
 
     def drop_norm(self) -> None:
@@ -76,8 +76,8 @@ class StagedNetwork(nn.Module):
         self.stages = self.stages[: last + 1]
         if prune_norm or pruned:
             self.drop_norm()
-        if prune_head or pruned:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or pruned:
             self.reset_classifier(0, "")
         return indices
 
