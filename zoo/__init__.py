@@ -7,7 +7,8 @@ from .attach import attach
 __all__ = ["REPORTED_TOP1", "attach", "attnet", "biformer", "das", "halonet", "list_models", "litv2", "polarized", "sknet"]
 
 REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
-    name: top1 for family in (attnet, biformer, das, halonet, litv2, polarized, sknet) for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
+    name: top1 for family in (attnet, biformer, das, halonet, litv2, polarized, sknet)
+    for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
 }
 
 

@@ -1,7 +1,6 @@
 """Image classification as a task of the engine."""
 from collections.abc import Mapping
 
-import timm
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModel
@@ -10,8 +9,8 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-import zoo  # noqa: F401  registers the models
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError
+from zoo.mm.networks import create_network, plain
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -35,21 +34,18 @@ class ImageClassifier(BaseModel):
     Raises InputError for an unknown name, loss, or argument.
     """
 
+    task = "classification"
+
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy"):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
-        if not timm.is_model(name):
-            raise InputError(f"unknown model {name!r}{near_misses(name, timm.list_models())}")
         self.name = name
-        self.args = _plain(args or {})
+        self.args = plain(args or {})
         self.label_smoothing = label_smoothing
         self.loss = loss
-        try:
-            self.model = timm.create_model(name, **self.args)
-        except TypeError as error:
-            raise InputError(f"model {name} cannot be created with {self.args}: {error}") from error
+        self.model = create_network(name, self.args)
         self.num_classes = self.model.num_classes
         try:
             self.mixup = None if mixup is None else Mixup(**mixup, label_smoothing=label_smoothing, num_classes=self.num_classes)
@@ -91,12 +87,3 @@ class ImageClassifier(BaseModel):
 
 def _sigmoid(logits: Tensor, _: int) -> Tensor:
     return logits.sigmoid()
-
-
-def _plain(value: object) -> object:
-    """Config containers as plain dicts, lists and tuples, which a checkpoint can hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    return value
