@@ -7,7 +7,8 @@ from zoo.cli import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 800 --val 100")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 800 --val 100")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/digits"), help="where to write (default: data/digits)")
     parser.add_argument("--train", type=int, default=800, help="scenes to train on (default: 800)")
     parser.add_argument("--val", type=int, default=100, help="scenes of other digits to evaluate on (default: 100)")

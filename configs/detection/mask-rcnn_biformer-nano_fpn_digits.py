@@ -2,7 +2,7 @@
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 model = dict(
-    backbone=dict(_delete_=True, type='TimmBackbone', name='biformer_nano'),
+    backbone=dict(_delete_=True, type='TimmBackbone', name='biformer_nano', out_norm=True),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64, num_outs=4, norm_cfg=dict(type='BN')),
     rpn_head=dict(
         in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])),
@@ -53,11 +53,11 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     constructor='TimmOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0))
-train_cfg = dict(max_epochs=6, val_interval=6)
+train_cfg = dict(max_epochs=12, val_interval=4)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=6, T_max=6, by_epoch=True, convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=12, T_max=12, by_epoch=True, convert_to_iter_based=True),
 ]
 default_hooks = dict(logger=dict(interval=10))

@@ -2,51 +2,56 @@
 import os
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
 import zoo
 from zoo.mm.config import change_texts, scope
 
-WIDTHS = {"channels", "ocr_channels", "in_channels", "out_channels", "feat_channels", "conv_out_channels", "fc_out_channels",
-          "embed_dims", "feedforward_channels", "num_feats"}
+WIDTHS = {"channels", "ocr_channels", "in_channels", "out_channels", "feat_channels", "conv_out_channels", "fc_out_channels"}
 SHRINK = 8
 
 
 def reduced(config: Config) -> Config:
     """The smallest model of the zoo with the longest common name in place of the backbone, and heads of an eighth of their width.
 
-    Heads read the new backbone's channels where they read the old one's.
+    Heads read the new backbone's channels where they read the old one's. Transformers keep their width, which their heads take
+    for granted.
     """
     model = config.model
     name = model.backbone.name
     smallest = max(zoo.list_models("*nano*"), key=lambda nano: (len(os.path.commonprefix([name, nano])), -len(nano)))
     with scope(config):
         old = meta_backbone(config).channels
-        model.backbone.update(name=smallest, args={})
+        model.backbone.args = ConfigDict()
+        model.backbone.name = smallest
         new = meta_backbone(config).channels
+    if "num_queries" in model:
+        model.num_queries = 100  # no more than there are positions in a small picture
     if "size" in model.data_preprocessor:
         model.data_preprocessor.update(size=None, size_divisor=32)
-    for key in ("neck", "rpn_head", "roi_head", "bbox_head", "encoder", "decoder", "positional_encoding", "decode_head", "auxiliary_head"):
+    for key in ("neck", "rpn_head", "roi_head", "bbox_head", "decode_head", "auxiliary_head"):
         if key in model:
-            model[key] = _shrunk(model[key], old, new)
+            model[key] = _shrunk(model[key], old, new, 1 if "encoder" in model else SHRINK)
     change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
     return config
 
 
-def _shrunk(value: object, old: tuple[int, ...], new: tuple[int, ...]) -> object:
+def _shrunk(value: object, old: tuple[int, ...], new: tuple[int, ...], factor: int) -> object:
     if isinstance(value, list | tuple):
-        return type(value)(_shrunk(item, old, new) for item in value)
+        return type(value)(_shrunk(item, old, new, factor) for item in value)
     if not isinstance(value, dict):
         return value
-    result = {key: _shrunk(item, old, new) for key, item in value.items()}
+    result = {key: _shrunk(item, old, new, factor) for key, item in value.items()}
     for key in WIDTHS & value.keys():
         if value[key] == list(old):
             result[key] = list(new)
+        elif isinstance(value[key], list):
+            result[key] = [width // factor for width in value[key]]
         elif key == "in_channels" and isinstance(value.get("in_index"), int):
             result[key] = new[value["in_index"]]
         elif isinstance(value[key], int):
-            result[key] = value[key] // SHRINK
+            result[key] = value[key] // factor
     return result
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
@@ -17,7 +18,7 @@ from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.mm.config import INSTALL, TOOLBOXES
 from zoo.mm.networks import plain
-from zoo.predict import open_picture, output_files
+from zoo.predict import contact_sheet, open_picture, output_files
 
 TASKS = ("mmdet", "mmseg")
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
@@ -63,6 +64,14 @@ class Scene:
     masks: np.ndarray | None = None
     classes: np.ndarray | None = None
 
+    def described(self, names: tuple[str, ...]) -> list[str]:
+        """Lines of text: an instance each, or a class and its share of the picture."""
+        if self.classes is not None:
+            shares = np.bincount(self.classes.ravel(), minlength=len(names)) / self.classes.size
+            return [f"{name}  {share:.1%}" for name, share in zip(names, shares, strict=True) if share]
+        return [f"{names[label]}  {score:.1%}  at {', '.join(f'{edge:.0f}' for edge in box)}"
+                for label, score, box in zip(self.labels, self.scores, self.boxes, strict=True)]
+
 
 def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
     """The detector or segmentor in a checkpoint of tools/train.py, in evaluation mode on the CPU, and what is known about it.
@@ -78,9 +87,8 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
         importlib.import_module(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
-    config = without_sync(record["model"])
     with DefaultScope.overwrite_default_scope(toolbox):
-        model = MODELS.build(config)
+        model = MODELS.build(ConfigDict(without_sync(record["model"])))
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -106,10 +114,8 @@ def prepare(info: SceneInfo, picture: Image.Image) -> dict:
     height, width = pixels.shape[:2]
     results = {"img": pixels, "img_shape": (height, width), "ori_shape": (height, width), "img_path": "", "img_id": 0}
     with DefaultScope.overwrite_default_scope(info.toolbox):
-        keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+        keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
         for step in [*info.steps, {"type": PACKERS[info.toolbox], "meta_keys": keys}]:
-            if step["type"] == "PackDetInputs":
-                results.setdefault("flip", False)
             results = TRANSFORMS.build(step)(results)
     return {"inputs": [results["inputs"]], "data_samples": [results["data_samples"]]}
 
@@ -156,7 +162,6 @@ def write_scenes(scenes: list[Scene], info: SceneInfo, output: str | Path) -> li
     targets = output_files([scene.path for scene in scenes], output)
     drawn = [draw(scene, info) for scene in scenes]
     if len(targets) < len(drawn):
-        from zoo.predict import contact_sheet
         drawn = [contact_sheet(drawn)]
     if targets[0] != Path(output):
         Path(output).mkdir(exist_ok=True)
