@@ -1,4 +1,7 @@
 """Any hierarchical model as a backbone: maps, freezing, weights, learning rates."""
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -136,3 +139,19 @@ def test_learning_rates_fall_towards_the_stem(name):
     stages = [max(rate for key, rate in rates.items() if key.startswith((f"stages.{i}.", f"layer{i + 1}."))) for i in range(3)]
     stem = max(rate for key, rate in rates.items() if key.startswith(("stem.", "conv1.")))
     assert stem < stages[0] < stages[1] < stages[2]
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "litv2_s", "halonet_h0_256"])
+def test_memory_of_a_detectors_picture(name):
+    """An 800×1333 picture goes through the backbone on the CPU in 8 GiB, the program itself included."""
+    code = f"""
+import resource, torch
+from zoo.mm.backbone import TimmBackbone
+with torch.inference_mode():
+    maps = TimmBackbone({name!r}).eval()(torch.randn(1, 3, 800, 1333))
+print(*(-(-n // s) == m for f, s in zip(maps, (4, 8, 16, 32)) for n, m in zip((800, 1333), f.shape[2:])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "False" not in said[0]
+    assert float(said[1]) < 8
