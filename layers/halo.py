@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from zoo.kernels import halo_attention
 from zoo.kernels._layout import in_layout_of
+from zoo.kernels.halo_attention.reference import attention
+
+from ._capture import report
 
 
 class RelativePositions(nn.Module):
@@ -22,7 +25,8 @@ class HaloAttention(nn.Module):
         out = halo_attention(q(x), kv(x)), with 1×1 convolutions q, of the layer's stride, and kv
 
     (B, dim, H, W) → (B, dim_out, ⌈H / stride⌉, ⌈W / stride⌉), any height and width, any floating dtype: halo attention takes
-    the place of the 3×3 convolution in a CNN's bottleneck. There is no output projection; the bottleneck's next 1×1
+    the place of the 3×3 convolution in a CNN's bottleneck. `zoo.capture` gets the `attention` (B, rows and columns of blocks, heads,
+    rows and columns of a block's queries, rows and columns of its window). There is no output projection; the bottleneck's next 1×1
     convolution is one. As timm's attention of a network's own: `timm.create_model("halonet26t", self_attn_layer=HaloAttention)`.
 
     Args:
@@ -37,8 +41,9 @@ class HaloAttention(nn.Module):
         device, dtype: of the parameters, as in torch.
 
     Differences from timm's `HaloAttn`, whose weights load as they are: maps need not be multiples of the block (see the
-    operator), and windows are never all in memory. As there, the offset of a key from a strided query is taken from the
-    query's number in the block, and of the 2w − 1 rows of the tables of relative positions no query reads the first w − b / stride.
+    operator), averages at the edge of odd maps are over what there is, and windows are never all in memory. As there, the offset
+    of a key from a strided query is taken from the query's number in the block, and of the 2w − 1 rows of the tables of relative
+    positions no query reads the first w − b / stride.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.
@@ -85,10 +90,13 @@ class HaloAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"HaloAttention: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        q, kv = (y.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)) for y in (self.q(x), self.kv(x)))
-        k, v = kv.split((self.dim_head, kv.shape[-1] - self.dim_head), -1)
+        q, kv = self.q(x), self.kv(x)
+        heads = kv.unflatten(1, (self.num_heads, -1))
+        k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
+        q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
-        tables = (table[unread:] for table in (self.pos_embed.height_rel, self.pos_embed.width_rel))
+        tables = [table[unread:] for table in (self.pos_embed.height_rel, self.pos_embed.width_rel)]
+        report(self, attention=lambda: attention(q, k, *tables, self.block_size, self.halo_size, self.dim_head**-0.5))
         out = halo_attention(q, k, v, *tables, self.block_size, self.halo_size, self.stride)
         return self.pool(in_layout_of(x, out.flatten(3).permute(0, 3, 1, 2)))
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from zoo.kernels._regions import cut, paste, positions
 
+from ._capture import report
 from ._padding import pad_to_multiple
 from .pointwise_linear import PointwiseLinear
 
@@ -17,7 +18,8 @@ class HiLoAttention(nn.Module):
         hi = proj_h(softmax(Q Kᵀ / √d) V) in every window,  lo = proj_l(softmax(Q K̄ᵀ / √d) V̄),  K̄, V̄ of avgpool_s(X)
         out = [hi, lo]
 
-    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype.
+    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype. `zoo.capture` gets the attention of either kind of
+    heads, `hi` (B, heads, windows, s², s²) and `lo` (B, heads, H·W, windows), windows in reading order.
 
     Args:
         dim: C.
@@ -66,10 +68,13 @@ class HiLoAttention(nn.Module):
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
-        q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
+        qkv = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads)
+        q, k, v = (part.flatten(1, 2) for part in qkv.chunk(3, 1))  # (B, heads · windows, s², d)
         overhang = self.mask_padding and (padded.shape != x.shape or torch.compiler.is_exporting())
-        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
-        out = paste(F.scaled_dot_product_attention(q, k, v, mask), grid, size)
+        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0).repeat(self.hi_heads, 1)[:, None] if overhang else None
+        report(self, hi=lambda: _attention(q, k, mask).unflatten(1, (self.hi_heads, -1)))
+        out = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (self.hi_heads, -1))
+        out = paste(out, grid, size)
         return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
 
     def _lo(self, x: Tensor) -> Tensor:
@@ -80,8 +85,14 @@ class HiLoAttention(nn.Module):
             means = F.avg_pool2d(source.permute(0, 3, 1, 2), self.window, ceil_mode=True).permute(0, 2, 3, 1)
         q = self.lo_q(x).reshape(b, height * width, self.lo_heads, -1).transpose(1, 2)
         k, v = self.lo_kv(means).reshape(b, -1, 2, self.lo_heads, q.shape[-1]).permute(2, 0, 3, 1, 4)
+        report(self, lo=lambda: _attention(q, k))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, -1)
         return self.lo_proj(out)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, window={self.window}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}"
+
+
+def _attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)

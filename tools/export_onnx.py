@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zoo.checkpoints import load_model
 from zoo.cli import run
-from zoo.export import Exported, ExportError, export_onnx
+from zoo.export import AXES, Exported, ExportError, export_onnx
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -15,7 +15,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1")
     parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size to trace (default: the model's own)")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N",
+                        help="size to trace: height and width, of volumes depth, height and width (default: the model's own)")
     parser.add_argument("--static-size", action="store_true", help="accept images of that size only")
     parser.add_argument("--batch", type=int, help="accept batches of this size only (default: any)")
     parser.add_argument("--opset", type=int, default=20, help="ONNX operator set, 18 or newer (default: 20)")
@@ -38,12 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(name: str, exported: Exported) -> None:
-    print("batch  height x width  largest absolute difference to PyTorch")
+    axes = AXES[len(exported.comparisons[0].size)]
+    print(f"batch  {' x '.join(axes)}  largest absolute difference to PyTorch")
     for row in exported.comparisons:
-        print(f"{row.batch:5d}  {row.size[0]:6d} x {row.size[1]:<5d}  {row.difference:.2e}")
+        print(f"{row.batch:5d}  {' x '.join(f'{n:6d}' for n in row.size)}  {row.difference:.2e}")
     print(f"worst: {exported.worst:.2e}")
-    print(f"batch size: {'any' if exported.free_batch else 'fixed'}; "
-          f"height and width: {'any' if exported.free_size else f'fixed ({exported.reason})'}")
+    sizes = "any" if exported.free_size else f"fixed ({exported.reason})"
+    print(f"batch size: {'any' if exported.free_batch else 'fixed'}; {' and '.join(axes)}: {sizes}")
     print(f"wrote {name} to {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB)")
 
 

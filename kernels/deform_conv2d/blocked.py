@@ -48,7 +48,7 @@ def _(
 
 
 @register_flop_formula(torch.ops.zoo.deform_conv2d)
-def _flops(x_shape: tuple, offset_shape: tuple, weight_shape: tuple, *_, out_shape: tuple, **__) -> int:
+def flops(x_shape: tuple, offset_shape: tuple, weight_shape: tuple, *_, out_shape: tuple, **__) -> int:
     """Those of the convolution, without the interpolation."""
     return 2 * math.prod(weight_shape) * out_shape[0] * out_shape[2] * out_shape[3]
 

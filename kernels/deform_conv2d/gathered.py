@@ -16,7 +16,7 @@ from .blocks import Shape, blocks
 from .reference import positions
 
 POSITIONS_AT_ONCE = 2048  # output positions, enough for the matrix product and few enough for the caches
-FEWEST_CHANNELS = 1
+FEWEST_CHANNELS = 64  # in a row that is worth gathering
 
 
 class _Axis(NamedTuple):
@@ -39,6 +39,12 @@ class _Samples(NamedTuple):
     x: _Axis
     index: Tensor
     weight: Tensor
+
+    def grad_of_places(self, grad_weight: Tensor) -> Tensor:
+        """Gradient of `weight` → that of the places of the samples, (N, 2)."""
+        grad = grad_weight.T.reshape(2, 2, -1)
+        along_y, along_x = (grad * self.x.weight).sum(1), (grad * self.y.weight[:, None]).sum(0)
+        return torch.stack((self.y.grad_of_places(along_y), self.x.grad_of_places(along_x)), -1)
 
 
 def suits(shape: Shape) -> bool:
@@ -136,20 +142,18 @@ def backward(
     kernels = _kernels(weight, inner)
     grad, grad_x, grad_offset = (t.permute(0, 2, 3, 1) for t in (grad, grad_x.zero_(), grad_offset))
     grad_kernels = torch.zeros_like(kernels)
-    for images, rows, table, (y, x, index, weights), block_mask, factors, columns in _blocks(x, offset, mask, shape, inner):
+    for images, rows, table, samples, block_mask, factors, columns in _blocks(x, offset, mask, shape, inner):
         above = grad[images, rows].to(inner).reshape(len(columns), -1)
         grad_columns, grad_block, _ = torch.ops.aten.convolution_backward(
             _image(above), _image(columns), kernels, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
         grad_kernels += grad_block
         grad_samples = grad_columns.permute(0, 2, 3, 1).reshape(-1, shape.channels)
-        grad_table, grad_factors = _gather_backward(grad_samples, table, index, factors)
+        grad_table, grad_factors = _gather_backward(grad_samples, table, samples.index, factors)
         grad_x[images] += grad_table.view(grad_x[images].shape)
         if mask is not None:
             into = grad_mask.permute(0, 2, 3, 1)[images, rows]
-            into.copy_((grad_factors * weights).sum(1).view(into.shape))
+            into.copy_((grad_factors * samples.weight).sum(1).view(into.shape))
             grad_factors = grad_factors * block_mask
-        grad_factors = grad_factors.T.reshape(2, 2, -1)
-        places = [y.grad_of_places((grad_factors * x.weight).sum(1)), x.grad_of_places((grad_factors * y.weight[:, None]).sum(0))]
         into = grad_offset[images, rows]
-        into.copy_(torch.stack(places, -1).view(into.shape))
+        into.copy_(samples.grad_of_places(grad_factors).view(into.shape))
     return grad_kernels.view(len(weight), *shape.kernel, -1).permute(0, 3, 1, 2).to(weight.dtype)

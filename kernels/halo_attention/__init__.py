@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from .._backends import Backend, use_triton
 from . import blocked, reference
 
 __all__ = ["halo_attention"]
@@ -16,6 +17,7 @@ def halo_attention(
     halo_size: int,
     stride: int = 1,
     scale: float | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attention of every block of queries over the same block grown by a halo (HaloNet, arXiv 2103.12731, section 2.2).
 
@@ -33,20 +35,33 @@ def halo_attention(
         block_size: b, a multiple of `stride`.
         halo_size: h.
         scale: default d^-0.5.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernels take up to 128
+            channels a head, in float32 up to 64, of which registers hold no more.
 
     Returns:
         (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable once in q, k, v, rel_h and rel_w.
 
     Keys and values are never copied for all windows at once, and the attention is not kept for the backward pass: memory
-    beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead.
+    beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead, for any
+    size in ONNX; `torch.export` itself guards against maps of a single block where it was shown more.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
     _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    arguments = q, k, v, rel_h, rel_w, block_size, halo_size, scale
+    if use_triton("halo_attention", backend, q, _unsupported(q, v)):
+        from . import triton
+        return triton.halo_attention(*arguments)[0]
     compute = reference.halo_attention if torch.compiler.is_exporting() else blocked.halo_attention
-    return compute(q, k, v, rel_h, rel_w, block_size, halo_size, scale)
+    return compute(*arguments)
+
+
+def _unsupported(q: Tensor, v: Tensor) -> str | None:
+    """What the kernels cannot do, as a clause."""
+    widest, most = max(q.shape[4], v.shape[4]), 64 if q.dtype == torch.float32 else 128
+    return f"the kernels take at most {most} channels a head in {q.dtype}, not {widest}" if widest > most else None
 
 
 def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:
@@ -55,6 +70,8 @@ def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:
             raise ValueError(f"halo_attention: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"halo_attention: {name} must be of a floating dtype, got {x.dtype}")
+        if x.dtype != q.dtype and ndim == 5:
+            raise TypeError(f"halo_attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}")
     if block_size < 1 or halo_size < 0:
         raise ValueError(f"halo_attention: block_size must be at least 1 and halo_size at least 0, got {block_size} and {halo_size}")
     if stride < 1 or block_size % stride:

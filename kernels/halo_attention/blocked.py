@@ -157,7 +157,7 @@ def halo_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
     grid, inner = _grid(k, rel_h, block, halo), logsumexp.dtype
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     table = torch.cat((rel_h, rel_w)).to(inner)
     grad_table = torch.zeros_like(table)
     padded = [count * block + 2 * halo for count in (grid.rows, grid.columns)]
@@ -192,7 +192,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, rel_h, rel_w))
+    return tuple(torch.empty_like(x) for x in (q, k, v, rel_h, rel_w))
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -35,23 +35,33 @@ def gathered(
 
     Regions are cut out and pasted by index: a graph traced at one size then holds at every size.
     """
-    b, height, width, _ = q.shape
-    size = region_size(height, width, regions)
-    own = positions(height, width, regions, size, q.device)  # (r, t)
-    routed = positions(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2)  # (b, r, n·s)
-    q_r = q.flatten(1, 2)[:, own.clamp(min=0)]  # (b, r, t, c)
-    batch = torch.arange(b, device=q.device)[:, None, None]
-    k_r, v_r = (x.flatten(1, 2)[batch, routed.clamp(min=0)] for x in (k, v))  # (b, r, n·s, c)
-    if weights is not None:
-        factors = weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
-        k_r, v_r = k_r * factors, v_r * factors
-    q_r, k_r, v_r = (x.unflatten(-1, (num_heads, -1)).transpose(2, 3) for x in (q_r, k_r, v_r))  # (b, r, m, ·, d)
+    height, width = q.shape[1:3]
+    attention = gathered_attention(q, k, routes, regions, num_heads, kv_size, scale, weights)
+    out = (attention.to(v.dtype) @ _gather(v, routes, regions, num_heads, kv_size, weights)).transpose(2, 3).flatten(3)  # (b, r, t, c)
+    region, place = places(height, width, regions, region_size(height, width, regions), q.device)
+    return out[:, region, place].reshape(*q.shape[:3], -1)
+
+
+def gathered_attention(
+    q: Tensor, k: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float, weights: Tensor | None
+) -> Tensor:
+    """The attention itself, (b, r, m, t, n·s); 0 to keys outside the map."""
+    own = positions(*q.shape[1:3], regions, region_size(*q.shape[1:3], regions), q.device)  # (r, t)
+    q_r = q.flatten(1, 2)[:, own.clamp(min=0)].unflatten(-1, (num_heads, -1)).transpose(2, 3)
+    k_r = _gather(k, routes, regions, num_heads, kv_size, weights)
     scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    on_map = (routed >= 0)[:, :, None, None]
-    attention = scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
-    out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(3)  # (b, r, t, c)
-    region, place = places(height, width, regions, size, q.device)
-    return out[:, region, place].reshape(b, height, width, -1)
+    on_map = (positions(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2) >= 0)[:, :, None, None]
+    return scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
+
+
+def _gather(x: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, weights: Tensor | None) -> Tensor:
+    """The routed regions of keys or values beside every query region, (b, r, m, n·s, d)."""
+    routed = positions(*x.shape[1:3], regions, kv_size, x.device)[routes].flatten(2)  # (b, r, n·s)
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    out = x.flatten(1, 2)[batch, routed.clamp(min=0)]
+    if weights is not None:
+        out = out * weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
+    return out.unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float) -> Tensor:

@@ -11,10 +11,15 @@ from torch import nn
 
 import zoo
 from zoo.errors import InputError
-from zoo.mm.backbone import TimmBackbone
+from zoo.mm.backbone import STRIDES, TimmBackbone
 from zoo.mm.optim import TimmOptimWrapperConstructor
 
-NANO = [name for name in zoo.list_models("*nano*") if len(timm.create_model(name).feature_info) > 3]
+
+def _is_hierarchical(model: nn.Module) -> bool:
+    return {*STRIDES} <= {level["reduction"] for level in getattr(model, "feature_info", ())}
+
+
+NANO = [name for name in zoo.list_models("*nano*") if _is_hierarchical(timm.create_model(name))]
 
 
 @pytest.mark.parametrize("name", [*NANO, "polarized_hrnet_w18_s", "resnet10t", "mobilenetv3_small_050"])
@@ -155,3 +160,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert "False" not in said[0]
     assert float(said[1]) < 8
+
+
+def test_without_the_toolboxes(tmp_path):
+    """Everything else works, and asking for them says which command installs them."""
+    code = f"""
+import sys
+for name in ("mmcv", "mmdet", "mmseg"):
+    sys.modules[name] = None
+import mmengine.config.config as engine, torch, zoo.mm
+engine.is_installed = lambda package: False
+from zoo.mm.config import load_config
+from zoo.mm.downstream import load_scene_model
+load_config("biformer_nano_digits")
+torch.save({{"zoo": {{"task": "mmseg"}}}}, {str(tmp_path / "a.pth")!r})
+for ask in (lambda: load_config("upernet_biformer-nano_digits"), lambda: load_config("mask-rcnn_biformer-small_fpn_1x_coco"),
+            lambda: load_scene_model({str(tmp_path / "a.pth")!r})):
+    try:
+        ask()
+    except zoo.errors.InputError as error:
+        print(error)
+"""
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 3 and all("make mm" in line for line in lines)
+    assert "needs mmsegmentation" in lines[0] and "needs mmdetection" in lines[1] and "needs mmsegmentation" in lines[2]

@@ -3,6 +3,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper

@@ -135,7 +135,7 @@ class DigitsDataset(LabelledImages):
         from sklearn.model_selection import train_test_split
 
         super().__init__([str(digit) for digit in range(10)], transform)
-        _check_split(split)
+        check_split(split)
         if mode not in ("L", "RGB"):
             raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
         pixels, targets = load_digits(return_X_y=True)
@@ -166,7 +166,7 @@ class ImageFolderDataset(LabelledImages):
     """
 
     def __init__(self, root: str, split: str, transform: Mapping):
-        _check_split(split)
+        check_split(split)
         self.folder = Path(root) / split
         if not Path(root).is_dir():
             raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
@@ -197,6 +197,6 @@ class ImageFolderDataset(LabelledImages):
             raise InputError(f"{path} cannot be read as a picture: {error}") from None
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
     if split not in ("train", "val"):
         raise InputError(f"split={split!r}: it is 'train' or 'val'")
