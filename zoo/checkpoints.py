@@ -110,6 +110,13 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
 
 
+def recorded_task(path: str | Path) -> str | None:
+    """What tools/train.py trained the checkpoint at `path` for; None if it is another's."""
+    checkpoint = read(path, allow=ENGINE_RECORDS)
+    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
+    return record.get("task") if isinstance(record, dict) else None
+
+
 def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
     """Like `load_model` for the path of a checkpoint only: a model with trained weights, never random ones."""
     path = Path(path)
