@@ -1,5 +1,6 @@
 """Reading checkpoints without ever running code from them, and models from names or checkpoints."""
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,13 @@ def read(path: str | Path, map_location: str | torch.device = "cpu",
         raise InputError(f"{path} cannot be read: permission denied") from None
     except Exception as error:  # damaged bytes surface as almost any exception of the unpickler and the zip reader
         raise InputError(_why_unreadable(path, error, allow)) from error
+
+
+def renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """A parameter's name after all of `renames`, pairs of a pattern and what takes its place, one after the other."""
+    for pattern, ours in renames:
+        name = re.sub(pattern, ours, name)
+    return name
 
 
 def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:

@@ -1,4 +1,4 @@
-# The toolbox's 1x recipe for ResNet-50, as in the paper.
+# The toolbox's 1x recipe for ResNet-50; the paper's own could not be read.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=work_dirs/das_resnet50_in1k/epoch_100.pth, of our own training.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
