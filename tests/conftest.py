@@ -1,7 +1,9 @@
+import contextlib
 import functools
+import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,7 +22,10 @@ def load_tool_help():
 
     @functools.cache
     def read(path: Path) -> str:
-        return subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
+        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "argv", [str(path), "--help"])
+            runpy.run_path(str(path), run_name="__main__")
+        return said.getvalue()
 
     return read
 

@@ -1,10 +1,11 @@
 """The table of models, generated from the registry."""
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
-import torchvision  # noqa: F401  has the deformable convolution of exported graphs
+import torchvision  # noqa: F401  has the deformable convolution that is counted
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
@@ -23,15 +24,16 @@ def _deform_conv2d(x: tuple, weight: tuple, offset: tuple, *_: object, out_shape
 def macs(name: str) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image of the model's own size.
 
-    Counted on the exported graph, in which every mechanism stands as it is defined: what a formulation computes beyond
-    that to be faster is not counted.
+    Counted as exported graphs have it, where every mechanism stands as it is defined: what a formulation computes beyond that
+    to be faster is not counted. Nothing is computed for it: shapes are enough.
     """
-    model = timm.create_model(name).eval()
-    image = torch.zeros(1, *model.pretrained_cfg["input_size"])
-    program = torch.export.export(model, (image,)).module()
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        image = torch.empty(1, *model.pretrained_cfg["input_size"])
+    exporting = mock.patch.object(torch.compiler, "is_exporting", lambda: True)
     counted = {torch.ops.torchvision.deform_conv2d: _deform_conv2d}
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
-        program(image)
+    with exporting, FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
+        model(image)
     return counter.get_total_flops() // 2
 
 
