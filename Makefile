@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test lint models clean
+.PHONY: demo test lint models measure exports clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -19,9 +19,20 @@ lint: $(READY)
 	@rm -rf build/rooms && mkdir -p build/rooms && cp -r zoo build/rooms/zoo && cp -r kernels layers build/rooms/zoo
 	cd build/rooms && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../setup.cfg --no-cache
 
-# The model table of the README, from the registry.
+# The tables of models, from the registry and from what the next two have measured.
 models: $(READY)
 	$(BIN)/python tools/model_table.py README.md
+	$(BIN)/python tools/model_table.py docs/models.md --whole
+
+# Every model's time beside ResNet-50's. On a quiet machine: half an hour on two cores.
+measure: $(READY)
+	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "import zoo; print(*zoo.list_models())") \
+		--against benchmarks.resnet50:build --batch 1 --rounds 9 --json benchmarks/models.json
+
+# Every model as ONNX, compared and timed. Goes on where it was stopped.
+exports: $(READY)
+	$(BIN)/python tools/export_onnx.py --all -o build/onnx
+	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB, once."

@@ -1,11 +1,14 @@
 """Models as ONNX files that have been checked, run and compared before they are left anywhere.
 
+Differences are those of outputs of unit variance: they are divided by the standard deviation of PyTorch's outputs.
+
 The height and width of an exported image model are free if three things hold: PyTorch runs the model at other sizes,
 its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they
 are fixed, and the reason is told.
 """
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import textwrap
@@ -38,7 +41,10 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest absolute difference between the logits of PyTorch and of ONNX Runtime for one shape of input."""
+    """The largest difference between the logits of PyTorch and of ONNX Runtime for one shape of input.
+
+    In standard deviations of all of PyTorch's logits; as it is where those do not vary.
+    """
 
     batch: int
     size: tuple[int, int]
@@ -72,7 +78,7 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
-    PyTorch by more than 1e-4; `path` is then as it was before.
+    PyTorch by more than 1e-4 on outputs of unit variance; `path` is then as it was before.
     """
     path, size = Path(path), tuple(size or info.input_size[1:])
     _check_arguments(path, size, batch, opset)
@@ -94,6 +100,18 @@ def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Sizes to try beside `size`: odd, wide, tall, smaller and larger."""
     height, width = size
     return [(height + 1, width + 1), (height * 3 // 4 | 1, width * 5 // 4 | 1), (height * 3 // 2, width)]
+
+
+def open_session(path: Path):
+    """ONNX Runtime's session of the file at `path`, on the CPU with as many threads as torch has. Raises ExportError."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what it says about failures comes with the exception as well
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
 
 
 class _SizesNotFreeError(Exception):
@@ -190,20 +208,11 @@ def _set_metadata(proto, info: ModelInfo, size: tuple[int, int]) -> None:
 
 def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
              progress: Callable[[str], None]) -> list[Comparison]:
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what it says about failures comes with the exception as well
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
+    session = open_session(path)
     batches = (1, 3) if batch is None else (batch,)
-    shapes = [(count, size) for count in batches]
-    if free_size:
-        shapes += [(batches[i % len(batches)], other) for i, other in enumerate(other_sizes(size))]
-    comparisons = []
-    for count, (height, width) in shapes:
+    sizes = [size, *other_sizes(size)] if free_size else [size]
+    pairs = {}
+    for (height, width), count in itertools.product(sizes, batches):
         progress(f"comparing batch {count}, {height}x{width}")
         images = _images(info, count, (height, width))
         try:
@@ -211,12 +220,10 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int
         except Exception as error:
             said = f"ONNX Runtime does not run batch {count}, {height}x{width}: {_first_line(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error
-        comparisons.append(Comparison(count, (height, width), _difference(found, _logits(model, images))))
-    return comparisons
-
-
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found.astype(np.float64) - expected).max())
+        pairs[count, (height, width)] = found.astype(np.float64), _logits(model, images)
+    deviation = np.concatenate([expected.ravel() for _, expected in pairs.values()]).std() or 1.0
+    return [Comparison(count, shape, float(np.abs(found - expected).max() / deviation))
+            for (count, shape), (found, expected) in pairs.items()]
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
         (B, C, H, W) in the memory layout of x: contiguous, channels-last, or with positions before batch before channels,
         which costs no copy (`x.permute(2, 3, 0, 1)` is contiguous). Differentiable any number of times in all arguments.
 
-    Graphs exported with a free batch hold a sum of shifted maps, as ONNX knows no free number of groups.
+    Graphs exported with a free batch hold a product with the neighbourhoods, as ONNX knows no free number of groups.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.

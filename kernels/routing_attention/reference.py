@@ -51,7 +51,7 @@ def gathered(
     attention = scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
     out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(3)  # (b, r, t, c)
     region, place = places(height, width, regions, size, q.device)
-    return out[:, region, place].reshape(b, height, width, -1)
+    return out[:, region, place].reshape(b, height, width, v.shape[-1])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float) -> Tensor:
@@ -64,7 +64,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_he
     mask = mask.reshape(b, 1, height * width, kv_height * kv_width)
     q, k, v = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).reshape(b, height, width, -1)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
 
 def blocked(
@@ -81,7 +81,7 @@ def blocked(
     out, _ = routed_attention(
         *(x.flatten(0, 2) for x in (q_r, k_r, v_r)), _rows(routes, num_heads).flatten(0, 2), scale, on_map, weights
     )
-    return paste(out.reshape(*q_r.shape[:-1], -1), regions, size)[:, :height, :width]
+    return paste(out.reshape(*q_r.shape[:-1], v_r.shape[-1]), regions, size)[:, :height, :width]
 
 
 def _rows(routes: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,173 @@
+"""Many models exported into one table, and what other software makes of the files."""
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import zoo
+from zoo import exports, quantize
+from zoo.checkpoints import ModelInfo, load_model
+from zoo.errors import InputError
+from zoo.export import export_onnx
+from zoo.exports import RECORDS, TABLE, export_all, read_records
+
+FAMILIES = {timm.model_entrypoint(name).__module__: name for name in reversed(zoo.list_models("*_nano*"))}
+CLASSES = ("dark", "light")
+
+
+def run(path, images: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(str(path)).run(None, {"image": images})[0]
+
+
+def images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    return folder, export_all(["test_resnet", "test_vit"], folder, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A trained-looking model of two classes, and its file: one class for dark, one for light pictures."""
+    torch.manual_seed(0)
+    model, info = load_model("test_resnet", num_classes=2)
+    info = ModelInfo("test_resnet", CLASSES, {**info.data_config, "input_size": (3, 64, 64)})
+    path = tmp_path_factory.mktemp("resnet") / "resnet.onnx"
+    export_onnx(model, info, path, size=(64, 64), free_size=False)
+    return path, info
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for label, grey in zip(CLASSES, (60, 200), strict=True):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = (images(64, 64, 3) * 20 + grey + 5 * i).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / label / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_every_family_is_exported_without_own_operators_and_openvino_agrees(tmp_path):
+    """With free batch, height and width; on one size besides those that the export has compared. OpenVINO has no DeformConv."""
+    for name in list(FAMILIES.values())[:5]:
+        model, info = load_model(name, num_classes=10)
+        path = tmp_path / f"{name}.onnx"
+        result = export_onnx(model, info, path, size=(64, 64), spell_out=True)
+        assert result.free_size, result.reason
+        assert {entry.domain for entry in onnx.load(path).opset_import} == {""}
+        x = images(2, 3, 70, 97)
+        expected = run(path, x)
+        found = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+        assert np.abs(found - expected).max() < 1e-3 * expected.std(), name
+        path.unlink()
+
+
+def test_a_record_says_what_the_file_holds(exported):
+    folder, records = exported
+    record = records["test_resnet"]
+    graph = onnx.load(folder / "test_resnet.onnx")
+    assert record.bytes == (folder / "test_resnet.onnx").stat().st_size
+    assert record.opset == graph.opset_import[0].version == 20
+    assert sum(record.operators.values()) == len(graph.graph.node)
+    assert (record.failure, record.reason, record.same_top1) == ("", "", exports.PICTURES)
+    assert 0 <= record.difference < 1e-4 and min(record.seconds) > 0
+    assert "does not take 161x161" in records["test_vit"].reason
+    assert read_records(folder / RECORDS).keys() == records.keys()
+    rows = (folder / TABLE).read_text().splitlines()
+    assert [row.split("`")[1] for row in rows[2:]] == ["test_resnet", "test_vit"]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_what_is_done_is_kept_and_what_is_not_is_done(exported, monkeypatch):
+    folder, records = exported
+    steps = []
+    made = []
+    monkeypatch.setattr(exports, "_export", lambda name, *_: made.append(name) or records[name])
+    (folder / "test_vit.onnx").write_bytes(b"damaged")
+    again = export_all(["test_resnet", "test_vit"], folder, progress=steps.append)
+    assert made == ["test_vit"]
+    assert steps[0] == "1/2 test_resnet: is there already"
+    assert again["test_resnet"] == dataclasses.replace(records["test_resnet"], seconds=again["test_resnet"].seconds)
+    export_all(["test_resnet"], folder, opset=21)
+    export_all(["test_resnet"], folder, spell_out=True)
+    assert made == ["test_vit", "test_resnet", "test_resnet"]
+
+
+def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    def refuse(model, info, path, **_):
+        path.write_bytes(b"half")
+        raise exports.ExportError("it cannot be")
+
+    monkeypatch.setattr(exports, "export_onnx", refuse)
+    records = export_all(["test_resnet", "test_vit"], tmp_path)
+    assert {record.failure for record in records.values()} == {"it cannot be"}
+    assert (tmp_path / TABLE).read_text().count("failed: it cannot be") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORDS, TABLE]
+
+
+def test_another_class_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "_same_top1", lambda *_: 63)
+    record = export_all(["test_resnet"], tmp_path, rounds=1)["test_resnet"]
+    assert record.failure == "ONNX Runtime and PyTorch name the same class for 63 of 64 images only"
+    assert not (tmp_path / "test_resnet.onnx").exists()
+
+
+def test_same_classes_are_counted():
+    model = lambda x: x.mean((2, 3))  # noqa: E731
+    x = torch.eye(16)[:, :, None, None]
+    assert exports._same_top1(model, model, x) == 16
+    assert exports._same_top1(model, lambda x: model(x).roll(1, 1), x) == 0
+
+
+def test_records_that_are_none_are_one_sentence(tmp_path):
+    for text in ("{", '{"a": {"unknown": 1}}', "[1]"):
+        (tmp_path / RECORDS).write_text(text)
+        with pytest.raises(InputError, match="does not hold records of exports; remove it"):
+            export_all(["test_resnet"], tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_lower_precision(resnet, pictures, tmp_path, precision):
+    source, info = resnet
+    path = tmp_path / "x" / "x.onnx"
+    path.parent.mkdir()
+    path.write_bytes(source.read_bytes())
+    change = quantize.lower_precision(path, precision, info, pictures)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_size < (0.6 if precision == "float16" else 0.5) * source.stat().st_size
+    x = images(2, 3, 64, 64)
+    found, expected = run(path, x), run(source, x)
+    assert 0 < np.abs(found - expected).max() < 0.2 * np.abs(expected).max()
+    metadata = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert change.pictures == 4 and change.same <= 4
+    measured = sorted(pictures.rglob("*.png"))[1::2]
+    labels = [CLASSES.index(picture.parent.name) for picture in measured]
+    named = [run(source, image)[0].argmax() for image in quantize._images(info, measured)]
+    assert change.before == 100 * np.mean(np.equal(named, labels))
+
+
+def test_unlabelled_pictures_measure_agreement_only(resnet, pictures, tmp_path):
+    source, info = resnet
+    change = quantize._compare(source, source, dataclasses.replace(info, classes=("a", "b")), quantize.find_pictures([pictures]))
+    assert (change.pictures, change.same, change.before, change.after) == (8, 8, None, None)
+
+
+def test_pictures_that_do_not_suffice(pictures, tmp_path):
+    with pytest.raises(InputError, match="int8 has to be calibrated: give a folder of pictures"):
+        quantize.check_pictures("int8", None)
+    (tmp_path / "one").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "one" / "x.png")
+    with pytest.raises(InputError, match="holds one picture"):
+        quantize.check_pictures("float16", tmp_path / "one")
+    assert quantize.check_pictures("float16", None) == []
