@@ -1,6 +1,8 @@
+import contextlib
 import functools
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,22 @@ def load_tool_help():
         return subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
 
     return read
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond 4 KiB: the system answers as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def pytest_terminal_summary(terminalreporter):

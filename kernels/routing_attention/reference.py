@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size
+from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size, regions_at
 from .blocked import routed_attention
 
 Grid = tuple[int, int]
@@ -36,22 +36,20 @@ def gathered(
     Regions are cut out and pasted by index: a graph traced at one size then holds at every size.
     """
     b, height, width, _ = q.shape
-    size = region_size(height, width, regions)
-    own = positions(height, width, regions, size, q.device)  # (r, t)
-    routed = positions(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2)  # (b, r, n·s)
-    q_r = q.flatten(1, 2)[:, own.clamp(min=0)]  # (b, r, t, c)
-    batch = torch.arange(b, device=q.device)[:, None, None]
-    k_r, v_r = (x.flatten(1, 2)[batch, routed.clamp(min=0)] for x in (k, v))  # (b, r, n·s, c)
-    if weights is not None:
+    own = positions(height, width, regions, region_size(height, width, regions), q.device)  # (r, t)
+    kv_own = positions(*k.shape[1:3], regions, kv_size, k.device)  # (r, s)
+    q_r = regions_at(q, own)  # (b, r, t, c)
+    rows = _rows(routes, 1).flatten()
+    k_r, v_r = (regions_at(x, kv_own).flatten(0, 1).index_select(0, rows).reshape(b, routes.shape[1], -1, x.shape[-1]) for x in (k, v))
+    if weights is not None:  # (b, r, n·s, c)
         factors = weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
         k_r, v_r = k_r * factors, v_r * factors
     q_r, k_r, v_r = (x.unflatten(-1, (num_heads, -1)).transpose(2, 3) for x in (q_r, k_r, v_r))  # (b, r, m, ·, d)
     scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    on_map = (routed >= 0)[:, :, None, None]
-    attention = scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
-    out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(3)  # (b, r, t, c)
-    region, place = places(height, width, regions, size, q.device)
-    return out[:, region, place].reshape(b, height, width, v.shape[-1])
+    on_map = (kv_own >= 0).index_select(0, routes.flatten()).reshape(b, routes.shape[1], 1, 1, -1)
+    attention = torch.where(on_map, scores, torch.finfo(scores.dtype).min).softmax(-1) * on_map
+    out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(1, 2).flatten(2)  # (b, r·t, c)
+    return out.index_select(1, places(own, height * width)).reshape(b, height, width, v.shape[-1])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float) -> Tensor:
