@@ -54,8 +54,10 @@ def run(case: dict, seed: int) -> None:
     x = LAYOUTS[case["layout"]](torch.randn(case["batch"], case["in_chans"], *case["size"]).to(case["dtype"]))
     if case["way"] == "train":
         model.set_grad_checkpointing(case["grad_checkpointing"])
-        out = model(x)
-        out.float().square().mean().backward()
+        # oneDNN's bfloat16 convolutions leave parts of weights' gradients unwritten where a map is one position wide (torch 2.15).
+        with torch.backends.mkldnn.flags(enabled=case["dtype"] != torch.bfloat16):
+            out = model(x)
+            out.float().square().mean().backward()
         outs = [out, *(p.grad for p in model.parameters() if p.grad is not None)]
         assert len(outs) > 1
     else:

@@ -28,6 +28,7 @@ ALEXNET = {
 CORRUPTIONS = tuple(ALEXNET)
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALLEST = 32  # pixels on a side
+SEEDED = ("impulse_noise", "glass_blur")  # have generators of their own; the others draw from NumPy's global one
 
 
 @TRANSFORMS.register_module()
@@ -35,7 +36,7 @@ class CorruptImage:
     """Corrupts an image as ImageNet-C does.
 
     Called with a PIL image it returns one of the same size and mode; with the dict of an mmengine pipeline, which holds a
-    uint8 array (H, W, 3) as "img", it replaces that. Draws from NumPy's global generator, like the package it stands on.
+    uint8 array (H, W, 3) as "img", it replaces that. What is random is drawn from NumPy's global generator.
 
     Args:
         name: one of `CORRUPTIONS`.
@@ -61,9 +62,8 @@ class CorruptImage:
         height, width = pixels.shape[:2]
         if min(height, width) < SMALLEST:
             raise InputError(f"a {height}x{width} image cannot be corrupted: {SMALLEST} pixels on a side are needed")
-        if self.name == "glass_blur":  # the only one that draws from Numba's generator
-            _seed_numba()(np.random.randint(2**31))
-        return _library().corrupt(pixels, corruption_name=self.name, severity=self.severity)
+        seed = {"seed": np.random.randint(2**31)} if self.name in SEEDED else {}
+        return _library().corrupt(pixels, corruption_name=self.name, severity=self.severity, **seed)
 
 
 @cache
@@ -74,12 +74,6 @@ def _library():
         raise InputError("corruptions need the package imagecorruptions-imaug; install it with: "
                          "pip install 'zoo-attention[robustness]'") from error
     return imagecorruptions
-
-
-@cache
-def _seed_numba() -> Callable[[int], None]:
-    import numba
-    return numba.njit(lambda seed: np.random.seed(seed))  # noqa: PLW0108  compiled, it is Numba's generator that it seeds
 
 
 @dataclass(frozen=True)
