@@ -172,7 +172,7 @@ class AttNet(StagedNetwork):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 

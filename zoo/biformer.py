@@ -148,7 +148,7 @@ class BiFormer(StagedNetwork):
         attn_args: dict[str, Any] | list[dict[str, Any]] | None = None,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         mlp_ratios = mlp_ratio if isinstance(mlp_ratio, (list, tuple)) else [mlp_ratio] * len(dims)
