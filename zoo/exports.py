@@ -138,7 +138,7 @@ def _export(name: str, path: Path, opset: int, spell_out: bool, rounds: int, pro
         return Record(_versions(), str(error))
     finally:
         torch.set_num_threads(threads)
-    operators = Counter(node.op_type for node in onnx.load(path).graph.node)
+    operators = dict(Counter(node.op_type for node in onnx.load(path).graph.node))
     return Record(_versions(), "", opset, spell_out, path.stat().st_size, operators, exported.reason, exported.worst, same, seconds)
 
 
