@@ -62,11 +62,11 @@ def export_one(args: argparse.Namespace) -> int:
 
 
 def export_many(args: argparse.Namespace) -> int:
-    for name in ("size", "static_size", "batch", "pictures"):
-        if getattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')} is for one model, not for --all")
-    if args.precision != "float32":
-        raise InputError("--precision is for one model, not for --all")
+    one = {"--size": args.size, "--static-size": args.static_size or None, "--batch": args.batch, "--pictures": args.pictures,
+           "--precision": None if args.precision == "float32" else args.precision}
+    for option, value in one.items():
+        if value is not None:
+            raise InputError(f"{option} is for one model, not for --all")
     names = list_models(args.all)
     if not names:
         raise InputError(f"no registered model matches {args.all!r}")
