@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test lint models measure exports clean
+.PHONY: demo test lint models measure exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -33,6 +33,13 @@ measure: $(READY)
 exports: $(READY)
 	$(BIN)/python tools/export_onnx.py --all -o build/onnx
 	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
+
+# Everything that needs a GPU, in under 9 minutes, with the python3 of a machine that has torch, triton, timm and pytest and from
+# which nothing can be downloaded: the package is put together of links, so that what is written lands in the checkout.
+gpu:
+	@rm -rf build/gpu && mkdir -p build/gpu/zoo
+	@ln -s $(CURDIR)/zoo/* $(CURDIR)/kernels $(CURDIR)/layers $(CURDIR)/configs build/gpu/zoo/
+	PYTHONPATH=$(CURDIR)/build/gpu PYTHONSAFEPATH=1 $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB, once."

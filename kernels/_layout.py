@@ -8,3 +8,8 @@ def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
         if x.is_contiguous(memory_format=memory_format):
             return out.contiguous(memory_format=memory_format)
     return out
+
+
+def span(maps: Tensor) -> int:
+    """Elements between the first and the last of one sample in memory; kernels that count them in 32 bits need it below 2³¹."""
+    return sum((length - 1) * stride for length, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True))

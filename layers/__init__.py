@@ -1,9 +1,21 @@
 """The mechanisms of the literature as layers for anybody's model."""
+from ._capture import capture
 from .atconv import ATConv
+from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
+from .context_broadcast import ContextBroadcast
 from .das import DAS
+from .deformable_token_merging import DeformableTokenMerging
+from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
+from .halo import HaloAttention
+from .hilo import HiLoAttention
 from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
+from .token_aware_avg_pool import TokenAwareAvgPool
 
-__all__ = ["DAS", "ATConv", "BiLevelRoutingAttention", "PointwiseLinear", "PolarizedSelfAttention", "SelectiveKernelUnit"]
+__all__ = [
+    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
+    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
+    "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
+]

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 from zoo.kernels import depthwise_dynamic_conv2d
 from zoo.kernels._layout import in_layout_of
+from zoo.kernels.depthwise_dynamic_conv2d.reference import inhibited
 
+from ._capture import report
 from ._positions_first import PointwiseConv, positions_first
 
 
@@ -18,7 +20,8 @@ class ATConv(nn.Module):
         K = kernel_gen(GELU(kernel_proj(pool_{k²}(x)))),  out = proj((K - sigmoid(θ) · mean(K)) ∗ x_proj(x))
 
     (B, C, H, W) → (B, C, H, W) in the memory layout of x, any height and width, any floating dtype. As timm's `attn_layer`:
-    `timm.create_model("resnet50", block_args=dict(attn_layer=ATConv))`.
+    `timm.create_model("resnet50", block_args=dict(attn_layer=ATConv))`. `zoo.capture` gets the `kernels` that convolve,
+    (B, C, k, k), with their inhibition.
 
     Args:
         dim: C.
@@ -59,7 +62,9 @@ class ATConv(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"ATConv: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         maps = positions_first(x)
-        out = depthwise_dynamic_conv2d(self.x_proj(maps), self.kernels(maps), self.difference_control)
+        kernels = self.kernels(maps)
+        report(self, kernels=lambda: inhibited(kernels, self.difference_control))
+        out = depthwise_dynamic_conv2d(self.x_proj(maps), kernels, self.difference_control)
         return in_layout_of(x, self.proj(out))
 
     def kernels(self, x: Tensor) -> Tensor:

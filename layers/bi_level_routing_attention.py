@@ -6,7 +6,10 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
+from zoo.kernels._regions import region_size
+from zoo.kernels.routing_attention.reference import gathered_attention
 
+from ._capture import report
 from .pointwise_linear import PointwiseLinear
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
@@ -26,7 +29,9 @@ class BiLevelRoutingAttention(nn.Module):
 
         routes = topk(mean(Q) mean(K)ᵀ),  out = proj(softmax(scale · Q K[routes]ᵀ) V[routes] + dwconv(V))
 
-    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype.
+    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype. `zoo.capture` gets `routes` (B, rows·columns, topk),
+    the regions in reading order, most attended first; their `affinity`, of that shape; and `attention` (B, rows·columns,
+    num_heads, positions of a region, topk · positions of a routed region), rows summing to one.
 
     Args:
         dim: C.
@@ -115,11 +120,13 @@ class BiLevelRoutingAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, -width % self.regions[1], 0, -height % self.regions[0]))
         q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         routes, weights = self._route(q, k)
-        kv_size = None
+        kv_size = region_size(*k.shape[1:3], self.regions)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.lepe is not None else None
         if self.kv_pool != "identity":
             (k, kv_size), (v, _) = self._pool(k), self._pool(v)
-        out = routing_attention(q, k, v, routes, self.regions, self.num_heads, kv_size, self.scale, weights)
+        shared = (routes, self.regions, self.num_heads, kv_size, self.scale, weights)
+        report(self, attention=lambda: gathered_attention(q, k, *shared))
+        out = routing_attention(q, k, v, *shared)
         if lepe is not None:
             out = out + lepe
         return self.proj(out[:, :height, :width])
@@ -130,6 +137,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.router is not None:
             q, k = (self.router(self._region_map(x)) for x in (q, k))
         routes, affinity = region_routes(q, k, self.regions, self.topk)
+        report(self, routes=routes, affinity=affinity)
         return routes, (affinity * self.scale).softmax(-1) if self.soft_routing else None
 
     def _region_map(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
 
+from ._capture import report
+
 
 class DAS(nn.Module):
     """Gate of a CNN's map that looks where a deformable convolution takes it (arXiv 2311.12091, section 3).
@@ -14,7 +16,8 @@ class DAS(nn.Module):
         X_c = GELU(InstanceNorm(pointwise(depthwise(X)))),   about ratio · C channels
         out = X ⊙ sigmoid(LayerNorm(deformable(X_c, offsets(X_c))))
 
-    (B, C, H, W) → (B, C, H, W), any height and width, any floating dtype. Usable as timm's `attn_layer`.
+    (B, C, H, W) → (B, C, H, W), any height and width, any floating dtype. Usable as timm's `attn_layer`. `zoo.capture` gets the
+    `offset` (B, 2·kernel_size², H, W), for each place of the kernel down and to the right in pixels of the map, and the `gate`.
 
     Args:
         dim: C.
@@ -71,8 +74,10 @@ class DAS(nn.Module):
         hidden = self.pointwise(self.depthwise(x))
         # InstanceNorm; the module and functional forms refuse maps of one position.
         hidden = self.act(torch.group_norm(hidden, self.hidden_dim))
-        out = deform_conv2d(hidden, self.offset(hidden), self.weight, self.bias, padding=self.padding)
-        return self.norm(out).sigmoid()
+        offset = self.offset(hidden)
+        gate = self.norm(deform_conv2d(hidden, offset, self.weight, self.bias, padding=self.padding)).sigmoid()
+        report(self, offset=offset, gate=gate)
+        return gate
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, hidden_dim={self.hidden_dim}"

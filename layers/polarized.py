@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._capture import report
+
 Layout = Literal["parallel", "sequential"]
 
 
@@ -20,7 +22,8 @@ class PolarizedSelfAttention(nn.Module):
         sequential:  Y = a_c ⊙ X, out = a_n(Y) ⊙ Y
 
     (B, dim, H, W) → (B, dim, H, W), any height and width, any floating dtype. `up` is a 1×1 convolution without bias in the
-    parallel layout, and 1×1 to C/8, LayerNorm, ReLU, 1×1 in the sequential one.
+    parallel layout, and 1×1 to C/8, LayerNorm, ReLU, 1×1 in the sequential one. `zoo.capture` gets the `channel` gate
+    (B, C, 1, 1) and the `spatial` one (B, 1, H, W).
 
     Args:
         dim: C, at least 2.
@@ -80,10 +83,12 @@ class PolarizedSelfAttention(nn.Module):
         return scores.to(x.dtype).unflatten(2, x.shape[2:]).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layout == "parallel":
-            return x * (self.channel_gate(x) + self.spatial_gate(x))
-        x = x * self.channel_gate(x)
-        return x * self.spatial_gate(x)
+        channel = self.channel_gate(x)
+        if self.layout == "sequential":
+            x = x * channel
+        spatial = self.spatial_gate(x)
+        report(self, channel=channel, spatial=spatial)
+        return x * (spatial if self.layout == "sequential" else channel + spatial)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, layout={self.layout}"

@@ -6,6 +6,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from ._capture import report
+
 
 class SelectiveKernelUnit(nn.Module):
     """Convolutions of several kernel sizes, weighted by a softmax over them per channel (arXiv 1903.06586, section 3.1).
@@ -17,7 +19,7 @@ class SelectiveKernelUnit(nn.Module):
         out_c = Σ_m a_mc · U_mc
 
     (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉), any height and width, any floating dtype. While training, the
-    BN of z needs more than one image in a batch.
+    BN of z needs more than one image in a batch. `zoo.capture` gets the `weights` a, (B, M, C, 1, 1).
 
     Args:
         dim: channels of the input.
@@ -79,7 +81,9 @@ class SelectiveKernelUnit(nn.Module):
         """(B, M, C, 1, 1): the weights a of the maps U_m."""
         pooled = reduce(torch.add, [y.mean((2, 3), keepdim=True) for y in maps])
         z = self.act(self.norm(self.reduce(pooled)))
-        return self.select(z).unflatten(1, (len(maps), -1)).softmax(1)
+        weights = self.select(z).unflatten(1, (len(maps), -1)).softmax(1)
+        report(self, weights=weights)
+        return weights
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.branches(x)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Read when triton is imported. With a GPU the same tests run the kernels on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 

@@ -17,7 +17,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="MODULE:CALLABLE",
                         help="called with a model's name, returns its rival, a torch.nn.Module (default: no rival)")
     parser.add_argument("--batch", type=int, default=4, help="images at once (default: 4)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of the images (default: each model's own)")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N",
+                        help="size of the images: height and width, of volumes depth, height and width (default: each model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (default: 15)")

@@ -7,7 +7,7 @@ from zoo import list_models
 from zoo.checkpoints import load_model
 from zoo.cli import run
 from zoo.errors import InputError
-from zoo.export import Exported, ExportError, export_onnx
+from zoo.export import AXES, Exported, ExportError, export_onnx
 from zoo.exports import TABLE, Record, export_all
 from zoo.files import replacing
 from zoo.quantize import PRECISIONS, Change, check_pictures, lower_precision
@@ -24,7 +24,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", nargs="?", const="*", metavar="PATTERN",
                         help="export every registered model (that matches), and write a table; goes on where it was stopped")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write; with --all, the folder")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size to trace (default: the model's own)")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N",
+                        help="size to trace: height and width, of volumes depth, height and width (default: the model's own)")
     parser.add_argument("--static-size", action="store_true", help="accept images of that size only")
     parser.add_argument("--batch", type=int, help="accept batches of this size only (default: any)")
     parser.add_argument("--opset", type=int, default=20, help="ONNX operator set, 18 or newer (default: 20)")
@@ -83,12 +84,13 @@ def show(step: str) -> None:
 
 
 def report(exported: Exported) -> None:
-    print("batch  height x width  largest difference to PyTorch, in standard deviations")
+    axes = AXES[len(exported.comparisons[0].size)]
+    print(f"batch  {' x '.join(axes)}  largest difference to PyTorch, in standard deviations")
     for row in exported.comparisons:
-        print(f"{row.batch:5d}  {row.size[0]:6d} x {row.size[1]:<5d}  {row.difference:.2e}")
+        print(f"{row.batch:5d}  {' x '.join(f'{n:6d}' for n in row.size)}  {row.difference:.2e}")
     print(f"worst: {exported.worst:.2e}")
-    print(f"batch size: {'any' if exported.free_batch else 'fixed'}; "
-          f"height and width: {'any' if exported.free_size else f'fixed ({exported.reason})'}")
+    sizes = "any" if exported.free_size else f"fixed ({exported.reason})"
+    print(f"batch size: {'any' if exported.free_batch else 'fixed'}; {' and '.join(axes)}: {sizes}")
 
 
 def report_change(precision: str, change: Change) -> None:

@@ -2,9 +2,8 @@
 import argparse
 from pathlib import Path
 
-import zoo
 from zoo.cli import run
-from zoo.model_table import replace_table, table, whole_table
+from zoo.model_table import listed, replace_table, table, whole_table
 
 
 def main() -> None:
@@ -12,7 +11,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="a Markdown file with the marks of the table")
     parser.add_argument("--whole", action="store_true", help="all that is known, not only what the README has room for")
     args = parser.parse_args()
-    replace_table(args.file, (whole_table if args.whole else table)(zoo.list_models()))
+    replace_table(args.file, (whole_table if args.whole else table)(listed()))
     print(f"wrote the table of models to {args.file}")
 
 

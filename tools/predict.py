@@ -1,10 +1,15 @@
-"""Names the classes of pictures, with probabilities, by a trained model."""
+"""Names the classes of pictures, with probabilities, by a trained model; or writes masks of pictures and volumes."""
 import argparse
 import sys
+import time
 from pathlib import Path
 
-from zoo.checkpoints import load_trained
+from torch import nn
+
+from zoo.checkpoints import ModelInfo, load_trained
 from zoo.cli import run
+from zoo.errors import InputError
+from zoo.masks import write_masks
 from zoo.predict import Prediction, find_pictures, output_files, predict, write_annotated
 
 
@@ -12,22 +17,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/predict.py work_dirs/digits/latest.pth seven.png\n"
-               "  python tools/predict.py work_dirs/digits/latest.pth scans/ --top 3 -o sheet.png")
+               "  python tools/predict.py work_dirs/digits/latest.pth scans/ --top 3 -o sheet.png\n"
+               "  python tools/predict.py work_dirs/ct/best.pth abdomen.nii.gz -o mask.nii.gz")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that tools/train.py wrote")
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="picture", help="a picture or a folder of pictures")
+    parser.add_argument("pictures", type=Path, nargs="+", metavar="input",
+                        help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each picture (default: 5)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument("-o", "--output", type=Path,
-                        help="write annotated pictures: a file (several pictures become a contact sheet) or a folder")
+                        help="write annotated pictures: a file (several pictures become a contact sheet) or a folder; for networks that "
+                             "segment: write masks, an overlaid picture or a NIfTI file of the volume's shape and affine")
+    parser.add_argument("--window", type=int, nargs="+", metavar="N", help="sizes of sliding windows (default: those of training)")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next one covers too (default: 0.25)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    model, info = load_trained(args.checkpoint)
+    if info.task == "segmentation":
+        return segment(args, model, info)
     pictures = find_pictures(args.pictures)
     if args.output is not None:
         output_files(pictures, args.output)  # before the work, not after it
-    model, info = load_trained(args.checkpoint)
 
     def show(done: int) -> None:
         if len(pictures) > args.batch:
@@ -38,6 +50,26 @@ def main(arguments: list[str] | None = None) -> int:
     if args.output is not None:
         written = write_annotated(predictions, args.output)
         print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} pictures to {args.output}")
+    return 0
+
+
+def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
+    if args.output is None:
+        raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
+
+    last = time.monotonic()
+
+    def show(path: Path, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            print(f"{path}: window {done}/{total}", file=sys.stderr, flush=True)
+            last = time.monotonic()
+
+    for mask in write_masks(model, info, args.pictures, args.output, window=args.window, overlap=args.overlap, progress=show):
+        print(mask.path)
+        width = max(len(name) for name, _ in mask.shares)
+        print(*(f"  {name:{width}}  {share:7.2%}" for name, share in mask.shares), sep="\n")
+        print(f"wrote {mask.written}")
     return 0
 
 

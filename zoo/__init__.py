@@ -1,18 +1,28 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
 import timm
 
-from . import attnet, biformer, das, polarized, sknet
+from . import attnet, biformer, das, deit, fan, halonet, litv2, polarized, sknet, unet
 from .attach import attach
 from .errors import InputError, near_misses
+from .layers import capture
+from .losses import AttentionDiversificationLoss
 
-__all__ = ["MECHANISMS", "REPORTED_TOP1", "attach", "attnet", "biformer", "das", "list_models", "polarized", "sknet"]
+__all__ = [
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
+    "halonet", "list_models", "litv2", "polarized", "sknet", "unet",
+]
 
 MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
     "atconv": attnet,
+    "broadcast": deit,
     "das": das,
+    "gates": unet,
+    "halo": halonet,
+    "hilo": litv2,
     "polarized": polarized,
     "routing": biformer,
     "sk": sknet,
+    "tap": fan,
 }
 REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
     name: top1 for family in MECHANISMS.values() for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import zoo.layers
 from zoo.errors import InputError, near_misses
 
-NAMES = dict(das="DAS", polarized="PolarizedSelfAttention", atconv="ATConv", sk="SelectiveKernelUnit")
+NAMES = dict(das="DAS", polarized="PolarizedSelfAttention", atconv="ATConv", halo="HaloAttention", sk="SelectiveKernelUnit")
 
 
 class Attached(nn.Module):
@@ -51,7 +51,7 @@ def attach(
     Args:
         model: any CNN; its modules that are followed put out one map (B, C, H, W).
         layer: called with the width C (and `layer_args`) it gives a module that keeps the map's shape: a class, a partial, or
-            the name of one of `zoo.layers`: das, polarized, atconv, sk.
+            the name of one of `zoo.layers`: das, polarized, atconv, halo, sk.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("layer?", "stages.*.blocks.0"). A
             plain sequence of blocks is followed after its last. Default: every residual block (any module that adds
             two maps and puts out a map of their shape), after the sum and what follows it in the block.
@@ -60,7 +60,7 @@ def attach(
         example: an image for the pass, if (1, channels, 64, 64) is not what the model takes.
 
     With its gate every layer keeps the outputs. Without, at the start: polarized parallel multiplies the map by about 1 (two
-    gates near ½), sequential by about ¼, das by gates around ½; atconv and sk, being convolutions, replace the map.
+    gates near ½), sequential by about ¼, das by gates around ½; atconv and sk, being convolutions, and halo replace the map.
 
     Raises:
         InputError: no such layer, module or residual block, or a module or layer that this does not fit. The model is then

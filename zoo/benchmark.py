@@ -84,13 +84,13 @@ class Report:
 
 
 def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = None, *, batch: int = 4,
-              size: tuple[int, int] | None = None, dtype: str = "float32", threads: int = 2, rounds: int = 15, device: str = "cpu",
+              size: tuple[int, ...] | None = None, dtype: str = "float32", threads: int = 2, rounds: int = 15, device: str = "cpu",
               clock: Callable[[], float] = time.perf_counter, progress: Callable[[str], None] = lambda step: None) -> Report:
     """Compares `models` (names or checkpoints), each with the rival that `against` returns for its name.
 
     A forward pass is in evaluation and inference mode, a forward and backward pass in training mode, to the gradient
-    of every parameter from the sum of the logits. Both sides get the same images, of `size` (height, width; the
-    model's own if None) in `dtype`. `clock` gives seconds. Raises InputError for settings that cannot be used.
+    of every parameter from the sum of the logits. Both sides get the same images, of `size` (height, width, or
+    depth, height, width; the model's own if None) in `dtype`. `clock` gives seconds. Raises InputError for settings that cannot be used.
     """
     _check_settings(batch, size, dtype, threads, rounds, device)
     threads_before = torch.get_num_threads()
@@ -100,9 +100,9 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
         for name_or_path in models:
             ours, info = load_model(name_or_path)
             rival = None if against is None else _build_rival(against, info.name)
-            height, width = size or info.input_size[1:]
-            sizes[info.name] = f"{height}x{width}"
-            images = torch.randn(batch, info.input_size[0], height, width, generator=torch.Generator().manual_seed(0))
+            shape = tuple(size or info.input_size[1:])
+            sizes[info.name] = "x".join(map(str, shape))
+            images = torch.randn(batch, info.input_size[0], *shape, generator=torch.Generator().manual_seed(0))
             images = images.to(device, DTYPES[dtype])
             for model in filter(None, (ours, rival)):
                 model.to(device, DTYPES[dtype])
@@ -131,7 +131,7 @@ def load_callable(spec: str) -> Callable[[str], nn.Module]:
     return getattr(module, name)
 
 
-def _check_settings(batch: int, size: tuple[int, int] | None, dtype: str, threads: int, rounds: int, device: str) -> None:
+def _check_settings(batch: int, size: tuple[int, ...] | None, dtype: str, threads: int, rounds: int, device: str) -> None:
     numbers = {"batch": batch, "threads": threads, "rounds": rounds, "size": min(size or (1,))}
     for name, value in numbers.items():
         if value < 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.errors import InputError, near_misses
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
+TASKS = ("classification", "segmentation")
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 
 
@@ -45,15 +46,18 @@ class ModelInfo:
 
     `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
-    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`.
+    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`. For
+    segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what
+    `zoo.volumes.Grid` takes. `task` is one of `TASKS`.
     """
 
     name: str
     classes: tuple[str, ...]
     data_config: dict
+    task: str = "classification"
 
     @property
-    def input_size(self) -> tuple[int, int, int]:
+    def input_size(self) -> tuple[int, ...]:
         return tuple(self.data_config["input_size"])
 
 
@@ -99,7 +103,8 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     text = str(name_or_path)
     if timm.is_model(text):
         model = timm.create_model(text, **model_args).eval()
-        return model, ModelInfo(text, (), _data_config(model, {}, model_args))
+        task = "segmentation" if hasattr(model, "spatial_dims") else "classification"
+        return model, ModelInfo(text, (), _data_config(model, {}, model_args), task)
     if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
         return load_trained(text, **model_args)
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
@@ -123,7 +128,7 @@ def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
         raise InputError(f"{path} records arguments that {name} does not take: {error}") from error
     _check_keys(path, name, model.state_dict(), weights)
     model.load_state_dict(weights)
-    return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args))
+    return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
 
 
 def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
@@ -134,8 +139,8 @@ def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tens
         found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise InputError(f"{path} is not a checkpoint of tools/train.py: it holds {found or 'nothing'}, "
                          "where 'zoo' and 'state_dict' are needed")
-    if record.get("task") != "classification":
-        raise InputError(f"{path} holds a model for {record.get('task')!r}, not for 'classification'")
+    if record.get("task") not in TASKS:
+        raise InputError(f"{path} holds a model for {record.get('task')!r}, not for {' or '.join(map(repr, TASKS))}")
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items()
                if str(key).startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
     return record, weights
@@ -156,7 +161,7 @@ def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Ma
 
 def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict:
     config = timm.data.resolve_model_data_config(model)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "spacing", "clip")
     config.update({key: record[key] for key in keys if record.get(key) is not None})
     channels = model_args.get("in_chans", config["input_size"][0])
     config["input_size"] = (channels, *config["input_size"][1:])

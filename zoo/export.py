@@ -2,9 +2,9 @@
 
 Differences are those of outputs of unit variance: they are divided by the standard deviation of PyTorch's outputs.
 
-The height and width of an exported image model are free if three things hold: PyTorch runs the model at other sizes,
-its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other sizes. Otherwise they
-are fixed, and the reason is told.
+The sizes (height and width, of volumes depth too) of an exported model are free if three things hold: PyTorch runs the
+model at other sizes, its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other
+sizes. Otherwise they are fixed, and the reason is told.
 """
 import contextlib
 import importlib
@@ -32,6 +32,7 @@ DEFORM_CONV_OPSET = 19
 TOLERANCE = 1e-4
 TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether of the batch …
 FREE_SIZE = 256  # … or of a map that strides have made small; tracing computes nothing, so that a large image costs nothing
+AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT, OUTPUT = "image", "logits"
 
 
@@ -47,13 +48,13 @@ class Comparison:
     """
 
     batch: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     difference: float
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file: which axes are free, why height and width are not if they are not, and how it compares."""
+    """An exported file: which axes are free, why the sizes are not if they are not, and how it compares."""
 
     path: Path
     free_batch: bool
@@ -66,22 +67,23 @@ class Exported:
         return max(comparison.difference for comparison in self.comparisons)
 
 
-def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tuple[int, int] | None = None,
+def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tuple[int, ...] | None = None,
                 free_size: bool = True, batch: int | None = None, opset: int = 20, spell_out: bool = False,
                 progress: Callable[[str], None] = lambda step: None) -> Exported:
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
-    `size` (height, width) is what it is compared at, with others around it, and the only size accepted where `free_size`
-    is false or cannot be had; the default is the model's own. `batch` fixes the batch size, None leaves it free. Class
-    names and preprocessing are written to the file's metadata as JSON. `spell_out` writes deformable convolutions in
-    operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset` has none. `progress` is
-    called with the name of each step.
+    Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes).
+    `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
+    accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
+    None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes
+    deformable convolutions in operators of opset 16, for runtimes without `DeformConv`, as is done anyway where `opset`
+    has none. `progress` is called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
     PyTorch by more than 1e-4 on outputs of unit variance; `path` is then as it was before.
     """
     path, size = Path(path), tuple(size or info.input_size[1:])
-    _check_arguments(path, size, batch, opset)
+    _check_arguments(path, size, len(info.input_size) - 1, batch, opset)
     _require("onnx", "onnxscript", "onnxruntime")
     reason = "" if free_size else "as asked"
     if free_size:
@@ -96,10 +98,10 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
         return _export(model, info, path, size, False, batch, opset, reason, progress)
 
 
-def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes to try beside `size`: odd, wide, tall, smaller and larger."""
-    height, width = size
-    return [(height + 1, width + 1), (height * 3 // 4 | 1, width * 5 // 4 | 1), (height * 3 // 2, width)]
+def other_sizes(size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Sizes to try beside `size`: odd, wide, tall, smaller and larger; a volume's depth as its height."""
+    *heights, width = size
+    return [tuple(n + 1 for n in size), (*(n * 3 // 4 | 1 for n in heights), width * 5 // 4 | 1), (*(n * 3 // 2 for n in heights), width)]
 
 
 def open_session(path: Path):
@@ -115,18 +117,20 @@ def open_session(path: Path):
 
 
 class _SizesNotFreeError(Exception):
-    """The model cannot be exported with free height and width, though perhaps with fixed ones.
+    """The model cannot be exported with free sizes, though perhaps with fixed ones.
 
     Also where ONNX Runtime computes something else at another size: the trace then took a size for a constant.
     """
 
 
-def _check_arguments(path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
+def _check_arguments(path: Path, size: tuple[int, ...], dims: int, batch: int | None, opset: int) -> None:
     check_writable(path)
     if opset not in OPSETS:
         raise InputError(f"opset {opset} is not available; {OPSETS[0]} to {OPSETS[-1]} are")
+    if len(size) != dims:
+        raise InputError(f"the size {times(size)} has {len(size)} numbers, where {' and '.join(AXES[dims])} are needed")
     if min(size) < 1:
-        raise InputError(f"the size {size[0]}x{size[1]} is not positive")
+        raise InputError(f"the size {times(size)} is not positive")
     if batch is not None and batch < 1:
         raise InputError(f"the batch size {batch} is not positive")
 
@@ -139,7 +143,7 @@ def _require(*packages: str) -> None:
             raise InputError(f"exporting needs the package {package}; install it with: pip install 'zoo-attention[export]'") from error
 
 
-def _images(info: ModelInfo, batch: int, size: tuple[int, int]) -> torch.Tensor:
+def _images(info: ModelInfo, batch: int, size: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(batch, info.input_size[0], *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -148,25 +152,25 @@ def _logits(model: nn.Module, images: torch.Tensor) -> np.ndarray:
         return model(images).numpy()
 
 
-def _why_not_other_sizes(model: nn.Module, info: ModelInfo, size: tuple[int, int]) -> str:
+def _why_not_other_sizes(model: nn.Module, info: ModelInfo, size: tuple[int, ...]) -> str:
     """An empty string if PyTorch runs the model at other sizes. Raises InputError if it does not run at `size`."""
-    for height, width in [size, *other_sizes(size)]:
+    for other in [size, *other_sizes(size)]:
         try:
-            _logits(model, _images(info, 1, (height, width)))
+            _logits(model, _images(info, 1, other))
         except Exception as error:  # models refuse sizes by whatever their layers raise
-            said = f"{info.name} does not take {height}x{width} images: {_first_line(error)}"
-            if (height, width) == size:
+            said = f"{info.name} does not take {times(other)} images: {_first_line(error)}"
+            if other == size:
                 raise InputError(said) from error
             return said
     return ""
 
 
-def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
+def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...], free_size: bool, batch: int | None,
             opset: int, reason: str, progress: Callable[[str], None]) -> Exported:
     import onnx
     failure = _SizesNotFreeError if free_size else ExportError
     traced = tuple(max(length, FREE_SIZE) for length in size) if free_size else size
-    progress(f"tracing at {traced[0]}x{traced[1]}")
+    progress(f"tracing at {times(traced)}")
     try:
         proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset)
         _set_metadata(proto, info, size)
@@ -182,13 +186,14 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int]
         for found in comparisons:
             if not found.difference <= TOLERANCE:  # also true of NaN
                 raise failure(f"ONNX Runtime differs from PyTorch by {found.difference:.3g} at batch {found.batch}, "
-                              f"{found.size[0]}x{found.size[1]}, more than {TOLERANCE:g}")
+                              f"{times(found.size)}, more than {TOLERANCE:g}")
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 
 def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch: bool, opset: int):
     """The ModelProto of `model`. A free axis is symbolic; what the trace assumed of it is checked by running, not here."""
-    names = ({0: "batch"} if free_batch else {}) | ({2: "height", 3: "width"} if free_size else {})
+    axes = dict(enumerate(AXES[images.ndim - 2], 2))
+    names = ({0: "batch"} if free_batch else {}) | (axes if free_size else {})
     with _quiet():
         program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),),
                                       prefer_deferred_runtime_asserts_over_guards=True)
@@ -197,7 +202,7 @@ def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch
         return converted.model_proto
 
 
-def _set_metadata(proto, info: ModelInfo, size: tuple[int, int]) -> None:
+def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
     graph = proto.graph
     for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del described.metadata_props[:]  # the exporter's notes, paths on this machine among them
@@ -206,24 +211,28 @@ def _set_metadata(proto, info: ModelInfo, size: tuple[int, int]) -> None:
         proto.metadata_props.add(key=key, value=json.dumps(value))
 
 
-def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, int], free_size: bool, batch: int | None,
+def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...], free_size: bool, batch: int | None,
              progress: Callable[[str], None]) -> list[Comparison]:
     session = open_session(path)
     batches = (1, 3) if batch is None else (batch,)
     sizes = [size, *other_sizes(size)] if free_size else [size]
     pairs = {}
-    for (height, width), count in itertools.product(sizes, batches):
-        progress(f"comparing batch {count}, {height}x{width}")
-        images = _images(info, count, (height, width))
+    for compared, count in itertools.product(sizes, batches):
+        progress(f"comparing batch {count}, {times(compared)}")
+        images = _images(info, count, compared)
         try:
             found = session.run([OUTPUT], {INPUT: images.numpy()})[0]
         except Exception as error:
-            said = f"ONNX Runtime does not run batch {count}, {height}x{width}: {_first_line(error)}"
+            said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {_first_line(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error
-        pairs[count, (height, width)] = found.astype(np.float64), _logits(model, images)
+        pairs[count, compared] = found.astype(np.float64), _logits(model, images)
     deviation = np.concatenate([expected.ravel() for _, expected in pairs.values()]).std() or 1.0
     return [Comparison(count, shape, float(np.abs(found - expected).max() / deviation))
             for (count, shape), (found, expected) in pairs.items()]
+
+
+def times(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 import zoo.kernels
+from zoo import unet
 from zoo.errors import InputError
 from zoo.exports import read_records
 
@@ -68,6 +69,11 @@ def exported(folder: Path) -> dict[str, str]:
             for name, record in read_records(folder / "exports.json").items()}
 
 
+def listed() -> list[str]:
+    """The models of the tables: all of the zoo but the U-Nets around each of the others."""
+    return [name for name in zoo.list_models() if name not in unet.ENCODERS]
+
+
 def table(names: Iterable[str]) -> str:
     """A Markdown table for the README: parameters, multiply-accumulates, and the top-1 that the authors report."""
     rows = ["| model | parameters | MACs | size | reported top-1 | paper |", "| --- | ---: | ---: | ---: | ---: | --- |"]
@@ -100,7 +106,11 @@ def _row(*cells: str) -> str:
 
 def _counts(name: str, model: nn.Module) -> tuple[str, str, str]:
     parameters = sum(p.numel() for p in model.parameters())
-    return f"{parameters / 1e6:.2f} M", f"{macs(name) / 1e9:.2f} G", str(model.pretrained_cfg["input_size"][-1])
+    return f"{parameters / 1e6:.2f} M", f"{macs(name) / 1e9:.2f} G", _size(model.pretrained_cfg["input_size"])
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return str(shape[-1]) + ("³" if len(shape) == 4 else "")
 
 
 def _top1(name: str) -> str:

@@ -1,7 +1,7 @@
 """Classes of pictures, with probabilities, and pictures annotated with them."""
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, near_misses
@@ -64,6 +64,12 @@ def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
         raise InputError(f"the picture {path} cannot be read: {error}") from error
 
 
+def picture_tensor(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(C, H, W): pixels between 0 and 1, less the mean of their channel, over its standard deviation."""
+    pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, len(mean)) / 255
+    return torch.from_numpy((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1).contiguous()
+
+
 def predict(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, top: int = 5, batch: int = 32,
             progress: Callable[[int], None] = lambda done: None) -> list[Prediction]:
     """The `top` most probable classes of each picture, through the preprocessing the model was evaluated with.
@@ -83,14 +89,14 @@ def predict(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, t
             probabilities = model(images.to(device)).float().softmax(dim=-1).cpu()
         best = probabilities.topk(min(top, probabilities.shape[-1]))
         for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
-            named = tuple((_class_name(info, index), value) for index, value in zip(indices, values, strict=True))
+            named = tuple((class_name(info, index), value) for index, value in zip(indices, values, strict=True))
             predictions.append(Prediction(path, named))
         progress(len(predictions))
     return predictions
 
 
-def annotate(picture: Image.Image, lines: Iterable[str]) -> Image.Image:
-    """`picture` with `lines` of text below it, enlarged to a readable width if it is small."""
+def annotate(picture: Image.Image, lines: Iterable[str], colors: Iterable[tuple[int, int, int]] = ()) -> Image.Image:
+    """`picture` with `lines` of text below it, in `colors` or black, enlarged to a readable width if it is small."""
     factor = max(1, math.ceil(TILE / max(picture.size)))
     picture = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     font = ImageFont.load_default(max(14, picture.width // 40))
@@ -100,8 +106,8 @@ def annotate(picture: Image.Image, lines: Iterable[str]) -> Image.Image:
     result = Image.new("RGB", (width, picture.height + step * len(lines) + 4), "white")
     result.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(result)
-    for i, line in enumerate(lines):
-        draw.text((4, picture.height + 2 + i * step), line, fill="black", font=font)
+    for i, (line, color) in enumerate(itertools.zip_longest(lines, colors, fillvalue="black")):
+        draw.text((4, picture.height + 2 + i * step), line, fill=color, font=font)
     return result
 
 
@@ -134,22 +140,27 @@ def write_annotated(predictions: list[Prediction], output: str | Path) -> list[P
     return targets
 
 
-def output_files(pictures: list[Path], output: str | Path) -> list[Path]:
-    """The files that `write_annotated` writes for `pictures`. Raises InputError if it cannot or should not."""
+def output_files(pictures: list[Path], output: str | Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES, ending: str = ".png",
+                 ) -> list[Path]:
+    """The files that are written for `pictures`: `output` itself where it ends in `suffixes`, otherwise files below that folder.
+
+    Those are named after the pictures, with `ending`. Raises InputError if it cannot or should not be written.
+    """
     output = Path(output)
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
+    if output.name.lower().endswith(suffixes) and not output.is_dir():
         if len(pictures) > SHEET_LIMIT:
             raise InputError(f"{len(pictures)} pictures are too many for one file ({SHEET_LIMIT} fit); give a folder instead of {output}")
         targets = [output]
     elif output.exists() and not output.is_dir():
-        raise InputError(f"{output} is neither a folder nor the name of a picture ({' '.join(PICTURE_SUFFIXES)})")
+        raise InputError(f"{output} is neither a folder nor the name of a file to write ({' '.join(suffixes)})")
     else:
         targets = []
         for picture in pictures:
-            names = itertools.chain([picture.stem], (f"{picture.stem}_{i}" for i in itertools.count(2)))
-            targets.append(next(target for name in names if (target := output / f"{name}.png") not in targets))
+            stem = picture.name.removesuffix(".gz").rpartition(".")[0] or picture.name
+            names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+            targets.append(next(target for name in names if (target := output / f"{name}{ending}") not in targets))
     inputs = {picture.resolve() for picture in pictures}
     for target in targets:
         if target.resolve() in inputs:
@@ -157,7 +168,7 @@ def output_files(pictures: list[Path], output: str | Path) -> list[Path]:
     return targets
 
 
-def _class_name(info: ModelInfo, index: int) -> str:
+def class_name(info: ModelInfo, index: int) -> str:
     return str(info.classes[index]) if index < len(info.classes) else f"class {index}"
 
 

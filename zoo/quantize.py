@@ -37,8 +37,10 @@ def lower_precision(path: Path, precision: str, info: ModelInfo, folder: str | P
     `folder` holds the user's pictures: every other one, up to 128, calibrates int8, which cannot do without, and the others
     measure the change (None without a folder). Pictures in folders that are named after the model's classes are labelled.
 
-    Raises InputError for a folder without enough pictures, or none where one is needed.
+    Raises InputError for a folder without enough pictures, or none where one is needed, or one for a network that segments.
     """
+    if folder is not None and info.task == "segmentation":
+        raise InputError(f"pictures calibrate and measure networks that name classes, and {info.name} segments")
     pictures = check_pictures(precision, folder)
     lower = path.with_name("lower.onnx")
     progress(f"converting to {precision}")

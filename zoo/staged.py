@@ -12,7 +12,8 @@ class StagedNetwork(nn.Module):
 
     Families build, in their constructor, `stem`, `stages` (an `nn.Sequential` of modules with a flag `grad_checkpointing`),
     `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`. A norm
-    between stages and head is theirs to name, by `final_norm` and `drop_norm`.
+    between stages and head is theirs to name, by `final_norm` and `drop_norm`; so is `coarser`, if there is one: it makes one
+    more map of the last stage's, which is a feature only.
     """
 
     stem: nn.Module
@@ -21,7 +22,7 @@ class StagedNetwork(nn.Module):
     feature_info: list[dict[str, Any]]
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after the last stage, if there is one."""
+        """The norm after the last stage, or what else leads from its features to the head's, if there is anything."""
         return x
 
     def drop_norm(self) -> None:
@@ -56,30 +57,39 @@ class StagedNetwork(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
-        indices, last = feature_take_indices(len(self.stages), indices)
-        intermediates, final = [], len(self.stages) - 1
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
+        levels, final = self._levels(), len(self.stages) - 1
+        indices, last = feature_take_indices(len(levels), indices)
+        intermediates = []
+        features = x = self.stem(x)
+        for i, level in enumerate(levels[: last + 1] if stop_early else levels):
+            x = level(x)
             if i in indices:
                 intermediates.append(self.final_norm(x) if norm and i == final else x)
+            if i <= final:
+                features = x
         if intermediates_only:
             return intermediates
-        return (self.final_norm(x) if i == final else x), intermediates
+        return (self.final_norm(features) if i >= final else features), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the stages after the last of `indices`, and the norm and head where asked."""
-        indices, last = feature_take_indices(len(self.stages), indices)
+        indices, last = feature_take_indices(len(self._levels()), indices)
         pruned = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
+        if last < len(self.stages):
+            self.coarser = None
         if prune_norm or pruned:
             self.drop_norm()
-        if prune_head or pruned:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or pruned:
             self.reset_classifier(0, "")
         return indices
+
+    def _levels(self) -> list[nn.Module]:
+        coarser = getattr(self, "coarser", None)
+        return [*self.stages] if coarser is None else [*self.stages, coarser]
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.final_norm(self.stages(self.stem(x)))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
+from .._backends import Backend, use_triton
+from .._layout import span
 from . import blocked, reference
 
 __all__ = ["deform_conv2d", "spelled_out_in_exports"]
@@ -32,6 +34,7 @@ def deform_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     mask: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Convolution whose taps sample the map away from their places (arXiv 1703.06211; with `mask` 1811.11168).
 
@@ -49,20 +52,27 @@ def deform_conv2d(
         bias: (Co,).
         stride, padding, dilation: one number, or one each for rows and columns.
         mask: (B, offset groups·kh·kw, Ho, Wo), factors of the samples; default 1.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
 
     Returns:
-        (B, Co, Ho, Wo) in the dtype of x. Differentiable once in x, offset, weight, bias and mask.
+        (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset,
+        weight, bias and mask.
 
-    On the CPU, samples are held for some images or rows at a time and taken again in the backward pass; other devices run
-    torchvision's operator. So do exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless exported within
-    `spelled_out_in_exports`.
+    The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x, and again in the backward
+    pass, whose only sums in no fixed order are those of the gradient of x, and not even they under
+    `torch.use_deterministic_algorithms`. The reference on the CPU holds the samples of some images or rows at a time, fastest in
+    channels-last memory where there is one group of each kind; on other devices it is torchvision's operator. So it is in exported
+    graphs, which ONNX then shows as `DeformConv` (opset 19), unless exported within `spelled_out_in_exports`.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
     stride, padding, dilation = (tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
     _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    if torch.compiler.is_exporting():
+    largest = max(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])
+    if use_triton("deform_conv2d", backend, x, None if largest < 2**31 else "an image spans 2³¹ elements or more"):
+        from .triton import deform_conv2d as compute
+    elif torch.compiler.is_exporting():
         compute = reference.deform_conv2d if _spelled_out.get() else _torchvision
     else:
         compute = blocked.deform_conv2d if x.device.type == "cpu" else _torchvision

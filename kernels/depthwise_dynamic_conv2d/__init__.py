@@ -1,12 +1,14 @@
 import torch
 from torch import Tensor
 
+from .._backends import Backend, use_triton
+from .._layout import span
 from . import reference
 
 __all__ = ["depthwise_dynamic_conv2d"]
 
 
-def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = None) -> Tensor:
+def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = None, backend: Backend | None = None) -> Tensor:
     """Convolution with one k×k kernel per sample and channel (ATConv, arXiv 2510.20092, equations 9 and 10).
 
         out[b, c, i, j] = Σ_uv K[b, c, u, v] x[b, c, i + u - ⌊k/2⌋, j + v - ⌊k/2⌋],  x being 0 outside the map
@@ -18,12 +20,15 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
         x: (B, C, H, W). float32, float64, float16, bfloat16.
         kernels: (B, C, k, k) of the same dtype (under autocast: of any), not flipped; sides odd, not necessarily equal.
         theta: (C,) or None.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
 
     Returns:
-        (B, C, H, W) in the memory layout of x: contiguous, channels-last, or with positions before batch before channels,
-        which costs no copy (`x.permute(2, 3, 0, 1)` is contiguous). Differentiable any number of times in all arguments.
+        (B, C, H, W) in the memory layout of x: contiguous, channels-last, or with positions before batch before channels
+        (`x.permute(2, 3, 0, 1)` is contiguous). Differentiable any number of times in all arguments.
 
-    Graphs exported with a free batch hold a product with the neighbourhoods, as ONNX knows no free number of groups.
+    The Triton kernels take every layout as it is, subtract the mean where they read the kernels, and add in float32 in a fixed
+    order. The reference is a grouped convolution, for which channels-last maps are copied. Graphs exported with a free batch
+    hold a product with the neighbourhoods, as ONNX knows no free number of groups.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
@@ -37,8 +42,12 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
         raise ValueError(f"depthwise_dynamic_conv2d: kernels must have odd sides, got {tuple(kernels.shape[2:])}")
     if kernels.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"depthwise_dynamic_conv2d: kernels must have the dtype of x ({x.dtype}), got {kernels.dtype}")
+    if theta is not None and theta.shape != x.shape[1:2]:
+        raise ValueError(f"depthwise_dynamic_conv2d: theta must be (C,) = ({x.shape[1]},), got {tuple(theta.shape)}")
+    unsupported = None if span(x) < 2**31 else "a sample spans 2³¹ elements or more"
+    if use_triton("depthwise_dynamic_conv2d", backend, x, unsupported):
+        from .triton import depthwise_dynamic_conv2d as compute
+        return compute(x, kernels, theta, transposed=False)
     if theta is not None:
-        if theta.shape != x.shape[1:2]:
-            raise ValueError(f"depthwise_dynamic_conv2d: theta must be (C,) = ({x.shape[1]},), got {tuple(theta.shape)}")
         kernels = reference.inhibited(kernels, theta)
     return reference.depthwise_dynamic_conv2d(x, kernels)

@@ -1,12 +1,13 @@
 from torch import Tensor
 
+from .._backends import Backend, use_triton
 from .._regions import check_map, check_regions, region_size
 from . import reference
 
 __all__ = ["region_means", "region_routes"]
 
 
-def region_means(x: Tensor, regions: tuple[int, int]) -> Tensor:
+def region_means(x: Tensor, regions: tuple[int, int], backend: Backend | None = None) -> Tensor:
     """Mean over every region of a map, over the positions that lie on the map.
 
     The grid has `regions` = (rows, columns) regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions; those at the bottom and on the
@@ -14,16 +15,22 @@ def region_means(x: Tensor, regions: tuple[int, int]) -> Tensor:
 
     Args:
         x: (B, H, W, C), any floating dtype.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
 
     Returns:
         (B, rows·columns, C), regions row by row.
     """
     check_map("x", "region_means", x)
     check_regions("region_means", regions)
+    if use_triton("region_means", backend, x):
+        from . import triton
+        return triton.region_means(x, list(regions))
     return reference.region_means(x, regions, region_size(*x.shape[1:3], regions))
 
 
-def region_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int) -> tuple[Tensor, Tensor]:
+def region_routes(
+    q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
     """The regions that every query region attends to: top-k of the affinity of region means (BiFormer, arXiv 2303.08810, eqs. 3–5).
 
         A = mean(q) mean(k)ᵀ,  routes = topk(A)
@@ -33,6 +40,7 @@ def region_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int) -> 
     Args:
         q: (B, H, W, C); k: (B, Hk, Wk, C), of q's dtype; the grid of both is `regions` = (rows, columns), see `region_means`.
         topk: 1 … rows·columns.
+        backend: "reference" or "triton" for the means; default what suits the device, see `zoo.kernels`.
 
     Returns:
         routes: (B, rows·columns, topk) int64, most attended first; scores: their affinity, in q's dtype, differentiable.
@@ -47,4 +55,5 @@ def region_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int) -> 
         raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
-    return reference.region_routes(q, k, regions, topk)
+    q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
+    return reference.region_routes(q_means, k_means, k.shape[1:3], regions, topk)

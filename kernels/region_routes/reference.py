@@ -20,12 +20,11 @@ def region_means(x: Tensor, regions: Grid, size: Grid) -> Tensor:
     return total / on_map.sum(1, keepdim=True).clamp(min=1)
 
 
-def region_routes(q: Tensor, k: Tensor, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:
-    q_means, k_means = (region_means(x, regions, region_size(*x.shape[1:3], regions)) for x in (q, k))
+def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:
     affinity = q_means @ k_means.transpose(1, 2)
-    size = region_size(*k.shape[1:3], regions)
-    if torch.compiler.is_exporting() or not divides(*k.shape[1:3], regions, size):
-        first = positions(*k.shape[1:3], regions, size, k.device)[:, 0]  # off the map, where the whole region is
+    size = region_size(*k_map, regions)
+    if torch.compiler.is_exporting() or not divides(*k_map, regions, size):
+        first = positions(*k_map, regions, size, k_means.device)[:, 0]  # off the map, where the whole region is
         affinity = affinity.masked_fill(first < 0, -torch.inf)
     scores, routes = affinity.topk(topk, dim=-1)
     return routes, scores

@@ -1,9 +1,12 @@
 from torch import Tensor
 
+from .._backends import Backend, use_triton
 from .._regions import check_map, check_regions, region_size
 from . import reference
 
 __all__ = ["routing_attention"]
+
+WIDEST_HEAD, MOST_POSITIONS = 128, 1 << 20  # that the Triton kernels take
 
 
 def routing_attention(
@@ -16,6 +19,7 @@ def routing_attention(
     kv_size: tuple[int, int] | None = None,
     scale: float | None = None,
     weights: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attention of every query region over the key and value regions it is routed to (BiFormer, arXiv 2303.08810, eqs. 6–7).
 
@@ -31,12 +35,15 @@ def routing_attention(
         routes: (B, rows·columns, n) int64, the routed regions, see `region_routes`. No region twice.
         scale: default (C / num_heads)^-0.5.
         weights: (B, rows·columns, n), the factors w of the routed keys and values; default 1.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The Triton kernels take float32,
+            float16 and bfloat16, heads of at most 128 channels, q, k and v of one dtype, and at most 2^20 routed or own positions.
 
     Returns:
         (B, H, W, Cv). Differentiable once in q, k, v and weights.
 
     Keys and values are never copied for all regions at once, and the attention is not kept for the backward pass: memory
-    beyond the arguments is O(B·H·W·C). Exported graphs hold the plain gather instead.
+    beyond the arguments is O(B·H·W·C); the Triton kernels copy no keys and values at all. Results and gradients are
+    deterministic. Exported graphs hold the plain gather instead.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
@@ -59,4 +66,20 @@ def routing_attention(
         kv_size = region_size(*k.shape[1:3], regions)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
+    if use_triton("routing_attention", backend, q, _unsupported(q, k, v, num_heads, routes.shape[-1] * kv_size[0] * kv_size[1])):
+        from . import triton
+        return triton.routing_attention(q, k, v, routes, list(regions), num_heads, list(kv_size), scale, weights)[0]
     return reference.routing_attention(q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights)
+
+
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, num_heads: int, routed: int) -> str | None:
+    """What the Triton kernels cannot do with these arguments."""
+    if not q.dtype == k.dtype == v.dtype:
+        return f"the kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+    widest = max(q.shape[-1], v.shape[-1]) // num_heads
+    if widest > WIDEST_HEAD:
+        return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {widest}"
+    most = max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2], routed)
+    if most > MOST_POSITIONS:
+        return f"the kernels take at most {MOST_POSITIONS} positions, not {most}"
+    return None

@@ -35,21 +35,34 @@ def gathered(
 
     Regions are cut out and pasted by index: a graph traced at one size then holds at every size.
     """
-    b, height, width, _ = q.shape
+    height, width = q.shape[1:3]
     own = positions(height, width, regions, region_size(height, width, regions), q.device)  # (r, t)
-    kv_own = positions(*k.shape[1:3], regions, kv_size, k.device)  # (r, s)
-    q_r = regions_at(q, own)  # (b, r, t, c)
-    rows = _rows(routes, 1).flatten()
-    k_r, v_r = (regions_at(x, kv_own).flatten(0, 1).index_select(0, rows).reshape(b, routes.shape[1], -1, x.shape[-1]) for x in (k, v))
-    if weights is not None:  # (b, r, n·s, c)
-        factors = weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
-        k_r, v_r = k_r * factors, v_r * factors
-    q_r, k_r, v_r = (x.unflatten(-1, (num_heads, -1)).transpose(2, 3) for x in (q_r, k_r, v_r))  # (b, r, m, ·, d)
+    attention = gathered_attention(q, k, routes, regions, num_heads, kv_size, scale, weights)
+    out = (attention.to(v.dtype) @ _gather(v, routes, regions, num_heads, kv_size, weights)).transpose(2, 3).flatten(1, 2).flatten(2)
+    return out.index_select(1, places(own, height * width)).reshape(*q.shape[:3], v.shape[-1])
+
+
+def gathered_attention(
+    q: Tensor, k: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float, weights: Tensor | None
+) -> Tensor:
+    """The attention itself, (b, r, m, t, n·s); 0 to keys outside the map."""
+    own = positions(*q.shape[1:3], regions, region_size(*q.shape[1:3], regions), q.device)  # (r, t)
+    q_r = regions_at(q, own).unflatten(-1, (num_heads, -1)).transpose(2, 3)  # (b, r, m, t, d)
+    k_r = _gather(k, routes, regions, num_heads, kv_size, weights)
     scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    on_map = (kv_own >= 0).index_select(0, routes.flatten()).reshape(b, routes.shape[1], 1, 1, -1)
-    attention = torch.where(on_map, scores, torch.finfo(scores.dtype).min).softmax(-1) * on_map
-    out = (attention.to(v.dtype) @ v_r).transpose(2, 3).flatten(1, 2).flatten(2)  # (b, r·t, c)
-    return out.index_select(1, places(own, height * width)).reshape(b, height, width, v.shape[-1])
+    on_map = positions(*k.shape[1:3], regions, kv_size, k.device) >= 0  # (r, s)
+    on_map = on_map.index_select(0, routes.flatten()).reshape(*routes.shape[:2], 1, 1, -1)
+    return torch.where(on_map, scores, torch.finfo(scores.dtype).min).softmax(-1) * on_map
+
+
+def _gather(x: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, weights: Tensor | None) -> Tensor:
+    """The routed regions of keys or values beside every query region, (b, r, m, n·s, d)."""
+    own = positions(*x.shape[1:3], regions, kv_size, x.device)  # (r, s)
+    out = regions_at(x, own).flatten(0, 1).index_select(0, _rows(routes, 1).flatten())
+    out = out.reshape(*routes.shape[:2], -1, x.shape[-1])  # (b, r, n·s, c)
+    if weights is not None:
+        out = out * weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
+    return out.unflatten(-1, (num_heads, -1)).transpose(2, 3)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float) -> Tensor:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zoo.kernels import deform_conv2d
-from zoo.kernels.deform_conv2d import blocked, reference, spelled_out_in_exports
+from zoo.kernels.deform_conv2d import blocked, blocks, gathered, reference, spelled_out_in_exports
+
+
+@pytest.fixture(params=["gathered", "sampled"])
+def way(request, monkeypatch):
+    """Makes narrow maps without groups go either way."""
+    monkeypatch.setattr(gathered, "FEWEST_CHANNELS", 1 if request.param == "gathered" else math.inf)
 
 
 def oracle(x, offset, weight, bias, mask, stride, padding, dilation):
@@ -84,7 +90,7 @@ def torchvisions(x, offset, weight, bias, mask, stride, padding, dilation):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_is_the_definition(name):
+def test_is_the_definition(name, way):
     arguments = problem(**PROBLEMS[name])
     with torch.no_grad():
         expected = oracle(*arguments)
@@ -94,15 +100,15 @@ def test_is_the_definition(name):
 
 @pytest.mark.parametrize("at_once", [1, 300, 1 << 22])  # rows, images, everything
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_values_and_gradients_are_those_of_torchvision(name, at_once, monkeypatch):
-    monkeypatch.setattr(blocked, "SAMPLES_AT_ONCE", at_once)
+def test_values_and_gradients_are_those_of_torchvision(name, at_once, way, monkeypatch):
+    monkeypatch.setattr(blocks, "SAMPLES_AT_ONCE", at_once)
     arguments = problem(**PROBLEMS[name])
     torch.testing.assert_close(run(ours, arguments), run(torchvisions, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [7, 8, 56, 100])
-def test_side_of_the_derivative_is_that_of_torchvision(length, dtype):
+def test_side_of_the_derivative_is_that_of_torchvision(length, dtype, way):
     """Samples on, and by one step of the arithmetic below and above, every pixel and edge of the map."""
     whole = torch.arange(-2, length + 2, dtype=dtype)
     places = torch.cat([whole, whole.nextafter(whole - 1), whole.nextafter(whole + 1)])
@@ -118,16 +124,21 @@ def test_side_of_the_derivative_is_that_of_torchvision(length, dtype):
         torch.testing.assert_close(found, expected, **tolerance)
 
 
-@pytest.mark.parametrize("shape", [(48, 256, 56), (192, 1024, 14), (384, 2048, 7)], ids=str)
-def test_agrees_with_torchvision_at_the_sizes_of_a_network(shape):
-    channels, out_channels, side = shape
-    arguments = problem((side, side), (channels, out_channels), groups=out_channels // 16, dtype=torch.float32)
+MERGING = dict(kernel=(2, 2), stride=(2, 2), padding=(0, 0))  # of LITv2; the others are of DAS
+
+
+@pytest.mark.parametrize(("channels", "side", "options"), [
+    ((48, 256), 56, dict(groups=16)), ((192, 1024), 14, dict(groups=64)), ((384, 2048), 7, dict(groups=128)),
+    ((96, 192), 56, MERGING), ((384, 768), 14, MERGING), ((64, 32), 30, dict(masked=True)),
+], ids=str)
+def test_agrees_with_torchvision_at_the_sizes_of_a_network(channels, side, options):
+    arguments = problem((side, side), channels, dtype=torch.float32, **options)
     for found, expected in zip(run(ours, arguments), run(torchvisions, arguments), strict=True):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_gradients_in_float64(name):
+def test_gradients_in_float64(name, way):
     *inputs, stride, padding, dilation = problem(**PROBLEMS[name])
     if name == "whole positions":
         pytest.skip("has no derivative there, only one from the right")
@@ -144,20 +155,22 @@ def test_gradients_in_float64(name):
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), groups=st.integers(1, 3), offset_groups=st.integers(1, 3),
-    masked=st.booleans(), bias=st.booleans(), batch=st.integers(1, 5), at_once=st.integers(1, 2000), seed=st.integers(0, 99),
+    masked=st.booleans(), bias=st.booleans(), fewest=st.sampled_from([1, 100]),
+    batch=st.integers(1, 5), at_once=st.integers(1, 2000), seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_agrees_with_torchvision_on_any_shape(size, kernel, stride, padding, dilation, groups, offset_groups, at_once, **rest):
+def test_agrees_with_torchvision_on_any_shape(size, kernel, stride, padding, dilation, groups, offset_groups, fewest, at_once, **rest):
     size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, d, k, p in zip(size, dilation, kernel, padding, strict=True))
     channels = (groups * offset_groups * 2, groups * 2)
     arguments = problem(size, channels, kernel, stride, padding, dilation, groups, offset_groups, **rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "SAMPLES_AT_ONCE", at_once)
+        patch.setattr(blocks, "SAMPLES_AT_ONCE", at_once)
+        patch.setattr(gathered, "FEWEST_CHANNELS", fewest)
         torch.testing.assert_close(run(ours, arguments), run(torchvisions, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lower_precision(dtype):
+def test_lower_precision(dtype, way):
     arguments = problem((9, 12), masked=True, groups=2, dtype=dtype)
     exact = (t.detach().double().requires_grad_() if torch.is_tensor(t) else t for t in arguments)
     for found, expected in zip(run(ours, arguments), run(torchvisions, tuple(exact)), strict=True):
@@ -181,20 +194,27 @@ def test_without_offsets_it_is_an_ordinary_convolution():
     torch.testing.assert_close(ours(x, offset, weight, bias, None, (2, 1), (1, 2), (1, 2)), expected)
 
 
-def test_memory_layouts_and_empty_batches():
+def test_memory_layouts_and_empty_batches(way):
     x, offset, weight, *rest = problem((6, 5))
     expected = ours(x, offset, weight, *rest)
-    torch.testing.assert_close(ours(*(t.contiguous(memory_format=torch.channels_last) for t in (x, offset, weight)), *rest), expected)
+    last = [t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, offset, weight)]
+    found = ours(*last, *rest)
+    torch.testing.assert_close(found, expected)
+    for t in (found, *torch.autograd.grad(found.sum(), last)):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+    for t in (expected, *torch.autograd.grad(expected.sum(), (x, offset, weight))):
+        assert t.is_contiguous()
     assert ours(x[:0], offset[:0], weight, *rest).shape == (0, *expected.shape[1:])
 
 
-def test_infinite_offsets_give_zero_and_undefined_ones_do_no_harm():
+def test_infinite_offsets_give_zero_and_undefined_ones_do_no_harm(way):
     x, offset, weight, _, *rest = problem(bias=False)
     assert not ours(x, torch.full_like(offset, float("inf")), weight, None, *rest).any()
     ours(x, torch.full_like(offset, float("nan")), weight, None, *rest)
 
 
-def test_memory_does_not_grow_with_the_batch():
+@pytest.mark.parametrize(("side", "channels"), [(32, 16), (48, 64)])  # sampled, gathered
+def test_memory_does_not_grow_with_the_batch(side, channels):
     """The largest tensor of forward and backward, seen by a dispatch mode, beside the arguments and the result."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -208,7 +228,7 @@ def test_memory_does_not_grow_with_the_batch():
                     self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
             return out
 
-    arguments = problem((32, 32), (16, 16), batch=8, dtype=torch.float32)
+    arguments = problem((side, side), (channels, channels), batch=8, dtype=torch.float32)
     samples = 9 * arguments[0].numel()
     with Largest() as largest:
         ours(*arguments).sum().backward()
@@ -218,13 +238,13 @@ def test_memory_does_not_grow_with_the_batch():
     assert largest.elements >= samples  # the check can fail
 
 
-def test_operator_is_well_registered():
+def test_operator_is_well_registered(way):
     for name in ("both groups", "plain"):
         *tensors, stride, padding, dilation = problem(**PROBLEMS[name])
         torch.library.opcheck(blocked.deform_conv2d, (*tensors, list(stride), list(padding), list(dilation)))
 
 
-def test_compiles_whole():
+def test_compiles_whole(way):
     arguments = problem(groups=2, masked=True, dtype=torch.float32)
     found = run(torch.compile(ours, fullgraph=True, backend="aot_eager"), arguments)
     torch.testing.assert_close(found, run(ours, arguments))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from timm.data import create_transform
 from torch import nn
@@ -40,6 +41,20 @@ def test_loss_with_mixup_against_its_definition(loss, smoothing):
         probability = logits.sigmoid()
         expected = -(soft * probability.log() + (1 - soft) * (1 - probability).log()).mean()
     torch.testing.assert_close(found, expected)
+
+
+def test_attention_diversification_is_added_and_logged():
+    inputs, targets = _batch()
+    plain = ImageClassifier("test_vit", ARGS).eval()
+    task = ImageClassifier("test_vit", ARGS, attention_diversification=0.5, attention_threshold=0.9).eval()
+    task.load_state_dict(plain.state_dict())
+    without, found = (each(inputs, targets, mode="loss") for each in (plain, task))
+    _, similarity = zoo.AttentionDiversificationLoss(0.9)(plain.model, inputs)
+    assert set(without) == {"loss"} and set(found) == {"loss", "attention_similarity"}
+    torch.testing.assert_close(found["loss"], without["loss"] + 0.5 * similarity)
+    torch.testing.assert_close(found["attention_similarity"], similarity.detach())
+    _, logged = task.parse_losses(found)
+    assert logged["loss"] == found["loss"] and logged["attention_similarity"] == similarity
 
 
 def test_predictions_are_probabilities():
@@ -119,6 +134,26 @@ def test_imagenet_configs_say_what_the_paper_does(name, drop_path):
     transform = create_transform(**config.train_dataloader.dataset.transform)
     assert [type(step).__name__ for step in transform.transforms] == [
         "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
+
+
+@pytest.mark.parametrize("name", ["litv2_s_in1k", "litv2_m_in1k", "litv2_b_in1k", "litv2_nano_digits"])
+def test_places_of_merged_tokens_learn_at_a_hundredth_of_the_rate(name):
+    config = load_config(name)
+    model = ImageClassifier("litv2_nano")
+    groups = _named(model.model, build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups)
+    rate = config.optim_wrapper.optimizer.lr
+    slow = {parameter for parameter, group in groups.items() if group["lr"] != rate}
+    assert slow == {f"stages.{i}.downsample.offset.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")}
+    assert all(groups[parameter]["lr"] == pytest.approx(rate / 100) for parameter in slow)
+
+
+def test_litv2_learns_as_its_authors_let_it():
+    for name, drop_path in (("s", 0.2), ("m", 0.3), ("b", 0.5)):
+        config = load_config(f"litv2_{name}_in1k")
+        assert (config.model.name, config.model.args.drop_path_rate) == (f"litv2_{name}", drop_path)
+    assert config.optim_wrapper.optimizer.lr / config.auto_scale_lr.base_batch_size == pytest.approx(5e-4 / 512)
+    assert config.optim_wrapper.optimizer.weight_decay == 0.05 and config.optim_wrapper.clip_grad.max_norm == 5.0
+    assert config.param_scheduler[0].end == config.param_scheduler[1].begin == 20 and config.train_dataloader.sampler.repeats == 1
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.py"))

@@ -159,3 +159,8 @@ def test_malicious_checkpoint_is_one_line_and_exit_status_2(run_tool, malicious,
     assert done.stderr.startswith(f"error: {path} would run code on loading")
     assert not created.exists()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_volumes():
+    report = benchmark(["attention_unet3d_nano"], size=(8, 8, 12), rounds=1, threads=1)
+    assert "batch 4, 8x8x12" in report.facts["input"] and len(report.comparisons) == 2

@@ -162,8 +162,8 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     torch.save([1], path)
     with pytest.raises(InputError, match="it holds list"):
         checkpoints.load_model(path)
-    torch.save(trained(weights, task="segmentation"), path)
-    with pytest.raises(InputError, match="for 'segmentation'"):
+    torch.save(trained(weights, task="detection"), path)
+    with pytest.raises(InputError, match="for 'detection', not for 'classification' or 'segmentation'"):
         checkpoints.load_model(path)
     torch.save(trained(weights, model="test_resnte"), path)
     with pytest.raises(InputError, match="'test_resnte' that is not registered here; did you mean test_resnet"):

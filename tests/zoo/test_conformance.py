@@ -4,7 +4,10 @@ A case loads the reference's state through our checkpoint conversion and must gi
 `tests/golden/README.md` for the format and the bounds.
 """
 import json
+import math
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
-from zoo import attnet, biformer, polarized, sknet
-from zoo.layers import ATConv, BiLevelRoutingAttention, PolarizedSelfAttention
+import zoo
+from zoo import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.kernels import attention_similarity
+from zoo.layers import (
+    ATConv,
+    AttentionGate,
+    BiLevelRoutingAttention,
+    ChannelProcessing,
+    DeformableTokenMerging,
+    HiLoAttention,
+    PolarizedSelfAttention,
+    TokenAwareAvgPool,
+    TokenMixing,
+)
+from zoo.staged import named
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -34,6 +51,22 @@ class _ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _Tokens(nn.Module):
+    """A layer of maps behind an interface of tokens (B, N, C) of a map of one size, with the layer's own parameter names."""
+
+    def __init__(self, layer: nn.Module, height: int, width: int, channels_first: bool):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self._modules, self._parameters, self._buffers = layer._modules, layer._parameters, layer._buffers
+        self.size, self.channels_first = (height, width), channels_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, self.size)
+        if self.channels_first:
+            return self.layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.layer(x).flatten(1, 2)
 
 
 def _attention_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -87,12 +120,99 @@ def _attnet(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
+def _attention_gate(config: dict[str, Any], reference: str) -> nn.Module:
+    normalization = "softmax" if config["mode"] == "concatenation_residual" else "sigmoid"
+    dims = config["in_channels"], config["gating_channels"], config["inter_channels"]
+    return AttentionGate(*dims, spatial_dims=len(config["sub_sample_factor"]), normalization=normalization)
+
+
+def _attention_unet(config: dict[str, Any], reference: str) -> nn.Module:
+    widths = [width // config["feature_scale"] for width in (64, 128, 256, 512, 1024)]
+    return unet.UNet(config["in_channels"], config["n_classes"], widths, num_gates=2, deep_supervision=True, spatial_dims=3)
+
+
+def _hilo(config: dict[str, Any], reference: str) -> nn.Module:
+    if "DTM" in reference:
+        return _Tokens(DeformableTokenMerging(config["dim"]), *config["input_resolution"], channels_first=True)
+    height, width = map(int, re.search(r"H=(\d+), W=(\d+)", reference).groups())
+    layer = HiLoAttention(config["dim"], config["num_heads"], config["window_size"], config["alpha"], config["qkv_bias"])
+    return _Tokens(layer, height, width, channels_first=False)
+
+
+def _litv2(config: dict[str, Any], reference: str) -> nn.Module:
+    width = config["embed_dim"]
+    return litv2.LITv2(
+        num_classes=config["num_classes"], dims=[width * 2**i for i in range(4)], depths=config["depths"], num_heads=config["num_heads"],
+        windows=[window or None for window in config["local_ws"]], alpha=config["alpha"],
+    )
+
+
+class _Tokens(nn.Sequential):
+    """A layer that takes NHWC behind an interface that takes (B, N, C), of square maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1])
+        return super().forward(x.unflatten(1, (side, side))).flatten(1, 2)
+
+
+class _Diversification(nn.Module):
+    """The attention diversification loss of given logits: queries are their rows, keys the unit vectors."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, *logits: Tensor) -> Tensor:
+        layers = [attention_similarity(x, torch.eye(x.shape[-1]).expand_as(x), self.threshold, scale=1.0) for x in logits]
+        return torch.stack(layers).mean()
+
+
+def _tap(config: dict[str, Any], reference: str) -> nn.Module:
+    return _ChannelsFirst(named(pool=TokenAwareAvgPool(**config)))
+
+
+def _fan(config: dict[str, Any], reference: str) -> nn.Module:
+    if "TokenMixing" in reference:
+        return _Tokens(OrderedDict(layer=TokenMixing(config["dim"], config["num_heads"])))
+    if "ChannelProcessing" in reference:
+        return _Tokens(OrderedDict(layer=ChannelProcessing(config["dim"], config["num_heads"], config["mlp_hidden_dim"])))
+    if "ClassAttentionBlock" in reference:  # timm's, used as it is
+        return ClassAttentionBlock(**config)
+    backbone = config.get("backbone")
+    hybrid = dict(hybrid_dims=tuple(backbone["dims"][:2]), hybrid_depths=tuple(backbone["depths"])) if backbone else {}
+    return fan.Fan(num_classes=config["num_classes"], embed_dim=config["embed_dim"], depth=config["depth"], num_heads=config["num_heads"],
+                   num_scales=config["num_scales"], **hybrid)
+
+
+def _convert_fan(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, ClassAttentionBlock):
+        return state
+    converted = fan.checkpoint_filter_fn(state, model)
+    return {f"layer.{name}": value for name, value in converted.items()} if isinstance(model, _Tokens) else converted
+
+
+def _adl(config: dict[str, Any], reference: str) -> nn.Module:
+    return _Diversification(config["threshold"])
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    atconv=_atconv, attnet=_attnet, bra=_bra, biformer=_biformer, polarized=_polarized, sk=_sk)
+    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
+    bra=_bra, fan=_fan, hilo=_hilo, litv2=_litv2, polarized=_polarized, sk=_sk, tap=_tap)
 CONVERT = dict(
+    adl=lambda state, model: state, fan=_convert_fan, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
+    attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    sk=sknet.checkpoint_filter_fn)
+    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn)
+
+
+def _attention_of(model: nn.Module) -> dict[str, Tensor]:
+    """Fills with the attention of the model's token mixing once the model runs."""
+    layers, found = [layer for layer in model.modules() if isinstance(layer, TokenMixing)], {}
+    for i, layer in enumerate(layers):
+        name = f"attention.{i}" if len(layers) > 1 else "attention"
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: found.update({name: layer.attention(*inputs)}))
+    return found
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
@@ -109,11 +229,22 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).eval()
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    x = tensors["input"].requires_grad_()
-    output = model(x)
-    _close("output", output, tensors["output"], OUTPUT_BOUND)
-    (output * tensors["cotangent/output"]).sum().backward()
-    _close("gradient of the input", x.grad, tensors["grad/input"], GRADIENT_BOUND)
+    inputs = {name: tensors[name].requires_grad_() for name in ("input", "gating") if name in tensors}
+    with zoo.capture(model) as maps:
+        outputs = {"output": model(*inputs.values())}
+    outputs |= maps.get("", {})  # what a single layer reports of itself
+    names = [name.removeprefix("cotangent/") for name in tensors if name.startswith("cotangent/")]
+    for name in names:
+        _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
+    sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
+    inputs = {name: x.requires_grad_() for name, x in sorted(tensors.items()) if name == "input" or name.startswith("logits.")}
+    outputs = _attention_of(model) if any(name.startswith("attention") for name in tensors) else {}
+    outputs["output"] = model(*inputs.values())
+    for name, output in outputs.items():
+        _close(name, output, tensors[name], OUTPUT_BOUND)
+    sum((output * tensors[f"cotangent/{name}"]).sum() for name, output in outputs.items()).backward()
+    for name, x in inputs.items():
+        _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())
     converted = convert({**state, **grads}, model)  # conversion may look at neighbouring entries
     own_names = convert({name: torch.full_like(value, name in grads) for name, value in state.items()}, model)

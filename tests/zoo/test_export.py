@@ -108,6 +108,19 @@ def test_deformable_convolutions_are_the_standard_operator_or_spelled_out(tmp_pa
     assert ("GridSample" if standard else "DeformConv") not in operators
 
 
+@pytest.mark.parametrize(("name", "size"), [("attention_unet_nano", (16, 24)), ("attention_unet3d_nano", (8, 8, 12))])
+def test_networks_that_segment_have_free_sizes_in_2d_and_3d(tmp_path, name, size):
+    model, info = load_model(name, widths=(4, 6, 8))
+    result = export_onnx(model, info, tmp_path / "x.onnx", size=size)
+    assert result.free_size, result.reason
+    assert input_shape(result.path)[2:] == ["depth", "height", "width"][-len(size):]
+    images = torch.randn(2, model.in_chans, *(5, 3, 9)[:len(size)])
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(result.path, images), model(images).numpy(), atol=1e-5)
+    with pytest.raises(InputError, match=r"the size 8 has 1 numbers, where (depth and )?height and width are needed"):
+        export_onnx(model, info, tmp_path / "y.onnx", size=(8,))
+
+
 def test_size_is_fixed_and_said_so_where_the_model_takes_no_other(tmp_path):
     model, info = load_model("test_vit")
     result = export_onnx(model, info, tmp_path / "x.onnx")

@@ -1,7 +1,6 @@
 """Image classification as a task of the engine."""
 from collections.abc import Mapping
 
-import timm
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModel
@@ -10,8 +9,9 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-import zoo  # noqa: F401  registers the models
-from zoo.errors import InputError, near_misses
+from zoo import AttentionDiversificationLoss
+from zoo.errors import InputError
+from zoo.mm.networks import create_network, plain
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -31,25 +31,28 @@ class ImageClassifier(BaseModel):
             Batches must then be of even size.
         label_smoothing: s.
         loss: "cross_entropy" or "binary_cross_entropy".
+        attention_diversification: weight of the loss `zoo.AttentionDiversificationLoss`, 0 for none. Its value before weighting
+            is logged as `attention_similarity`.
+        attention_threshold: that loss's threshold.
 
     Raises InputError for an unknown name, loss, or argument.
     """
 
+    task = "classification"
+
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
-                 label_smoothing: float = 0.0, loss: str = "cross_entropy"):
+                 label_smoothing: float = 0.0, loss: str = "cross_entropy",
+                 attention_diversification: float = 0.0, attention_threshold: float = 2.0):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
-        if not timm.is_model(name):
-            raise InputError(f"unknown model {name!r}{near_misses(name, timm.list_models())}")
         self.name = name
-        self.args = _plain(args or {})
+        self.args = plain(args or {})
         self.label_smoothing = label_smoothing
         self.loss = loss
-        try:
-            self.model = timm.create_model(name, **self.args)
-        except TypeError as error:
-            raise InputError(f"model {name} cannot be created with {self.args}: {error}") from error
+        self.diversification_weight = attention_diversification
+        self.diversification = AttentionDiversificationLoss(attention_threshold) if attention_diversification else None
+        self.model = create_network(name, self.args)
         self.num_classes = self.model.num_classes
         try:
             self.mixup = None if mixup is None else Mixup(**mixup, label_smoothing=label_smoothing, num_classes=self.num_classes)
@@ -62,41 +65,38 @@ class ImageClassifier(BaseModel):
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Tensor | dict | list[dict]:
         """`inputs` (B, C, H, W) normalised pixels, `targets` (B,) class indices.
 
-        Mode "tensor" gives the logits (B, classes); "loss" a dict with the scalar `loss`; "predict" one dict per image
-        with `scores` (classes,), the probabilities, and `target`.
+        Mode "tensor" gives the logits (B, classes); "loss" a dict with the scalar `loss` and what else is to be logged;
+        "predict" one dict per image with `scores` (classes,), the probabilities, and `target`.
         """
         match mode:
             case "tensor":
                 return self.model(inputs)
             case "loss":
-                return {"loss": self._loss(inputs, targets)}
+                return self._losses(inputs, targets)
             case "predict":
                 activation = torch.softmax if self.loss == "cross_entropy" else _sigmoid
                 scores = activation(self.model(inputs).float(), -1)
                 return [{"scores": score, "target": target} for score, target in zip(scores, targets, strict=True)]
         raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if self.mixup is not None:
             if len(inputs) % 2:
                 raise InputError(f"mixup pairs the images of a batch: {len(inputs)} is not an even batch size")
             inputs, targets = self.mixup(inputs, targets)
         else:
             targets = mixup_target(targets, self.num_classes, smoothing=self.label_smoothing)
-        logits = self.model(inputs).float()
+        if self.diversification is None:
+            return {"loss": self._criterion(self.model(inputs), targets)}
+        logits, similarity = self.diversification(self.model, inputs)
+        loss = self._criterion(logits, targets) + self.diversification_weight * similarity
+        return {"loss": loss, "attention_similarity": similarity.detach()}
+
+    def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits, targets)
-        return F.cross_entropy(logits, targets)
+            return F.binary_cross_entropy_with_logits(logits.float(), targets)
+        return F.cross_entropy(logits.float(), targets)
 
 
 def _sigmoid(logits: Tensor, _: int) -> Tensor:
     return logits.sigmoid()
-
-
-def _plain(value: object) -> object:
-    """Config containers as plain dicts, lists and tuples, which a checkpoint can hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    return value

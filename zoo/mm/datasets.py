@@ -144,7 +144,7 @@ class DigitsDataset(LabelledImages):
         from sklearn.model_selection import train_test_split
 
         super().__init__([str(digit) for digit in range(10)], transform, corruption)
-        _check_split(split)
+        check_split(split)
         if mode not in ("L", "RGB"):
             raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
         pixels, targets = load_digits(return_X_y=True)
@@ -216,6 +216,6 @@ def _known_classes(name: str) -> list[str]:
         raise InputError(f"classes={name!r} is no list of timm's; imagenet-1k is one") from error
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
     if split not in ("train", "val"):
         raise InputError(f"split={split!r}: it is 'train' or 'val'")

@@ -54,7 +54,7 @@ class RecordHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = getattr(runner.model, "module", runner.model)
         held_out = (runner.val_loop or runner.train_loop).dataloader.dataset
-        checkpoint["zoo"] = {"task": "classification", "model": model.name, "model_args": model.args,
+        checkpoint["zoo"] = {"task": model.task, "model": model.name, "model_args": model.args,
                              "classes": list(held_out.metainfo["classes"]), **held_out.data_config}
 
 

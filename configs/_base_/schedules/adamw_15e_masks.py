@@ -1,0 +1,16 @@
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=4e-3, weight_decay=1e-4),
+    clip_grad=dict(max_norm=5.0))
+
+param_scheduler = [  # the cosine ends with the last epoch
+    dict(type='LinearLR', start_factor=1e-2, begin=0, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=1, convert_to_iter_based=True),
+]
+
+train_cfg = dict(by_epoch=True, max_epochs=15, val_interval=5)
+val_cfg = dict()
+test_cfg = dict()
+
+custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]

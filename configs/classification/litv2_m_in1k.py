@@ -1,0 +1,3 @@
+_base_ = './litv2_s_in1k.py'
+
+model = dict(name='litv2_m', args=dict(drop_path_rate=0.3))

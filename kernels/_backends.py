@@ -1,0 +1,98 @@
+"""Which implementation of an operator runs: its Triton kernels, or PyTorch.
+
+Every public operator asks `use_triton`. Nothing here imports triton; operators do so when their kernels are to run.
+"""
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "triton"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
+
+# A plain global, not a context variable: gradient checkpointing runs operators again in autograd's own thread.
+_default: Backend | None = None
+
+
+@contextlib.contextmanager
+def default_backend(backend: Backend | None) -> Iterator[None]:
+    """Operators called inside without a `backend` of their own, such as by layers, run this one. Not for several threads."""
+    global _default  # noqa: PLW0603
+    _check(backend, "default_backend")
+    before, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def use_triton(operator: str, backend: Backend | None, x: Tensor, unsupported: str | None = None) -> bool:
+    """Whether `operator` runs its Triton kernels on arguments of x's device and dtype.
+
+    They run on CUDA and HIP tensors that they support, on CPU tensors only in Triton's interpreter and only when asked for.
+    Exported graphs always hold the reference.
+
+    Args:
+        backend: the operator's argument; None for the choice of this machine.
+        unsupported: what else the kernels cannot do with the operator's arguments, as a clause.
+
+    Raises:
+        ValueError: an unknown `backend`, or "triton" where it cannot run.
+    """
+    _check(backend, operator)
+    backend = backend or _default
+    if backend == "reference" or torch.compiler.is_exporting():
+        return False
+    if backend is None and x.device.type != "cuda":
+        return False
+    reason = obstacle(x.device.type, x.dtype) or unsupported
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can run on tensors of this device and dtype, as a clause; None where it can."""
+    if dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(name_of, DTYPES))}, not {name_of(dtype)}"
+    if not _installed():
+        return "the package triton is not installed"
+    if device_type == "cpu":
+        return None if interpreted() else "on the CPU kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
+    if device_type != "cuda":
+        return f"the tensors are on {device_type}, not on a CUDA or HIP device"
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has compute capability {torch.cuda.get_device_capability()}, the kernels need {CAPABILITY}"
+    return None
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def operators_with_kernels() -> list[str]:
+    """The folders of operators that hold Triton kernels."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py"))
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check(backend: str | None, operator: str) -> None:
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"{operator}: backend must be None, 'reference' or 'triton', got {backend!r}")

@@ -1,0 +1,37 @@
+from torch import Tensor
+
+from . import blocked
+
+__all__ = ["attention_similarity"]
+
+
+def attention_similarity(q: Tensor, k: Tensor, threshold: float = 2.0, scale: float | None = None) -> Tensor:
+    """How alike the attention of different queries is (arXiv 2303.11126, section 3.2): the mean of their cosine similarity.
+
+        A = mean_heads softmax(scale · q kᵀ), rows aᵢ;  m = mean_i aᵢ;  t(a) = a where a > threshold / M, 0 elsewhere
+        out = mean_i ⟨t(aᵢ), t(m)⟩ / (|t(aᵢ)| |t(m)|),  0 for a row of which nothing is left
+
+    Args:
+        q: (B, heads, N, d); k: (B, heads, M, d). float32, float64, float16, bfloat16; computed in at least float32.
+        threshold: in units of 1/M, the weight of uniform attention; at least 0.
+        scale: default d^-0.5.
+
+    Returns:
+        The mean over images and queries, a scalar in [0, 1] of at least float32. Differentiable once in q and k.
+
+    Attention is made for some queries at a time and again in the backward pass: memory beyond the arguments is
+    O(B · heads · (N + M) · d).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    for name, x in (("q", q), ("k", k)):
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(f"attention_similarity: {name} must be (B, heads, tokens, d) and floating, got {tuple(x.shape)} {x.dtype}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention_similarity: q and k must differ in tokens only, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.dtype != k.dtype:
+        raise TypeError(f"attention_similarity: k must have the dtype of q ({q.dtype}), got {k.dtype}")
+    if not threshold >= 0:
+        raise ValueError(f"attention_similarity: threshold must be at least 0, got {threshold}")
+    return blocked.attention_similarity(q, k, threshold, q.shape[-1] ** -0.5 if scale is None else scale)[0]

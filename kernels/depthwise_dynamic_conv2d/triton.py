@@ -1,0 +1,179 @@
+"""Per-sample depthwise convolution in Triton, in any memory layout, and the gradient of its kernels.
+
+Both are linear in their two maps, and each is the other's derivative, so that two operators make gradients of any order:
+
+    conv(x, K)[p] = Σ_s K[s] x[p + s],  its kernels' gradient  corr(x, g)[s] = Σ_p g[p] x[p + s],
+
+and their transposes, which go from p + s to p. The lateral inhibition is its own adjoint and is taken where kernels are read.
+"""
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._backends import name_of
+from .._launch import launch
+from .reference import inhibited
+
+PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
+
+
+@triton.jit
+def _position(p, u, v, height, width, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr):
+    """Row and column of positions p on the flattened map, moved by place (u, v) of the kernel, and which of them are on the map."""
+    i, j = p // width + SIGN * (u - KH // 2), p % width + SIGN * (v - KW // 2)
+    return i, j, (p < height * width) & (i >= 0) & (i < height) & (j >= 0) & (j < width)
+
+
+@triton.jit
+def depthwise_dynamic_conv2d_forward(
+    x, kernels, theta, out, channels, height, width, x_batch, x_channel, x_row, x_column, kernels_batch, kernels_channel, kernels_row,
+    kernels_column, out_batch, out_channel, out_row, out_column, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """One program per tile of positions, tile of channels, and sample."""
+    batch = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    x += batch * x_batch + c * x_channel
+    kernels += batch * kernels_batch + c * kernels_channel
+    inhibition = tl.zeros((CHANNELS, 1), tl.float32)
+    if theta is not None:
+        for place in tl.static_range(KH * KW):
+            at = kernels + place // KW * kernels_row + place % KW * kernels_column
+            inhibition += tl.load(at, mask=c < channels, other=0.0).to(tl.float32)
+        inhibition *= tl.sigmoid(tl.load(theta + c, mask=c < channels, other=0.0).to(tl.float32)) / (KH * KW)
+    total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    for place in tl.static_range(KH * KW):
+        i, j, on = _position(p, place // KW, place % KW, height, width, KH, KW, SIGN)
+        at = kernels + place // KW * kernels_row + place % KW * kernels_column
+        weight = tl.load(at, mask=c < channels, other=0.0).to(tl.float32) - inhibition
+        total += weight * tl.load(x + i * x_row + j * x_column, mask=on & (c < channels), other=0.0).to(tl.float32)
+    out += batch * out_batch + c * out_channel + p // width * out_row + p % width * out_column
+    tl.store(out, total, mask=(p < height * width) & (c < channels))
+
+
+@triton.jit
+def depthwise_dynamic_conv2d_backward_kernels(
+    x, grad, partial, samples, channels, height, width, x_batch, x_channel, x_row, x_column, grad_batch, grad_channel, grad_row,
+    grad_column, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """One program per share of the tiles of positions, tile of channels, and sample; `partial` is (shares, B, C, kh·kw)."""
+    batch = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    x += batch * x_batch + c * x_channel
+    grad += batch * grad_batch + c * grad_channel
+    partial += ((tl.program_id(0) * samples + batch) * channels + c) * (KH * KW)
+    for place in tl.static_range(KH * KW):
+        total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+        for first in range(tl.program_id(0) * POSITIONS, height * width, tl.num_programs(0) * POSITIONS):
+            p = first + tl.arange(0, POSITIONS)[None, :]
+            i, j, on = _position(p, place // KW, place % KW, height, width, KH, KW, SIGN)
+            on &= c < channels
+            above = tl.load(grad + p // width * grad_row + p % width * grad_column, mask=on, other=0.0).to(tl.float32)
+            total += above * tl.load(x + i * x_row + j * x_column, mask=on, other=0.0).to(tl.float32)
+        tl.store(partial + place, tl.sum(total, 1, keep_dims=True), mask=c < channels)
+
+
+def _key(x: Tensor) -> str:
+    """What lies innermost in memory, and how many positions there are."""
+    return f"{'channels' if x.stride(1) == 1 else 'positions'} {'few' if x.shape[2] * x.shape[3] <= 256 else 'many'}"
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "channel", "row", "column"), x.stride(), strict=True)}
+
+
+def _shape(x: Tensor, kernel_size: list[int], transposed: bool) -> dict[str, Any]:
+    channels, height, width = x.shape[1:]
+    return dict(channels=channels, height=height, width=width, KH=kernel_size[0], KW=kernel_size[1], SIGN=-1 if transposed else 1)
+
+
+@torch.library.custom_op("zoo::depthwise_dynamic_conv2d_triton", mutates_args=())
+def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None, transposed: bool) -> Tensor:
+    """conv(x, kernels, inhibited where there is a theta) or its transpose, in the dtype and layout of x."""
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    b, c, height, width = x.shape
+    launch(depthwise_dynamic_conv2d_forward,
+           lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
+           x=x, kernels=kernels, theta=theta, out=out, **_shape(x, kernels.shape[2:], transposed), **_strides("x", x),
+           **_strides("kernels", kernels), **_strides("out", out))
+    return out
+
+
+@depthwise_dynamic_conv2d.register_fake
+def _(x: Tensor, kernels: Tensor, theta: Tensor | None, transposed: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("zoo::depthwise_dynamic_conv2d_triton_kernels", mutates_args=())
+def gradient_of_kernels(x: Tensor, grad: Tensor, kernel_size: list[int], transposed: bool) -> Tensor:
+    """corr(x, grad) or its transpose, (B, C, kh, kw) in float32."""
+    b, c, height, width = x.shape
+    shares = max(1, min(triton.cdiv(height * width, 1024), PROGRAMS // max(1, b * triton.cdiv(c, 8))))
+    partial = x.new_empty(shares, b, c, *kernel_size, dtype=torch.float32)
+    if x.numel() == 0:
+        return partial.sum(0)
+    launch(depthwise_dynamic_conv2d_backward_kernels, lambda chosen: (shares, triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
+           x=x, grad=grad, partial=partial, samples=b, **_shape(x, kernel_size, transposed), **_strides("x", x), **_strides("grad", grad))
+    return partial.sum(0)
+
+
+@gradient_of_kernels.register_fake
+def _(x: Tensor, grad: Tensor, kernel_size: list[int], transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:2], *kernel_size, dtype=torch.float32)
+
+
+def _setup_conv(ctx, inputs: tuple, output: Tensor) -> None:
+    x, kernels, theta, ctx.transposed = inputs
+    ctx.save_for_backward(x, kernels, theta)
+
+
+def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, kernels, theta = ctx.saved_tensors
+    grad_x = depthwise_dynamic_conv2d(grad, kernels, theta, not ctx.transposed)
+    grad_kernels, grad_theta = gradient_of_kernels(x, grad, kernels.shape[2:], ctx.transposed), None
+    if theta is not None:
+        means = kernels.float().mean((2, 3))
+        share = theta.float().sigmoid()
+        grad_theta = (-share * (1 - share) * (means * grad_kernels.sum((2, 3))).sum(0)).to(theta.dtype)
+        grad_kernels = inhibited(grad_kernels, theta.float())
+    return grad_x.to(x.dtype), grad_kernels.to(kernels.dtype), grad_theta, None
+
+
+depthwise_dynamic_conv2d.register_autograd(_conv_backward, setup_context=_setup_conv)
+
+
+def _setup_kernels(ctx, inputs: tuple, output: Tensor) -> None:
+    x, grad, _, ctx.transposed = inputs
+    ctx.save_for_backward(x, grad)
+
+
+def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
+    x, grad = ctx.saved_tensors
+    return (depthwise_dynamic_conv2d(grad, grad_kernels, None, not ctx.transposed),
+            depthwise_dynamic_conv2d(x, grad_kernels, None, ctx.transposed), None, None)
+
+
+gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
+
+
+def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is compiled as proof: a name, and a call that launches kernels."""
+    for dtype, side, memory_format in (
+        (torch.float32, 56, torch.contiguous_format), (torch.bfloat16, 56, torch.contiguous_format),
+        (torch.bfloat16, 7, torch.contiguous_format), (torch.bfloat16, 56, torch.channels_last),
+    ):
+        x = torch.zeros(2, 64, side, side, dtype=dtype).contiguous(memory_format=memory_format)
+        kernels, theta = torch.zeros(2, 64, 3, 3, dtype=dtype), torch.zeros(64, dtype=dtype)
+
+        def run(x=x, kernels=kernels, theta=theta) -> None:
+            depthwise_dynamic_conv2d(x, kernels, theta, False)
+            gradient_of_kernels(x, x, [3, 3], False)
+
+        yield f"{_key(x)} {name_of(dtype)}", run

@@ -1,0 +1,87 @@
+import torch
+from torch import Tensor
+
+from .._backends import Backend, use_triton
+from . import blocked, reference
+
+__all__ = ["halo_attention"]
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Attention of every block of queries over the same block grown by a halo (HaloNet, arXiv 2103.12731, section 2.2).
+
+        out_i = Σ_j softmax_j(scale · q_i·k_j + q_i·rel_h[y_j − y_i] + q_i·rel_w[x_j − x_i]) v_j,  per head
+
+    The map is cut into blocks of b × b positions, from the top left. The window of a block is the block and h positions
+    around it, w = b + 2h wide. The map lies in a border of h zeros, which are keys and values like others: their scores are
+    those of the relative positions. Where blocks do not divide the map, windows reach beyond the border; nobody attends to that.
+
+    Args:
+        q: (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, d): with a stride, b / stride queries of each row and column of a block.
+        k: (B, H, W, heads, d); v: (B, H, W, heads, e). float32, float64, float16, bfloat16; the softmax is at least float32.
+        rel_h, rel_w: (w + b / stride − 1, d), shared by the heads, not scaled. Row y_j − y_i + b / stride − 1, where y_i = 0 …
+            b / stride − 1 counts the queries of the block and y_j = 0 … w − 1 the rows of its window.
+        block_size: b, a multiple of `stride`.
+        halo_size: h.
+        scale: default d^-0.5.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernels take up to 128
+            channels a head, in float32 up to 64, of which registers hold no more.
+
+    Returns:
+        (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable once in q, k, v, rel_h and rel_w.
+
+    Keys and values are never copied for all windows at once, and the attention is not kept for the backward pass: memory
+    beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead, for any
+    size in ONNX; `torch.export` itself guards against maps of a single block where it was shown more.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    arguments = q, k, v, rel_h, rel_w, block_size, halo_size, scale
+    if use_triton("halo_attention", backend, q, _unsupported(q, v)):
+        from . import triton
+        return triton.halo_attention(*arguments)[0]
+    compute = reference.halo_attention if torch.compiler.is_exporting() else blocked.halo_attention
+    return compute(*arguments)
+
+
+def _unsupported(q: Tensor, v: Tensor) -> str | None:
+    """What the kernels cannot do, as a clause."""
+    widest, most = max(q.shape[4], v.shape[4]), 64 if q.dtype == torch.float32 else 128
+    return f"the kernels take at most {most} channels a head in {q.dtype}, not {widest}" if widest > most else None
+
+
+def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:
+    for name, x, ndim in (("q", q, 5), ("k", k, 5), ("v", v, 5), ("rel_h", rel_h, 2), ("rel_w", rel_w, 2)):
+        if x.ndim != ndim:
+            raise ValueError(f"halo_attention: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"halo_attention: {name} must be of a floating dtype, got {x.dtype}")
+        if x.dtype != q.dtype and ndim == 5:
+            raise TypeError(f"halo_attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}")
+    if block_size < 1 or halo_size < 0:
+        raise ValueError(f"halo_attention: block_size must be at least 1 and halo_size at least 0, got {block_size} and {halo_size}")
+    if stride < 1 or block_size % stride:
+        raise ValueError(f"halo_attention: stride must divide block_size ({block_size}), got {stride}")
+    (b, height, width, heads, d), rows = k.shape, block_size + 2 * halo_size + block_size // stride - 1
+    queries = (b, (height + stride - 1) // stride, (width + stride - 1) // stride, heads, d)
+    if tuple(q.shape) != queries:
+        raise ValueError(f"halo_attention: q must be {queries} for k {tuple(k.shape)} and stride {stride}, got {tuple(q.shape)}")
+    if v.shape[:4] != k.shape[:4]:
+        raise ValueError(f"halo_attention: v must be {(*k.shape[:4], 'e')}, got {tuple(v.shape)}")
+    for name, x in (("rel_h", rel_h), ("rel_w", rel_w)):
+        if tuple(x.shape) != (rows, d):
+            raise ValueError(f"halo_attention: {name} must be {(rows, d)}, got {tuple(x.shape)}")

@@ -1,0 +1,110 @@
+"""Region means in Triton: every value is read once, with the strides of its map."""
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._backends import DTYPES, name_of
+from .._launch import launch
+from .._regions import region_size
+
+
+@triton.jit
+def _on_map(region, columns, h, w, height, width):
+    """First row and column of a region, and how many of either lie on the map."""
+    row, column = region // columns * h, region % columns * w
+    return row, column, tl.maximum(tl.minimum(h, height - row), 0), tl.maximum(tl.minimum(w, width - column), 0)
+
+
+@triton.jit
+def region_means_forward(
+    x, means, columns, h, w, height, width, channels, x_batch, x_row, x_column, x_channel, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """One program per region, batch and tile of channels."""
+    region, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    row, column, rows_on, columns_on = _on_map(region, columns, h, w, height, width)
+    x += batch * x_batch + row * x_row + column * x_column
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for first in range(0, rows_on * columns_on, POSITIONS):
+        place = first + tl.arange(0, POSITIONS)
+        offset = place // columns_on * x_row + place % columns_on * x_column
+        on = (place < rows_on * columns_on)[:, None] & (c < channels)
+        total += tl.sum(tl.load(x + offset[:, None] + c * x_channel, mask=on, other=0.0).to(tl.float32), 0)
+    means += (batch * tl.num_programs(0) + region) * channels
+    tl.store(means + c, total / tl.maximum(rows_on * columns_on, 1), mask=c < channels)
+
+
+@triton.jit
+def region_means_backward(
+    grad, grad_x, columns, h, w, height, width, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """One program per region, batch and tile of channels; grad_x is contiguous."""
+    region, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    row, column, rows_on, columns_on = _on_map(region, columns, h, w, height, width)
+    above = tl.load(grad + (batch * tl.num_programs(0) + region) * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    share = above / tl.maximum(rows_on * columns_on, 1)
+    grad_x += ((batch * height + row) * width + column) * channels
+    for first in range(0, rows_on * columns_on, POSITIONS):
+        place = first + tl.arange(0, POSITIONS)
+        offset = (place // columns_on * width + place % columns_on) * channels
+        on = (place < rows_on * columns_on)[:, None] & (c < channels)
+        tl.store(grad_x + offset[:, None] + c, share[None, :], mask=on)
+
+
+@torch.library.custom_op("zoo::region_means_triton", mutates_args=())
+def region_means(x: Tensor, regions: list[int]) -> Tensor:
+    """See `zoo.kernels.region_means`."""
+    b, height, width, channels = x.shape
+    means = x.new_empty(b, regions[0] * regions[1], channels)
+    h, w = region_size(height, width, regions)
+    launch(region_means_forward, _grid(means), x=x, means=means, columns=regions[1], h=h, w=w, height=height, width=width,
+           channels=channels, x_batch=x.stride(0), x_row=x.stride(1), x_column=x.stride(2), x_channel=x.stride(3))
+    return means
+
+
+@region_means.register_fake
+def _(x: Tensor, regions: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], regions[0] * regions[1], x.shape[3])
+
+
+@torch.library.custom_op("zoo::region_means_triton_backward", mutates_args=())
+def region_means_triton_backward(grad: Tensor, height: int, width: int, regions: list[int]) -> Tensor:
+    grad = grad.contiguous()
+    grad_x = grad.new_empty(grad.shape[0], height, width, grad.shape[2])
+    h, w = region_size(height, width, regions)
+    launch(region_means_backward, _grid(grad), grad=grad, grad_x=grad_x, columns=regions[1], h=h, w=w, height=height, width=width,
+           channels=grad.shape[2])
+    return grad_x
+
+
+@region_means_triton_backward.register_fake
+def _(grad: Tensor, height: int, width: int, regions: list[int]) -> Tensor:
+    return grad.new_empty(grad.shape[0], height, width, grad.shape[2])
+
+
+def _grid(means: Tensor) -> Callable[[dict], tuple[int, ...]]:
+    b, regions, channels = means.shape
+    return lambda chosen: (regions, b, triton.cdiv(channels, chosen["CHANNELS"]))
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    x, ctx.regions = inputs
+    ctx.height, ctx.width = x.shape[1:3]
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return region_means_triton_backward(grad, ctx.height, ctx.width, ctx.regions), None
+
+
+region_means.register_autograd(_backward, setup_context=_setup_context)
+
+
+def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is compiled as proof: a name, and a call that launches kernels."""
+    for dtype in DTYPES:
+        x = torch.zeros(2, 14, 14, 64, dtype=dtype, requires_grad=True)
+        yield name_of(dtype), lambda x=x: region_means(x, [7, 7]).sum().backward()

@@ -1,0 +1,41 @@
+import torch
+from torch import Tensor
+
+from .._backends import Backend, use_triton
+from .._layout import span
+from . import reference
+
+__all__ = ["token_aware_avg_pool"]
+
+
+def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = None) -> Tensor:
+    """Average pools of several sizes, mixed anew at every position (arXiv 2303.11126, section 3.1).
+
+        out[p] = Σ_k weights[p, k] · pool_k(x)[p],  k = 0 … K - 1
+        pool_0(x) = x,  pool_k(x)[p] = 1/9 Σ_{u, v ∈ {-k, 0, k}} x[p + (u, v)],  x being 0 outside the map
+
+    Args:
+        x: (B, H, W, C). float32, float64, float16, bfloat16; computed in at least float32.
+        weights: (B, H, W, K) of the same dtype (under autocast: of any), K at least 1.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
+
+    Returns:
+        (B, H, W, C) in the dtype of x. Differentiable once in x and weights; the backward pass takes the pools again, so
+        that beyond the arguments one map is held at a time, and none by the Triton kernels. Exported graphs hold sums of
+        shifted maps.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"token_aware_avg_pool: x must be (B, H, W, C) and floating, got {tuple(x.shape)} {x.dtype}")
+    if weights.ndim != 4 or weights.shape[:3] != x.shape[:3] or weights.shape[3] == 0:
+        raise ValueError("token_aware_avg_pool: weights must be (B, H, W, K) with the B, H and W of x "
+                         f"{tuple(x.shape)} and K at least 1, got {tuple(weights.shape)}")
+    if not weights.is_floating_point() or (weights.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"token_aware_avg_pool: weights must have the dtype of x ({x.dtype}), got {weights.dtype}")
+    if use_triton("token_aware_avg_pool", backend, x, None if span(x) < 2**31 else "a sample spans 2³¹ elements or more"):
+        from .triton import token_aware_avg_pool as compute
+        return compute(x, weights)
+    compute = reference.token_aware_avg_pool if torch.compiler.is_exporting() else reference.recomputed
+    return compute(x, weights)

@@ -1,0 +1,64 @@
+"""Maps of two or three spatial dimensions alike: (B, C, H, W) and (B, C, D, H, W)."""
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["batch", "instance", "group"]
+GROUP_WIDTH = 8
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+SIZES = {2: "H, W", 3: "D, H, W"}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+_BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_MODE = {2: "bilinear", 3: "trilinear"}
+
+
+def check_spatial(spatial_dims: int, norm: str) -> None:
+    if spatial_dims not in CONV:
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
+    if norm not in Norm.__args__:
+        raise ValueError(f"norm must be one of {', '.join(Norm.__args__)}, got {norm!r}")
+
+
+class _GroupNorm(nn.GroupNorm):
+    """With the operator itself: the functional form refuses a single position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Module:
+    """Batch norm; instance norm with factors and offsets, which takes maps of one position; groups of 8 channels.
+
+    Where 8 does not divide the channels, groups have the largest common divisor.
+    """
+    if norm == "batch":
+        return _BATCH_NORM[spatial_dims](dim, **where)
+    return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bi- or trilinear interpolation between the centres of positions (align_corners=False)."""
+    if not torch.compiler.is_exporting() and x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode=_MODE[x.ndim - 2])
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """x with its last slices repeated until `multiple` divides every size."""
+    missing = [(n + multiple - 1) // multiple * multiple - n for n in x.shape[2:]]
+    if not torch.compiler.is_exporting() and not any(missing):
+        return x
+    return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode="replicate")
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first positions of every spatial dimension."""
+    for i, n in enumerate(size):
+        x = x.narrow(2 + i, 0, n)
+    return x

@@ -1,0 +1,54 @@
+"""Deformable token merging (LITv2, arXiv 2205.13213)."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from zoo.kernels import deform_conv2d
+
+from ._padding import pad_to_multiple
+
+
+class DeformableTokenMerging(nn.Module):
+    """Patch merging whose patches find their own places (arXiv 2205.13213, section 3.3; from LITv1, arXiv 2105.14217).
+
+        out = GELU(BN(deformable2×2(X, offsets(X)))),  both convolutions with stride 2
+
+    (B, C, H, W) → (B, Co, ⌈H/2⌉, ⌈W/2⌉), any height and width, any floating dtype; fastest in channels-last memory.
+
+    Args:
+        dim: C.
+        out_dim: Co, default 2C.
+
+    The offsets begin at zero; the authors let their convolution learn at 1/100 of the rate. Difference from the authors' code: odd
+    sizes are padded by a row or column of zeros (theirs: an error).
+
+    Raises:
+        ValueError: a dimension below 1, at construction; a map of another shape, in `forward`.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        out_dim = 2 * dim if out_dim is None else out_dim
+        if dim < 1 or out_dim < 1:
+            raise ValueError(f"dim and out_dim must be at least 1, got {dim} and {out_dim}")
+        self.dim = dim
+        made = dict(device=device, dtype=dtype)
+        self.offset = nn.Conv2d(dim, 8, 2, stride=2, **made)
+        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made).to(memory_format=torch.channels_last))  # as it is read
+        self.bias = nn.Parameter(torch.zeros(out_dim, **made))
+        self.norm, self.act = nn.BatchNorm2d(out_dim, **made), nn.GELU()
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"DeformableTokenMerging: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
+        x = pad_to_multiple(x, 2)
+        return self.act(self.norm(deform_conv2d(x, self.offset(x), self.weight, self.bias, stride=2)))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, out_dim={len(self.weight)}"

@@ -1,0 +1,128 @@
+"""The fully attentional block, FAN (arXiv 2204.12451), with token-aware average pooling (arXiv 2303.11126) where asked for."""
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale
+from timm.models.xcit import LPI
+from torch import Tensor, nn
+
+from .pointwise_linear import PointwiseLinear
+from .token_aware_avg_pool import TokenAwareAvgPool
+
+
+class CancelledBiasLinear(nn.Linear):
+    """x Wᵀ: a linear layer whose bias a softmax over tokens would cancel, and that leaves it out.
+
+    The bias is there for checkpoints; its gradient, otherwise what rounding leaves, is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, 0 * self.bias)
+
+
+class TokenMixing(nn.Module):
+    """Multi-head attention between all tokens of a map: out = proj(softmax(Q Kᵀ / √d) V).
+
+    (B, H, W, C) → (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.proj = PointwiseLinear(dim, dim), PointwiseLinear(dim, 2 * dim), PointwiseLinear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.scaled_dot_product_attention(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """softmax(Q Kᵀ / √d), (B, heads, H·W, H·W), for looking at: `forward` does not make it."""
+        q, k, _ = self._qkv(x)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, height, width, _ = x.shape
+        q = self.q(x).reshape(b, height * width, self.num_heads, -1).transpose(1, 2)
+        k, v = self.kv(x).reshape(b, height * width, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+class DepthwiseMlp(nn.Module):
+    """fc2(h + γ ⊙ lpi(h)), h = fc1(x), lpi = dwconv3×3, GELU, BatchNorm, dwconv3×3 (XCiT's local patch interaction).
+
+    (B, H, W, C) → (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = PointwiseLinear(dim, hidden)
+        self.dwconv = LPI(hidden)
+        self.gamma = nn.Parameter(torch.ones(hidden))
+        self.fc2 = PointwiseLinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        local = self.dwconv(x.flatten(1, 2), *x.shape[1:3]).reshape(x.shape)
+        return self.fc2(torch.addcmul(x, self.gamma, local))
+
+
+class ChannelProcessing(nn.Module):
+    """Channel attention over an MLP (arXiv 2204.12451, section 3.2).
+
+        a_c = τ_h · sigmoid(Σ_p softmax_p(q(x))[p, c] · mean_{c' ∈ h} softmax_p(x)[p, c']),  h the head of channel c
+        out = a ⊙ LayerNorm(mlp(x)),  mlp as in `DepthwiseMlp`
+
+    (B, H, W, C) → (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, num_heads: int, hidden: int):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.q = CancelledBiasLinear(dim, dim)
+        self.mlp = DepthwiseMlp(dim, hidden)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)[:, None, None] * self.norm(self.mlp(x))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """a, (B, C)."""
+        q, k = (y.flatten(1, 2).softmax(1).unflatten(-1, (len(self.temperature), -1)) for y in (self.q(x), x))
+        scores = q.permute(0, 2, 3, 1) @ k.mean(-1).mT[..., None]
+        return (self.temperature * scores.sigmoid()).flatten(1)
+
+
+class FullyAttentionalBlock(nn.Module):
+    """Block of FAN (arXiv 2204.12451, figure 3): attention between tokens, then between channels.
+
+        x ← x + γ₁ ⊙ TokenMixing(LayerNorm(pool(x))),  x ← x + γ₂ ⊙ ChannelProcessing(LayerNorm(x))
+
+    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype.
+
+    Args:
+        dim: C.
+        num_heads: of both kinds of attention.
+        mlp_ratio: hidden width of the MLP over C.
+        num_scales: of `TokenAwareAvgPool`, which reads what attention would; None: no pool, as in plain FAN.
+        drop_path: rate of stochastic depth.
+
+    Differences from the authors' code: maps need not be square, and attention is not materialised.
+
+    Raises:
+        ValueError: at construction, if num_heads does not divide dim.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, num_scales: int | None = None, drop_path: float = 0.0):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
+        self.pool = nn.Identity() if num_scales is None else TokenAwareAvgPool(dim, num_scales)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = TokenMixing(dim, num_heads)
+        self.ls1 = LayerScale(dim, init_values=1.0)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ChannelProcessing(dim, num_heads, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, init_values=1.0)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(self.pool(x)))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

@@ -1,0 +1,98 @@
+"""HiLo attention (LITv2, arXiv 2205.13213)."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.kernels._regions import cut, paste, positions
+
+from ._capture import report
+from ._padding import pad_to_multiple
+from .pointwise_linear import PointwiseLinear
+
+
+class HiLoAttention(nn.Module):
+    """Multi-head attention whose heads look at high or at low frequencies (arXiv 2205.13213, section 3.2).
+
+    Hi-Fi heads attend within windows of s × s positions, Lo-Fi heads from every position to the means of the windows:
+
+        hi = proj_h(softmax(Q Kᵀ / √d) V) in every window,  lo = proj_l(softmax(Q K̄ᵀ / √d) V̄),  K̄, V̄ of avgpool_s(X)
+        out = [hi, lo]
+
+    (B, H, W, C) → (B, H, W, C), any height and width, any floating dtype. `zoo.capture` gets the attention of either kind of
+    heads, `hi` (B, heads, windows, s², s²) and `lo` (B, heads, H·W, windows), windows in reading order.
+
+    Args:
+        dim: C.
+        num_heads: divides `dim`.
+        window: s. With 1 all heads are Lo-Fi heads, which is ordinary attention, whatever `alpha`.
+        alpha: α in [0, 1], share of Lo-Fi heads: ⌊α · num_heads⌋ of them.
+        qkv_bias: bias of the query, key and value projections.
+        mask_padding: where windows overhang the map, True leaves the overhang out of attention and means; False pads with zeros,
+            whose projections take part, as the authors do.
+
+    Differences from the authors' code: masked padding, and no dropout.
+
+    Raises:
+        ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, window: int = 2, alpha: float = 0.5, qkv_bias: bool = True, mask_padding: bool = True,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be 0 to 1, got {alpha}")
+        self.dim, self.window, self.mask_padding = dim, window, mask_padding
+        self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)
+        self.hi_heads = num_heads - self.lo_heads
+        hi, lo = (heads * (dim // num_heads) for heads in (self.hi_heads, self.lo_heads))
+        if hi:
+            self.hi_qkv, self.hi_proj = PointwiseLinear(dim, 3 * hi, bias=qkv_bias), PointwiseLinear(hi, hi)
+        if lo:
+            self.lo_q, self.lo_kv = PointwiseLinear(dim, lo, bias=qkv_bias), PointwiseLinear(dim, 2 * lo, bias=qkv_bias)
+            self.lo_proj = PointwiseLinear(lo, lo)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"HiLoAttention: x must be (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
+        branches = ([self._hi(x)] if self.hi_heads else []) + ([self._lo(x)] if self.lo_heads else [])
+        return torch.cat(branches, -1) if len(branches) > 1 else branches[0]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return pad_to_multiple(x.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
+
+    def _hi(self, x: Tensor) -> Tensor:
+        padded, size = self._padded(x), (self.window, self.window)
+        grid = tuple(n // self.window for n in padded.shape[1:3])
+        qkv = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads)
+        q, k, v = (part.flatten(1, 2) for part in qkv.chunk(3, 1))  # (B, heads · windows, s², d)
+        overhang = self.mask_padding and (padded.shape != x.shape or torch.compiler.is_exporting())
+        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0).repeat(self.hi_heads, 1)[:, None] if overhang else None
+        report(self, hi=lambda: _attention(q, k, mask).unflatten(1, (self.hi_heads, -1)))
+        out = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (self.hi_heads, -1))
+        out = paste(out, grid, size)
+        return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
+
+    def _lo(self, x: Tensor) -> Tensor:
+        b, height, width, _ = x.shape
+        means = x
+        if self.window > 1:  # that of an overhanging window is of what lies on the map
+            source = x if self.mask_padding else self._padded(x)
+            means = F.avg_pool2d(source.permute(0, 3, 1, 2), self.window, ceil_mode=True).permute(0, 2, 3, 1)
+        q = self.lo_q(x).reshape(b, height * width, self.lo_heads, -1).transpose(1, 2)
+        k, v = self.lo_kv(means).reshape(b, -1, 2, self.lo_heads, q.shape[-1]).permute(2, 0, 3, 1, 4)
+        report(self, lo=lambda: _attention(q, k))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, -1)
+        return self.lo_proj(out)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, window={self.window}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}"
+
+
+def _attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)

@@ -1,0 +1,66 @@
+"""Pictures of what a network's attention gates let through."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from zoo.checkpoints import ModelInfo
+from zoo.errors import InputError
+from zoo.files import check_writable, replacing
+from zoo.layers import capture
+from zoo.layers._spatial import crop, resize
+from zoo.masks import prepare
+from zoo.predict import annotate, contact_sheet
+
+
+def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: str | Path, *, slice_index: int | None = None) -> int:
+    """Writes a sheet with the image and, for every gate of the U-Net `model`, its map over the image; returns how many gates.
+
+    Of a volume, the sheet shows the axial slice `slice_index` of the prepared volume (see `zoo.volumes.Grid`; default: the
+    middle one), and the network sees as many slices around it as its window has. Raises InputError if nothing can be shown.
+    """
+    check_writable(output)
+    x, at = prepare(info, Path(path)), None
+    if x.ndim == 4:
+        at = x.shape[3] // 2 if slice_index is None else slice_index
+        if not 0 <= at < x.shape[3]:
+            raise InputError(f"slice {at} is not in {path}, which has slices 0 to {x.shape[3] - 1}")
+        first = min(max(0, at - info.input_size[3] // 2), max(0, x.shape[3] - info.input_size[3]))
+        x, at = x[..., first:first + info.input_size[3]], at - first
+    elif slice_index is not None:
+        raise InputError(f"slice {slice_index} is asked for, but {path} is a picture")
+    with capture(model) as maps, torch.inference_mode():
+        model(x[None])
+    gates = {name: reported["attention"][0] for name, reported in maps.items() if "attention" in reported}
+    if not gates:
+        raise InputError(f"{info.name} has no attention gates to show")
+    padded = [-(-n // model.reduction) * model.reduction for n in x.shape[1:]]
+    image = _shown(x[:1], at)
+    tiles = [annotate(_grey(image), [Path(path).name])]
+    for name, gate in gates.items():
+        whole = crop(resize(gate[None], padded), x.shape[1:])[0]
+        tiles.append(annotate(_heat(image, _shown(whole, at)), [name, f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"]))
+    with replacing(output) as written:
+        contact_sheet(tiles).save(written)
+    return len(gates)
+
+
+def _shown(x: Tensor, at: int | None) -> np.ndarray:
+    """(1, H, W) or a slice of (1, X, Y, Z), the latter with the front up: an image (height, width)."""
+    return x[0].numpy() if at is None else np.rot90(x[0, ..., at].numpy())
+
+
+def _grey(image: np.ndarray) -> Image.Image:
+    low, high = np.percentile(image, (1, 99))
+    return Image.fromarray((255 * ((image - low) / max(high - low, 1e-8)).clip(0, 1)).astype(np.uint8))
+
+
+def _heat(image: np.ndarray, gate: np.ndarray) -> Image.Image:
+    """The image in grey under the map, from black (its least) over red and yellow to white (its greatest)."""
+    low, high = gate.min(), gate.max()
+    level = 3 * (gate - low) / max(high - low, 1e-8)
+    heat = 255 * np.stack([(level - i).clip(0, 1) for i in range(3)], -1)
+    grey = np.asarray(_grey(image), np.float32)[..., None]
+    return Image.fromarray((0.4 * grey + 0.6 * heat).astype(np.uint8))

@@ -1,0 +1,239 @@
+"""LITv2 (arXiv 2205.13213): convolutional MLPs in four stages, HiLo attention in the third, ordinary attention in the fourth.
+
+The authors' checkpoints (Apache 2.0 licence; https://github.com/ziplab/LITv2) load as they are, also from their addresses:
+
+    timm.create_model("litv2_s", pretrained=True)
+"""
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from zoo.layers import DeformableTokenMerging, HiLoAttention, PointwiseLinear
+from zoo.layers._padding import pad_to_multiple
+from zoo.staged import StagedNetwork
+
+__all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
+
+StateDict = dict[str, Tensor]
+REPORTED_IN = "the authors' README"
+REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}
+
+
+class ConvMlp(nn.Module):
+    """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = PointwiseLinear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = PointwiseLinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.fc2(F.gelu(x))
+        return self.fc2(torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
+
+
+class Block(nn.Module):
+    """Attention, if there is any, and MLP, each behind a LayerNorm and added; NHWC → NHWC."""
+
+    def __init__(self, dim: int, attn: nn.Module | None, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1, self.attn = (None, None) if attn is None else (nn.LayerNorm(dim), attn)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Convolution of 4×4 patches and LayerNorm; (B, C, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉), channels-last in memory."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(pad_to_multiple(x, 4)))
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks; NCHW → NCHW. Inside, the memory is channels-last, which all its layers prefer."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class LITv2(StagedNetwork):
+    """LITv2, any input size.
+
+    Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: as in timm.
+        dims, depths, num_heads: widths, numbers of blocks and heads of the four stages.
+        windows: of each stage's HiLo attention; None is no attention.
+        alpha: see `HiLoAttention`.
+        mlp_ratio: hidden width of the MLPs over `dims`.
+        attn_args: further arguments of `HiLoAttention`, such as `mask_padding`.
+
+    Differences from the authors' code: sizes that patches, merging and windows do not divide are padded (theirs: errors, or in
+    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets `DeformableTokenMerging.offset`
+    learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        windows: tuple[int | None, ...] = (None, None, 2, 1),
+        alpha: float = 0.9,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attn_args: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        self.stem = PatchEmbed(in_chans, dims[0])
+        self.feature_info, stages = [], []
+        for i, (dim, heads, window) in enumerate(zip(dims, num_heads, windows, strict=True)):
+            blocks = []
+            for rate in drop_path_rates[i]:
+                attn = None if window is None else HiLoAttention(dim, heads, window, alpha, **(attn_args or {}))
+                blocks.append(Block(dim, attn, mlp_ratio, rate))
+            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def drop_norm(self) -> None:
+        self.norm = nn.Identity()
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_RENAMES = [  # the authors' names → ours
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"(^|\.)h_(qkv|proj)\.", r"\1hi_\2."),
+    (r"(^|\.)l_(q|kv|proj)\.", r"\1lo_\2."),
+    (r"(^|\.)dconv\.conv_offset\.", r"\1offset."),
+    (r"(^|\.)dconv\.", r"\1"),
+    (r"(^|\.)norm_layer\.", r"\1norm."),
+    (r"^head\.(?=weight|bias)", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """The authors' names → ours, for their models and for a single layer."""
+    converted = {}
+    for name, value in state_dict.get("model", state_dict).items():
+        # their merging ends a stage, ours begins the next one
+        name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample.", name)
+        for pattern, ours in _RENAMES:
+            name = re.sub(pattern, ours, name)
+        converted[name] = value
+    return converted
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return dict(
+        url=url, num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="stem.proj", classifier="head.fc",
+        paper_ids="arXiv:2205.13213", paper_name="Fast Vision Transformers with HiLo Attention",
+        license="apache-2.0", origin_url="https://github.com/ziplab/LITv2",
+    ) | kwargs
+
+
+_RELEASE = "https://github.com/ziplab/LITv2/releases/download/v1.0"
+default_cfgs = generate_default_cfgs({
+    "litv2_nano.untrained": _cfg(),
+    "litv2_s.in1k": _cfg(f"{_RELEASE}/litv2_s.pth"),
+    "litv2_m.in1k": _cfg(f"{_RELEASE}/litv2_m.pth"),
+    "litv2_b.in1k": _cfg(f"{_RELEASE}/litv2_b.pth"),
+    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+})
+
+
+def _litv2(variant: str, pretrained: bool, **kwargs: Any) -> LITv2:
+    return build_model_with_cfg(
+        LITv2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs,
+    )
+
+
+@register_model
+def litv2_nano(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """For small images and machines; not in the paper."""
+    args = dict(dims=(24, 48, 96, 160), depths=(1, 1, 3, 1), num_heads=(2, 3, 6, 8), alpha=0.7)
+    return _litv2("litv2_nano", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def litv2_s(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    return _litv2("litv2_s", pretrained, **dict(dict(depths=(2, 2, 6, 2)), **kwargs))
+
+
+@register_model
+def litv2_m(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    return _litv2("litv2_m", pretrained, **dict(dict(depths=(2, 2, 18, 2)), **kwargs))
+
+
+_BASE = dict(dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+
+
+@register_model
+def litv2_b(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    return _litv2("litv2_b", pretrained, **dict(_BASE, **kwargs))
+
+
+@register_model
+def litv2_b_384(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    return _litv2("litv2_b_384", pretrained, **dict(_BASE, **kwargs))

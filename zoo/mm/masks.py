@@ -1,0 +1,309 @@
+"""Datasets of images and volumes with masks, for segmentation.
+
+Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
+drawn under the sample's seed (see `zoo.mm.datasets`).
+"""
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.registry import DATASETS
+from PIL import Image, UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zoo.errors import InputError, near_misses
+from zoo.mm.datasets import DigitsDataset, Sample, check_split, seeded
+from zoo.mm.monai import monai_part
+from zoo.predict import PICTURE_SUFFIXES, open_picture, picture_tensor
+from zoo.volumes import VOLUME_SUFFIXES, Grid, check_labels, check_same_grid, open_volume
+
+KEYS = ("inputs", "targets")
+
+
+class MaskedImages(Dataset):
+    """Base of these datasets: reads, transforms, and cuts patches.
+
+    Subclasses give `names`, one for each image, and `read(index) -> (inputs (C, *sizes), targets (1, *sizes))`.
+
+    Args:
+        classes: names of the classes in the order of their labels, the background first.
+        transforms: random dictionary transforms of MONAI, each a dict of `type` and arguments; `keys` are both tensors where
+            not given.
+        patch: sizes of random patches; None for whole images.
+        patches: how many of an image in an epoch.
+        cache: keep what was read in memory.
+    """
+
+    names: Sequence[str]
+
+    def __init__(self, classes: Sequence[str], transforms: Sequence[Mapping] = (), patch: Sequence[int] | None = None, patches: int = 1,
+                 cache: bool = False):
+        self.metainfo = {"classes": list(classes)}
+        self.patch, self.patches = patch, patches
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
+        steps = [{"keys": KEYS, **transform} for transform in transforms]
+        if patch is not None:
+            steps.insert(0, {"type": "RandSpatialCropd", "keys": KEYS, "roi_size": tuple(patch), "random_size": False})
+        self.steps = [monai_part("transforms", step) for step in steps]
+        if steps:
+            from monai.data import set_track_meta
+
+            set_track_meta(False)
+
+    def __len__(self) -> int:
+        return self.patches * len(self.names)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def __getitem__(self, sample: Sample) -> dict:
+        inputs, targets = self._read(sample.index % len(self.names))
+        item = {"inputs": inputs, "targets": targets}
+        with seeded(sample.seed):
+            for step in self.steps:
+                if hasattr(step, "set_random_state"):
+                    step.set_random_state(np.random.randint(2**31))
+                item = step(item)
+        return {"inputs": torch.as_tensor(item["inputs"]).contiguous(), "targets": torch.as_tensor(item["targets"])[0].long()}
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        inputs, targets = self.read(index)
+        sizes = tuple(inputs.shape[1:])
+        if self.patch is not None and any(n < p for n, p in zip(sizes, self.patch, strict=True)):
+            raise InputError(f"{self.names[index]} has {_times(sizes)} positions, fewer than a patch of {_times(self.patch)}; "
+                             "make patches smaller")
+        if self.kept is not None:
+            self.kept[index] = inputs, targets
+        return inputs, targets
+
+
+class Volumes(MaskedImages):
+    """Base of datasets of NIfTI files; `files` are pairs of a volume and its mask.
+
+    Args:
+        window: what the network looks at in one go when it predicts, recorded in checkpoints.
+        spacing, clip: see `zoo.volumes.Grid`; recorded too.
+    """
+
+    files: list[tuple[Path, Path]]
+
+    def __init__(self, classes: Sequence[str], window: Sequence[int], spacing: Sequence[float] | None = None,
+                 clip: Sequence[float] | None = None, **args):
+        super().__init__(classes, **args)
+        self.data_config = {"input_size": (1, *window), "spacing": spacing and tuple(spacing), "clip": clip and tuple(clip)}
+        self.grid = Grid.of(self.data_config)
+
+    @property
+    def names(self) -> list[str]:
+        return [str(image) for image, _ in self.files]
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        image_path, mask_path = self.files[index]
+        image, mask = open_volume(image_path), open_volume(mask_path)
+        check_same_grid(image_path, image, mask_path, mask)
+        return self.grid.prepare(image), self.grid.prepare_mask(mask, len(self.metainfo["classes"]), mask_path)
+
+
+@DATASETS.register_module()
+class MNI152Dataset(MaskedImages):
+    """The T1 template of the MNI152 brain that nilearn ships, with grey and white matter, an image for each hemisphere.
+
+    A voxel is of the likeliest of grey matter, white matter, and neither, by the template's own maps. "train" is the left
+    hemisphere, "val" the right. The template is the symmetric one: the hemispheres are nearly mirror images.
+
+    Args:
+        split: "train" or "val".
+        window: as for `Volumes`.
+        resolution: millimetres per voxel, 1 or more.
+        args: further arguments of `MaskedImages`.
+    """
+
+    def __init__(self, split: str, window: Sequence[int], resolution: int = 2, **args):
+        check_split(split)
+        super().__init__(["background", "grey matter", "white matter"], **args)
+        try:
+            from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+        except ImportError as error:
+            raise InputError("MNI152Dataset needs the package nilearn; install it with: pip install 'zoo-attention[volumes]'") from error
+        self.names = [f"the {'left' if split == 'train' else 'right'} hemisphere"]
+        self.data_config = {"input_size": (1, *window), "spacing": (float(resolution),) * 3, "clip": None}
+        image = load_mni152_template(resolution)
+        grey, white = (torch.from_numpy(load(resolution).get_fdata()) for load in (load_mni152_gm_template, load_mni152_wm_template))
+        volume = Grid.of({}).prepare(image)
+        labels = torch.stack([1 - grey - white, grey, white]).argmax(0, keepdim=True).to(torch.uint8)
+        across = image.affine[0, 0] * torch.arange(volume.shape[1]) + image.affine[0, 3]  # millimetres to the right of the middle
+        here = across < 0 if split == "train" else across > 0
+        self.volume = volume[:, here], labels[:, here]
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.volume
+
+
+@DATASETS.register_module()
+class DecathlonDataset(Volumes):
+    """A task of the Medical Segmentation Decathlon, or whatever else has its `dataset.json`, such as BTCV's.
+
+    The file's `labels` name the classes. Its `validation` list is the "val" part; without one, every `folds`-th of its
+    `training` list, the rest being "train".
+
+    Args:
+        root: the folder that holds the file and what it names.
+        split: "train" or "val".
+        folds: see above.
+        file: name of the JSON file.
+        args: further arguments of `Volumes`.
+    """
+
+    def __init__(self, root: str, split: str, window: Sequence[int], folds: int = 5, file: str = "dataset.json", **args):
+        check_split(split)
+        described = _read_json(Path(root) / file)
+        try:
+            labels = {int(label): name for label, name in described["labels"].items()}
+            training = [(entry["image"], entry["label"]) for entry in described["training"]]
+            held_out = [(entry["image"], entry["label"]) for entry in described.get("validation", ()) if isinstance(entry, dict)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{Path(root) / file} is not a description of the Decathlon's kind: {error!r}") from error
+        if sorted(labels) != list(range(len(labels))):
+            raise InputError(f"{Path(root) / file} has labels {sorted(labels)}, where they have to run from 0")
+        super().__init__([labels[i] for i in range(len(labels))], window, **args)
+        held_out = held_out or training[::folds]
+        chosen = held_out if split == "val" else [pair for pair in training if pair not in held_out]
+        self.files = [(Path(root) / image, Path(root) / mask) for image, mask in chosen]
+        if not self.files:
+            raise InputError(f"{Path(root) / file} names no volumes for {split}")
+
+
+@DATASETS.register_module()
+class VolumeFolderDataset(Volumes):
+    """NIfTI files in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
+
+    A volume's mask is the file of the same place in the sorted list of `labels`.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        split: "train" or "val".
+        classes: names in the order of the labels in the masks, the background first.
+        args: further arguments of `Volumes`.
+    """
+
+    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], **args):
+        super().__init__(classes, window, **args)
+        self.files = _pairs(Path(root), split, "labels", VOLUME_SUFFIXES)
+
+
+@DATASETS.register_module()
+class PictureMaskDataset(MaskedImages):
+    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
+
+    A picture's mask is the file of the same place in the sorted list of `masks`.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        split: "train" or "val".
+        classes: names in the order of the labels, the background first.
+        window: sizes of the windows in which the network predicts, recorded in checkpoints.
+        mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
+        args: further arguments of `MaskedImages`.
+    """
+
+    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD, **args):
+        super().__init__(classes, **args)
+        self.files = _pairs(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.names = [str(image) for image, _ in self.files]
+        self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        image_path, mask_path = self.files[index]
+        config = self.data_config
+        inputs = picture_tensor(open_picture(image_path, config["input_size"][0]), config["mean"], config["std"])
+        try:
+            with Image.open(mask_path) as mask:
+                labels = torch.from_numpy(np.array(mask))
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"the mask {mask_path} cannot be read as a picture: {error}") from None
+        if labels.shape != inputs.shape[1:]:
+            raise InputError(f"the mask {mask_path} is of shape {_times(labels.shape)}, its picture {image_path} of "
+                             f"{_times(inputs.shape[1:])}")
+        check_labels(labels, len(self.metainfo["classes"]), mask_path)
+        return inputs, labels[None].to(torch.uint8)
+
+
+@DATASETS.register_module()
+class DigitScenesDataset(MaskedImages):
+    """Scenes of scikit-learn's handwritten digits on a grey, noisy ground; a pixel of ink is of its digit's class.
+
+    Scene i is a pure function of (split, i): 3 to 6 digits of 14 to 24 pixels, each turned by up to 15°, at places where it
+    overlaps no other. The digits of "train" and "val" are those of `DigitsDataset`.
+
+    Args:
+        split: "train" or "val".
+        scenes: how many.
+        size: pixels on a side.
+        args: further arguments of `MaskedImages`.
+    """
+
+    INK = 0.4  # a pixel of a digit, between 0 and 1, that is ink
+
+    def __init__(self, split: str, scenes: int, size: int = 64, **args):
+        super().__init__(["background", *map(str, range(10))], **args)
+        self.digits = DigitsDataset(split, {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)})
+        self.split, self.size = split, size
+        self.names = [f"scene {i}" for i in range(scenes)]
+        self.data_config = {"input_size": (1, size, size), "mean": (0.5,), "std": (0.25,)}
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        random = np.random.default_rng((self.split == "val", index))
+        scene = random.uniform(0.0, 0.3) + random.normal(0.0, 0.05, (self.size, self.size))
+        labels = np.zeros((self.size, self.size), np.uint8)
+        taken = np.zeros((self.size, self.size), bool)
+        for _ in range(random.integers(3, 7)):
+            picture, digit = self.digits.read(int(random.integers(len(self.digits))))
+            side, turn = int(random.integers(14, 25)), float(random.uniform(-15, 15))
+            ink = np.asarray(picture.rotate(turn, Image.Resampling.BILINEAR).resize((side, side), Image.Resampling.BILINEAR)) / 255
+            top, left = random.integers(0, self.size - side + 1, 2)
+            place = slice(top, top + side), slice(left, left + side)
+            if taken[place].any():
+                continue
+            taken[place] = True
+            scene[place] = np.maximum(scene[place], ink * random.uniform(0.6, 1.0))
+            labels[place] = np.where(ink > self.INK, digit + 1, 0)
+        mean, std = self.data_config["mean"][0], self.data_config["std"][0]
+        return torch.from_numpy((scene.clip(0, 1) - mean) / std).float()[None], torch.from_numpy(labels)[None]
+
+
+def _pairs(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """The files of root/split/images, each with that of the same place in root/split/masks."""
+    check_split(split)
+    if not root.is_dir():
+        raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
+    lists = []
+    for name in ("images", masks):
+        folder = root / split / name
+        if not folder.is_dir():
+            near = near_misses(name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
+            raise InputError(f"there is no folder {folder}{near}")
+        lists.append(sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes)))
+    if not lists[0] or len(lists[0]) != len(lists[1]):
+        raise InputError(f"{root / split} has {len(lists[0])} files in images and {len(lists[1])} in {masks}, where pairs are needed")
+    return list(zip(*lists, strict=True))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"there is no {path}; set data_root to the folder that holds {path.name}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))

@@ -1,0 +1,65 @@
+"""Segmentation in 2-D and 3-D as a task of the engine, with MONAI's losses and sliding windows."""
+from collections.abc import Mapping, Sequence
+
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from zoo.errors import InputError
+from zoo.mm.monai import monai_part
+from zoo.mm.networks import create_network, plain
+
+
+@MODELS.register_module()
+class Segmentor(BaseModel):
+    """Any registered network that gives logits of the input's size, such as the U-Nets of the zoo.
+
+    Args:
+        name: a registered name.
+        args: further arguments of `timm.create_model`, for example `num_classes`, `in_chans`, `widths`.
+        loss: a loss of `monai.losses` by its `type`, default DiceCELoss (Dice and cross-entropy), with its arguments. It gets
+            logits and class indices: `softmax` and `to_onehot_y` are set.
+        window: sizes of the windows in which evaluation goes through larger images; None for whole images.
+        overlap: share of a window that its neighbours cover too.
+
+    Raises InputError for an unknown name, loss, or argument.
+    """
+
+    task = "segmentation"
+
+    def __init__(self, name: str, args: Mapping | None = None, loss: Mapping | None = None, window: Sequence[int] | None = None,
+                 overlap: float = 0.25):
+        super().__init__()
+        self.name, self.args = name, plain(args or {})
+        self.model = create_network(name, self.args)
+        self.num_classes = self.model.num_classes
+        self.window, self.overlap = window, overlap
+        if window is not None and len(window) != self.model.spatial_dims:
+            raise InputError(f"window={tuple(window)} is for {len(window)}-D, and {name} takes {self.model.spatial_dims}-D input")
+        self.loss = monai_part("losses", {"type": "DiceCELoss", "softmax": True, "to_onehot_y": True, **(loss or {})})
+
+    def init_weights(self) -> None:
+        """Nothing: the network has been initialised or loaded, and the engine would do the former again."""
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Tensor | dict | list[dict]:
+        """`inputs` (B, C, H, W) or (B, C, D, H, W), `targets` class indices without the channel axis.
+
+        Mode "tensor" gives the logits; "loss" a dict with the scalar `loss`; "predict" one dict per image with `labels`, the
+        most probable classes, and `target`.
+        """
+        match mode:
+            case "tensor":
+                return self.model(inputs)
+            case "loss":
+                return {"loss": self.loss(self.model(inputs).float(), targets[:, None])}
+            case "predict":
+                return [{"labels": labels, "target": target}
+                        for labels, target in zip(self._logits(inputs).argmax(1), targets, strict=True)]
+        raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self.window is None:
+            return self.model(inputs)
+        from monai.inferers import sliding_window_inference
+
+        return sliding_window_inference(inputs, self.window, 4, self.model, overlap=self.overlap, mode="gaussian")

@@ -1,0 +1,136 @@
+"""Volumes in NIfTI files: read, brought to what a network was trained on, and masks written back onto the file's own grid."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import InputError, near_misses
+from zoo.files import replacing
+
+VOLUME_SUFFIXES = (".nii", ".nii.gz")
+
+
+def is_volume(path: str | Path) -> bool:
+    """Whether the file's name is that of a NIfTI file."""
+    return str(path).lower().endswith(VOLUME_SUFFIXES)
+
+
+def open_volume(path: str | Path) -> Any:
+    """The nibabel image at `path`, three-dimensional. Raises InputError if it is none, or damaged."""
+    nibabel = _nibabel()
+    path = Path(path)
+    if not path.is_file():
+        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"there is no volume {path}{near_misses(path.name, others)}")
+    try:
+        image = nibabel.load(path)
+        if len(image.shape) > 3:
+            image = nibabel.squeeze_image(image)  # axes of length 1 after the third
+        if len(image.shape) != 3:
+            raise InputError(f"{path} is of shape {'×'.join(map(str, image.shape))}, where a volume of three dimensions is needed")
+        return image
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file surfaces as whatever its reader stumbles over
+        raise InputError(f"the volume {path} cannot be read: {error}") from error
+
+
+def check_same_grid(image_path: str | Path, image: Any, mask_path: str | Path, mask: Any) -> None:
+    """Raises InputError unless both images have one shape and, to a thousandth of a millimetre, one affine."""
+    if image.shape != mask.shape:
+        shapes = ["×".join(map(str, other.shape)) for other in (mask, image)]
+        raise InputError(f"the mask {mask_path} has {shapes[0]} voxels, its volume {image_path} {shapes[1]}; they have to be the same")
+    difference = np.abs(np.asarray(image.affine) - mask.affine).max()
+    if difference > 1e-3:
+        raise InputError(f"the affine of the mask {mask_path} differs from that of {image_path} by {difference:.3g}; "
+                         "resample the mask onto the volume's grid")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is done to volumes before a network sees them: axes turned to right, anterior, superior; voxels resampled; intensities.
+
+    Args:
+        spacing: millimetres per voxel along these axes; None keeps the file's.
+        clip: (low, high), mapped to 0 and 1, as is usual for CT; None: the voxels that are not 0 get mean 0 and variance 1.
+    """
+
+    spacing: tuple[float, float, float] | None = None
+    clip: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: Mapping) -> Self:
+        return cls(*(tuple(value) if (value := config.get(name)) is not None else None for name in ("spacing", "clip")))
+
+    def prepare(self, image: Any) -> Tensor:
+        """(1, X, Y, Z) float32."""
+        volume = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
+        volume = self.normalize(volume)
+        if self.spacing is not None:
+            volume = F.interpolate(volume[None], self.size(image), mode="trilinear")[0]
+        return volume
+
+    def normalize(self, volume: Tensor) -> Tensor:
+        if self.clip is not None:
+            low, high = self.clip
+            return volume.sub_(low).div_(high - low).clamp_(0, 1)
+        inside = volume[volume != 0]
+        std, mean = torch.std_mean(inside) if inside.numel() > 1 else (torch.ones(()), torch.zeros(()))
+        return volume.sub_(mean).div_(std.clamp(min=1e-8))
+
+    def prepare_mask(self, image: Any, classes: int, path: str | Path) -> Tensor:
+        """(1, X, Y, Z) uint8. Raises InputError for labels that are not whole numbers below `classes`."""
+        labels = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
+        check_labels(labels, classes, path)
+        labels = labels.to(torch.uint8)
+        return labels if self.spacing is None else _nearest(labels, self.size(image))
+
+    def size(self, image: Any) -> list[int]:
+        """Voxels along each axis after resampling."""
+        canonical = _canonical(image)
+        zooms = canonical.header.get_zooms()[:3]
+        return [max(1, round(n * zoom / new)) for n, zoom, new in zip(canonical.shape, zooms, self.spacing or zooms, strict=True)]
+
+    def write_mask(self, labels: Tensor, image: Any, path: str | Path) -> None:
+        """Writes labels (X, Y, Z) uint8 on this grid as a NIfTI file with the shape and affine of `image`."""
+        nibabel = _nibabel()
+        canonical = _canonical(image)
+        if labels.shape != canonical.shape:
+            labels = _nearest(labels[None], canonical.shape)[0]
+        there = nibabel.orientations.io_orientation(canonical.affine)
+        back = nibabel.orientations.ornt_transform(there, nibabel.orientations.io_orientation(image.affine))
+        turned = nibabel.orientations.apply_orientation(labels.numpy(), back)
+        mask = nibabel.Nifti1Image(np.ascontiguousarray(turned), image.affine, image.header)
+        mask.set_data_dtype(np.uint8)
+        mask.header.set_slope_inter(1, 0)
+        with replacing(path) as written:
+            nibabel.save(mask, written)
+
+
+def check_labels(labels: Tensor, classes: int, path: str | Path) -> None:
+    found = labels.unique()
+    unknown = [value for value in found.tolist() if value not in range(classes)]
+    if unknown:
+        shown = ", ".join(f"{value:g}" for value in unknown[:4]) + (", …" if len(unknown) > 4 else "")
+        raise InputError(f"the mask {path} has unknown labels {shown}; known are 0 to {classes - 1}")
+
+
+def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
+    return F.interpolate(labels[None], tuple(size), mode="nearest-exact")[0]
+
+
+def _canonical(image: Any) -> Any:
+    return _nibabel().as_closest_canonical(image)
+
+
+def _nibabel() -> Any:
+    try:
+        import nibabel
+    except ImportError as error:
+        raise InputError("reading volumes needs the package nibabel; install it with: pip install 'zoo-attention[volumes]'") from error
+    return nibabel
