@@ -37,7 +37,7 @@ class DeformableTokenMerging(nn.Module):
         self.dim = dim
         made = dict(device=device, dtype=dtype)
         self.offset = nn.Conv2d(dim, 8, 2, stride=2, **made)
-        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made).to(memory_format=torch.channels_last))  # as it is read
+        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made))
         self.bias = nn.Parameter(torch.zeros(out_dim, **made))
         self.norm, self.act = nn.BatchNorm2d(out_dim, **made), nn.GELU()
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does

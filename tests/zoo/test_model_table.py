@@ -20,7 +20,7 @@ def test_models_of_a_mechanism_that_match():
     assert zoo.list_models("*_tiny", mechanism="das") == []
 
 
-@pytest.mark.parametrize(("mechanism", "message"), [("rooting", "did you mean routing"), ("", "there is no mechanism ''; atconv, das,")])
+@pytest.mark.parametrize(("mechanism", "message"), [("rooting", "did you mean routing"), ("", "there is no mechanism ''; atconv, broadcast,")])
 def test_unknown_mechanisms(mechanism, message):
     with pytest.raises(InputError, match=message):
         zoo.list_models(mechanism=mechanism)
@@ -33,7 +33,8 @@ def test_every_reported_number_says_where():
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("das_resnet_nano", ["deform_conv2d"]), ("attnet_nano", ["depthwise_dynamic_conv2d"]), ("sknet_nano", []),
-    ("biformer_nano", ["region_means", "region_routes", "routing_attention"]),
+    ("biformer_nano", ["region_means", "region_routes", "routing_attention"]), ("halonet_nano", ["halo_attention"]),
+    ("litv2_nano", ["deform_conv2d"]), ("tap_fan_nano", ["token_aware_avg_pool"]), ("attention_unet_nano", []),
 ])
 def test_kernels_are_those_of_the_modules(name, expected):
     assert model_table.kernels(timm.create_model(name)) == expected
@@ -47,17 +48,18 @@ def test_rows_hold_what_is_known(tmp_path, monkeypatch):
     (tmp_path / "models.json").write_text(json.dumps({"facts": {}, "comparisons": rows}))
     records = {"sk_resnet50": {}, "attnet_t2": {"reason": "so"}, "das_resnet18": {"failure": "no"}}
     (tmp_path / "exports.json").write_text(json.dumps({name: {"versions": {}, **record} for name, record in records.items()}))
-    names = ["sk_resnet50", "attnet_t2", "das_resnet18", "biformer_nano"]
+    names = ["sk_resnet50", "attnet_t2", "das_resnet18", "biformer_nano", "attention_unet3d_nano"]
     written = model_table.whole_table(names, tmp_path).splitlines()
     assert len({line.count("|") for line in written}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written[2:]]
     for row, name in zip(cells, names, strict=True):
         assert row[0] == f"`{name}`" and row[3] == "1.23 G"
-    sk, attnet, das, biformer = cells
+    sk, attnet, das, biformer, unet = cells
     assert sk[1] == "[sk](sk.md)" and sk[5].startswith("77.54 %, the paper's table; of `sk_resnet`")
     assert sk[7:11] == ["[theirs](https://github.com/implus/PytorchInsight)", "not stated", "2.50", "any size"]
     assert attnet[8:11] == ["mit", "–", "one size"] and das[5:10] == ["–", das[6], "–", "–", "–"] and das[10] == "no"
     assert biformer[5] == biformer[7] == biformer[9] == biformer[10] == "–"
+    assert unet[1] == "[gates](gates.md)" and unet[4] == "64³"
     assert model_table.table(names).splitlines()[2].startswith("| `sk_resnet50` | 26.15 M | 1.23 G | 224 | 77.54 % |")
 
 
