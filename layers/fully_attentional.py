@@ -39,9 +39,10 @@ class TokenMixing(nn.Module):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, height, width, _ = x.shape
-        q = self.q(x).reshape(b, height * width, self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv(x).reshape(b, height * width, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        b, height, width, c = x.shape
+        heads = self.num_heads, c // self.num_heads
+        q = self.q(x).reshape(b, height * width, *heads).transpose(1, 2)
+        k, v = self.kv(x).reshape(b, height * width, 2, *heads).permute(2, 0, 3, 1, 4)
         return q, k, v
 
 

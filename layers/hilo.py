@@ -78,16 +78,15 @@ class HiLoAttention(nn.Module):
         return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
 
     def _lo(self, x: Tensor) -> Tensor:
-        b, height, width, _ = x.shape
         means = x
         if self.window > 1:  # that of an overhanging window is of what lies on the map
             source = x if self.mask_padding else self._padded(x)
             means = F.avg_pool2d(source.permute(0, 3, 1, 2), self.window, ceil_mode=True).permute(0, 2, 3, 1)
-        q = self.lo_q(x).reshape(b, height * width, self.lo_heads, -1).transpose(1, 2)
-        k, v = self.lo_kv(means).reshape(b, -1, 2, self.lo_heads, q.shape[-1]).permute(2, 0, 3, 1, 4)
+        q = self.lo_q(x).flatten(1, 2).unflatten(-1, (self.lo_heads, -1)).transpose(1, 2)
+        k, v = self.lo_kv(means).flatten(1, 2).unflatten(-1, (2, self.lo_heads, q.shape[-1])).permute(2, 0, 3, 1, 4)
         report(self, lo=lambda: _attention(q, k))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, -1)
-        return self.lo_proj(out)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.lo_proj(out.unflatten(1, x.shape[1:3]))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, window={self.window}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}"

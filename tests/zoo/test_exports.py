@@ -1,6 +1,7 @@
 """Many models exported into one table, and what other software makes of the files."""
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -17,6 +18,10 @@ from zoo.export import export_onnx
 from zoo.exports import RECORDS, TABLE, export_all, read_records
 
 CLASSES = ("dark", "light")
+SHALLOW = {  # every kind of block once: the exporter takes time for every operator
+    "attnet_nano": dict(depths=(1, 0, 0, 1)), "biformer_nano": dict(depths=(1, 0, 0, 1)), "das_resnet_nano": {},
+    "polarized_resnet_nano": dict(layers=(1, 1, 1, 1)), "sknet_nano": dict(layers=(1, 1, 1, 1)),
+}
 
 
 def run(path, images: np.ndarray) -> np.ndarray:
@@ -30,7 +35,7 @@ def images(*shape: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    return folder, export_all(["test_resnet", "test_vit"], folder, rounds=1)
+    return folder, export_all(["test_resnet"], folder, rounds=1)["test_resnet"]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +59,13 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("name", ["attnet_nano", "biformer_nano", "das_resnet_nano", "polarized_resnet_nano", "sknet_nano"])
-def test_a_model_is_exported_without_own_operators_and_openvino_agrees(name, tmp_path):
+@pytest.mark.parametrize(("name", "args"), SHALLOW.items(), ids=SHALLOW)
+def test_a_model_is_exported_without_own_operators_and_openvino_agrees(name, args, tmp_path):
     """With free batch, height and width, also where the last map is one position, which tracing at that size would make a constant.
 
     On one size besides those that the export has compared. OpenVINO has no DeformConv.
     """
-    model, info = load_model(name, in_chans=1, num_classes=10)
+    model, info = load_model(name, in_chans=1, num_classes=10, **args)
     path = tmp_path / "x.onnx"
     result = export_onnx(model, info, path, size=(32, 32), spell_out=True)
     assert result.free_batch and result.free_size, result.reason
@@ -72,34 +77,34 @@ def test_a_model_is_exported_without_own_operators_and_openvino_agrees(name, tmp
 
 
 def test_a_record_says_what_the_file_holds(exported):
-    folder, records = exported
-    record = records["test_resnet"]
+    folder, record = exported
     graph = onnx.load(folder / "test_resnet.onnx")
     assert record.bytes == (folder / "test_resnet.onnx").stat().st_size
     assert record.opset == graph.opset_import[0].version == 20
     assert sum(record.operators.values()) == len(graph.graph.node)
     assert (record.failure, record.reason, record.same_top1) == ("", "", exports.PICTURES)
     assert 0 <= record.difference < 1e-4 and min(record.seconds) > 0
-    assert "does not take 161x161" in records["test_vit"].reason
-    assert read_records(folder / RECORDS).keys() == records.keys()
+    assert read_records(folder / RECORDS).keys() == {"test_resnet"}
     rows = (folder / TABLE).read_text().splitlines()
-    assert [row.split("`")[1] for row in rows[2:]] == ["test_resnet", "test_vit"]
+    assert [row.split("`")[1] for row in rows[2:]] == ["test_resnet"]
     assert len({row.count("|") for row in rows}) == 1
 
 
-def test_what_is_done_is_kept_and_what_is_not_is_done(exported, monkeypatch):
-    folder, records = exported
-    steps = []
-    made = []
-    monkeypatch.setattr(exports, "_export", lambda name, *_: made.append(name) or records[name])
-    (folder / "test_vit.onnx").write_bytes(b"damaged")
+def test_what_is_done_is_kept_and_what_is_not_is_done(exported, tmp_path, monkeypatch):
+    source, record = exported
+    folder = shutil.copytree(source, tmp_path / "exports")
+    steps, made = [], []
+    monkeypatch.setattr(exports, "_export", lambda name, *_: made.append(name) or record)
     again = export_all(["test_resnet", "test_vit"], folder, progress=steps.append)
     assert made == ["test_vit"]
     assert steps[0] == "1/2 test_resnet: is there already"
-    assert again["test_resnet"] == dataclasses.replace(records["test_resnet"], seconds=again["test_resnet"].seconds)
+    assert again["test_resnet"] == dataclasses.replace(record, seconds=again["test_resnet"].seconds)
     export_all(["test_resnet"], folder, opset=21)
     export_all(["test_resnet"], folder, spell_out=True)
     assert made == ["test_vit", "test_resnet", "test_resnet"]
+    (folder / "test_resnet.onnx").write_bytes(b"damaged")
+    export_all(["test_resnet"], folder)
+    assert made == ["test_vit", "test_resnet", "test_resnet", "test_resnet"]
 
 
 def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
@@ -114,7 +119,8 @@ def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [RECORDS, TABLE]
 
 
-def test_another_class_is_a_failure(tmp_path, monkeypatch):
+def test_another_class_is_a_failure(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "export_onnx", lambda model, info, path, **_: shutil.copy(exported[0] / "test_resnet.onnx", path))
     monkeypatch.setattr(exports, "_same_top1", lambda *_: 63)
     record = export_all(["test_resnet"], tmp_path, rounds=1)["test_resnet"]
     assert record.failure == "ONNX Runtime and PyTorch name the same class for 63 of 64 images only"
