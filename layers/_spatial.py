@@ -51,14 +51,20 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """x with its last slices repeated until `multiple` divides every size."""
-    missing = [(n + multiple - 1) // multiple * multiple - n for n in x.shape[2:]]
-    if not torch.compiler.is_exporting() and not any(missing):
+    sizes = [(n + multiple - 1) // multiple * multiple for n in x.shape[2:]]
+    if torch.compiler.is_exporting():  # by index, which asks nothing of the sizes
+        for dim, (n, size) in enumerate(zip(x.shape[2:], sizes, strict=True), 2):
+            x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=n - 1))
+        return x
+    missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
+    if not any(missing):
         return x
     return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode="replicate")
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first positions of every spatial dimension."""
-    for i, n in enumerate(size):
-        x = x.narrow(2 + i, 0, n)
+    for dim, n in enumerate(size, 2):
+        exporting = torch.compiler.is_exporting()
+        x = x.index_select(dim, torch.arange(n, device=x.device)) if exporting else x.narrow(dim, 0, n)
     return x

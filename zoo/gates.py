@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.files import check_writable, replacing
-from zoo.layers import capture
+from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
 from zoo.masks import prepare
 from zoo.predict import annotate, contact_sheet
@@ -33,7 +33,8 @@ def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: s
         raise InputError(f"slice {slice_index} is asked for, but {path} is a picture")
     with capture(model) as maps, torch.inference_mode():
         model(x[None])
-    gates = {name: reported["attention"][0] for name, reported in maps.items() if "attention" in reported}
+    modules = dict(model.named_modules())
+    gates = {name: reported["attention"][0] for name, reported in maps.items() if isinstance(modules[name], AttentionGate)}
     if not gates:
         raise InputError(f"{info.name} has no attention gates to show")
     padded = [-(-n // model.reduction) * model.reduction for n in x.shape[1:]]

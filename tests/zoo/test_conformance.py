@@ -147,7 +147,7 @@ def _litv2(config: dict[str, Any], reference: str) -> nn.Module:
     )
 
 
-class _Tokens(nn.Sequential):
+class _SquareTokens(nn.Sequential):
     """A layer that takes NHWC behind an interface that takes (B, N, C), of square maps."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ def _tap(config: dict[str, Any], reference: str) -> nn.Module:
 
 def _fan(config: dict[str, Any], reference: str) -> nn.Module:
     if "TokenMixing" in reference:
-        return _Tokens(OrderedDict(layer=TokenMixing(config["dim"], config["num_heads"])))
+        return _SquareTokens(OrderedDict(layer=TokenMixing(config["dim"], config["num_heads"])))
     if "ChannelProcessing" in reference:
-        return _Tokens(OrderedDict(layer=ChannelProcessing(config["dim"], config["num_heads"], config["mlp_hidden_dim"])))
+        return _SquareTokens(OrderedDict(layer=ChannelProcessing(config["dim"], config["num_heads"], config["mlp_hidden_dim"])))
     if "ClassAttentionBlock" in reference:  # timm's, used as it is
         return ClassAttentionBlock(**config)
     backbone = config.get("backbone")
@@ -188,7 +188,7 @@ def _convert_fan(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     if isinstance(model, ClassAttentionBlock):
         return state
     converted = fan.checkpoint_filter_fn(state, model)
-    return {f"layer.{name}": value for name, value in converted.items()} if isinstance(model, _Tokens) else converted
+    return {f"layer.{name}": value for name, value in converted.items()} if isinstance(model, _SquareTokens) else converted
 
 
 def _adl(config: dict[str, Any], reference: str) -> nn.Module:
@@ -229,20 +229,16 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).eval()
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    inputs = {name: tensors[name].requires_grad_() for name in ("input", "gating") if name in tensors}
+    given = ["input", "gating", *sorted(name for name in tensors if name.startswith("logits."))]
+    inputs = {name: tensors[name].requires_grad_() for name in given if name in tensors}
+    attention = _attention_of(model)
     with zoo.capture(model) as maps:
         outputs = {"output": model(*inputs.values())}
-    outputs |= maps.get("", {})  # what a single layer reports of itself
+    outputs |= maps.get("", {}) | attention  # what a single layer reports of itself, and token mixing's
     names = [name.removeprefix("cotangent/") for name in tensors if name.startswith("cotangent/")]
     for name in names:
         _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
     sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
-    inputs = {name: x.requires_grad_() for name, x in sorted(tensors.items()) if name == "input" or name.startswith("logits.")}
-    outputs = _attention_of(model) if any(name.startswith("attention") for name in tensors) else {}
-    outputs["output"] = model(*inputs.values())
-    for name, output in outputs.items():
-        _close(name, output, tensors[name], OUTPUT_BOUND)
-    sum((output * tensors[f"cotangent/{name}"]).sum() for name, output in outputs.items()).backward()
     for name, x in inputs.items():
         _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())
