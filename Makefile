@@ -3,12 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test lint models measure exports gpu clean
+.PHONY: demo mm test lint models measure exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
+
+# mmdetection and mmsegmentation, for detection and segmentation; their tests are skipped without them.
+mm: $(MM_READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -46,6 +50,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
 	@touch $(READY)
+
+$(MM_READY): $(READY) tools/install_mm.sh
+	tools/install_mm.sh $(BIN)/python
+	@touch $(MM_READY)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

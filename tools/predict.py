@@ -1,4 +1,5 @@
-"""Names the classes of pictures, with probabilities, by a trained model; or writes masks of pictures and volumes."""
+"""Names the classes of pictures, with probabilities, by a trained model; or writes masks of pictures and volumes, or
+draws what a detector or segmentor of the toolboxes finds."""
 import argparse
 import sys
 import time
@@ -6,11 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from zoo.checkpoints import ModelInfo, load_trained
+from zoo.checkpoints import ModelInfo, load_trained, recorded_task
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.masks import write_masks
 from zoo.predict import Prediction, find_pictures, output_files, predict, write_annotated
+
+TOOLBOXES = ("mmdet", "mmseg")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -18,7 +21,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/predict.py work_dirs/digits/latest.pth seven.png\n"
                "  python tools/predict.py work_dirs/digits/latest.pth scans/ --top 3 -o sheet.png\n"
-               "  python tools/predict.py work_dirs/ct/best.pth abdomen.nii.gz -o mask.nii.gz")
+               "  python tools/predict.py work_dirs/ct/best.pth abdomen.nii.gz -o mask.nii.gz\n"
+               "  python tools/predict.py work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o found/")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that tools/train.py wrote")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
@@ -29,11 +33,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                              "segment: write masks, an overlaid picture or a NIfTI file of the volume's shape and affine")
     parser.add_argument("--window", type=int, nargs="+", metavar="N", help="sizes of sliding windows (default: those of training)")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next one covers too (default: 0.25)")
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detector's boxes (default: 0.3)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    if recorded_task(args.checkpoint) in TOOLBOXES:
+        return find(args)
     model, info = load_trained(args.checkpoint)
     if info.task == "segmentation":
         return segment(args, model, info)
@@ -70,6 +77,29 @@ def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
         width = max(len(name) for name, _ in mask.shares)
         print(*(f"  {name:{width}}  {share:7.2%}" for name, share in mask.shares), sep="\n")
         print(f"wrote {mask.written}")
+    return 0
+
+
+def find(args: argparse.Namespace) -> int:
+    """Prints, and draws where asked, the instances or classes in every picture."""
+    from zoo.mm.downstream import load_scene_model, predict_scenes, write_scenes
+
+    pictures = find_pictures(args.pictures)
+    if args.output is not None:
+        output_files(pictures, args.output)
+    model, info = load_scene_model(args.checkpoint)
+
+    def show(done: int) -> None:
+        if len(pictures) > 1:
+            print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
+
+    scenes = predict_scenes(model, info, pictures, threshold=args.threshold, progress=show)
+    for scene in scenes:
+        print(scene.path)
+        print(*(f"  {line}" for line in scene.described(info.classes)), sep="\n")
+    if args.output is not None:
+        written = write_scenes(scenes, info, args.output)
+        print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} pictures to {args.output}")
     return 0
 
 

@@ -4,7 +4,6 @@ The authors' checkpoints (MIT licence; https://github.com/price112/Attentive-Con
 
     timm.create_model("attnet_t2", pretrained=True, pretrained_cfg_overlay=dict(file="AttNet_T2.pth"))
 """
-import re
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHe
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.checkpoints import renamed
 from zoo.layers import ATConv
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
 from zoo.staged import StagedNetwork, named
@@ -228,12 +228,7 @@ _RENAMES = [  # the authors' names → ours
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
-    converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = value
-    return converted
+    return {renamed(name, _RENAMES): value for name, value in state_dict.get("model", state_dict).items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, tru
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.checkpoints import renamed
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
 from zoo.staged import StagedNetwork, named
 
@@ -227,8 +228,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
             stage, position, rest = merging.groups()
             is_conv = state_dict[f"downsample_layers.{stage}.{position}.weight"].ndim == 4
             name = f"stages.{stage}.downsample.{'conv' if is_conv else 'norm'}.{rest}"
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
+        name = renamed(name, _RENAMES)
         if value.ndim == 4 and value.shape[2:] == (1, 1) and len(shapes.get(name, ())) == 2:
             value = value.flatten(1)  # a 1×1 convolution is a linear layer
         converted[name] = value

@@ -1,5 +1,6 @@
 """Reading checkpoints without ever running code from them, and models from names or checkpoints."""
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,13 @@ def read(path: str | Path, map_location: str | torch.device = "cpu",
         raise InputError(_why_unreadable(path, error, allow)) from error
 
 
+def renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """A parameter's name after all of `renames`, pairs of a pattern and what takes its place, one after the other."""
+    for pattern, ours in renames:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
 def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
     """A model in evaluation mode on the CPU, and what is known about it.
 
@@ -108,6 +116,13 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
         return load_trained(text, **model_args)
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
+
+
+def recorded_task(path: str | Path) -> str | None:
+    """What tools/train.py trained the checkpoint at `path` for; None if it is another's."""
+    checkpoint = read(path, allow=ENGINE_RECORDS)
+    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
+    return record.get("task") if isinstance(record, dict) else None
 
 
 def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:

@@ -1,5 +1,6 @@
 """What a user gets to read when what they gave cannot be used."""
 import difflib
+import importlib
 from collections.abc import Iterable
 
 
@@ -14,3 +15,12 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """A clause naming the entries of `known` that `name` may have been meant to be, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Raises InputError, saying how to install it, for the first of `packages` that `what` needs and that is not there."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(f"{what} needs the package {package}; install it with: pip install 'zoo-attention[{extra}]'") from error

@@ -7,7 +7,6 @@ model at other sizes, its graph can be traced with symbolic sizes, and ONNX Runt
 sizes. Otherwise they are fixed, and the reason is told.
 """
 import contextlib
-import importlib
 import itertools
 import json
 import logging
@@ -23,7 +22,7 @@ from torch import nn
 from torch.export import Dim
 
 from zoo.checkpoints import ModelInfo
-from zoo.errors import InputError
+from zoo.errors import InputError, require
 from zoo.files import check_writable, replacing
 from zoo.kernels.deform_conv2d import spelled_out_in_exports
 
@@ -84,7 +83,7 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     """
     path, size = Path(path), tuple(size or info.input_size[1:])
     _check_arguments(path, size, len(info.input_size) - 1, batch, opset)
-    _require("onnx", "onnxscript", "onnxruntime")
+    require("exporting", "export", "onnx", "onnxscript", "onnxruntime")
     reason = "" if free_size else "as asked"
     if free_size:
         progress("running PyTorch at other sizes")
@@ -133,14 +132,6 @@ def _check_arguments(path: Path, size: tuple[int, ...], dims: int, batch: int | 
         raise InputError(f"the size {times(size)} is not positive")
     if batch is not None and batch < 1:
         raise InputError(f"the batch size {batch} is not positive")
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise InputError(f"exporting needs the package {package}; install it with: pip install 'zoo-attention[export]'") from error
 
 
 def _images(info: ModelInfo, batch: int, size: tuple[int, ...]) -> torch.Tensor:

@@ -6,7 +6,6 @@ The authors' checkpoints (https://github.com/NVlabs/FAN, https://github.com/guoy
 
 TAP-FAN was trained with `zoo.AttentionDiversificationLoss`.
 """
-import re
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,6 +19,7 @@ from timm.models.convnext import ConvNeXtStage
 from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
+from zoo.checkpoints import renamed
 from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.staged import StagedNetwork, named
@@ -219,12 +219,7 @@ _RENAMES = [  # the authors' names → ours
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
-    converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = value
-    return converted
+    return {renamed(name, _RENAMES): value for name, value in state_dict.get("model", state_dict).items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.checkpoints import renamed
 from zoo.layers import DeformableTokenMerging, HiLoAttention, PointwiseLinear
 from zoo.layers._padding import pad_to_multiple
 from zoo.staged import StagedNetwork
@@ -177,9 +178,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     for name, value in state_dict.get("model", state_dict).items():
         # their merging ends a stage, ours begins the next one
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample.", name)
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = value
+        converted[renamed(name, _RENAMES)] = value
     return converted
 
 

@@ -14,7 +14,6 @@ checkpoints (https://github.com/implus/PytorchInsight) load as they are:
 
     timm.create_model("sk_resnet50", pretrained=True, pretrained_cfg_overlay=dict(file="sk_resnet50.pth.tar"))
 """
-import re
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,6 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from zoo.checkpoints import renamed
 from zoo.layers import SelectiveKernelUnit
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
@@ -73,12 +73,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The names of the authors' PyTorch variant, and of timm's `skresnext50_32x4d`, → ours, for a network and a single block."""
-    converted = {}
-    for name, value in state_dict.get("state_dict", state_dict.get("model", state_dict)).items():
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = value
-    return converted
+    return {renamed(name, _RENAMES): value for name, value in state_dict.get("state_dict", state_dict.get("model", state_dict)).items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ https://github.com/ozan-oktay/Attention-Gated-Networks) load as they are:
 
     timm.create_model("attention_unet3d", pretrained=True, pretrained_cfg_overlay=dict(file="unet_ct.pth"))
 """
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from zoo import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
+from zoo.checkpoints import renamed
 from zoo.errors import InputError, near_misses
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
@@ -277,14 +277,10 @@ _RENAMES = [  # the authors' names → ours; levels are counted from 1, the deco
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their network for CT and for a single gate."""
-    state_dict, converted = state_dict.get("model", state_dict), {}
+    state_dict = state_dict.get("model", state_dict)
     if any(name.startswith("encoder.") for name in state_dict):  # ours
         return state_dict
-    for name, value in state_dict.items():
-        for pattern, ours in _RENAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = value
-    return converted
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

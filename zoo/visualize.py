@@ -5,7 +5,6 @@ matplotlib draws; captum and grad-cam compute the attributions (`pip install "zo
 import base64
 import contextlib
 import html
-import importlib
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 import zoo.layers
 from zoo.checkpoints import ModelInfo
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, require
 from zoo.files import replacing
 
 Point = tuple[float, float]
@@ -99,10 +98,12 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     """
     if method not in ATTRIBUTIONS:
         raise InputError(f"there is no attribution {method!r}{near_misses(method, ATTRIBUTIONS)}; {', '.join(ATTRIBUTIONS)} are known")
-    _require("captum", "pytorch_grad_cam")
+    require("seeing", "visualize", "captum", "pytorch_grad_cam")
     image, shown = _prepare(info, picture)
     with torch.inference_mode():
         logits = model(image)[0]
+    if logits.ndim != 1:
+        raise InputError(f"{info.name} gives maps; attributions explain the classes of whole pictures")
     target = int(logits.argmax()) if target is None else target
     if not 0 <= target < len(logits):
         raise InputError(f"the target is a class number from 0 to {len(logits) - 1}, got {target}")
@@ -371,16 +372,8 @@ def _cam(model: nn.Module, info: ModelInfo, image: Tensor, method: str, target: 
         return torch.from_numpy(cam(image, [ClassifierOutputTarget(target)])[0])
 
 
-def _require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise InputError(f"this needs the package {package}; install it with: pip install 'zoo-attention[visualize]'") from error
-
-
 def _figure(count: int):
-    _require("matplotlib")
+    require("seeing", "visualize", "matplotlib")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.5 * count, 4.5), dpi=100, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, require
 from zoo.files import replacing
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
@@ -129,8 +129,6 @@ def _canonical(image: Any) -> Any:
 
 
 def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise InputError("reading volumes needs the package nibabel; install it with: pip install 'zoo-attention[volumes]'") from error
+    require("reading volumes", "volumes", "nibabel")
+    import nibabel
     return nibabel

@@ -1,5 +1,6 @@
 """Models and tools on OpenMMLab's engine: importing registers everything that configs name."""
-from zoo.mm import checkpoint, classifier, corruptions, datasets, hooks, masks, metrics, optim, segmentor  # noqa: F401
+from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, masks, metrics, optim, segmentor  # noqa: F401
+from zoo.mm.backbone import TimmBackbone
 from zoo.mm.training import evaluate, train
 
-__all__ = ["evaluate", "train"]
+__all__ = ["TimmBackbone", "evaluate", "train"]

@@ -1,13 +1,16 @@
 """Finding, changing and checking configs before anything is built or written."""
 import ast
+import contextlib
+import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Number
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
@@ -22,6 +25,7 @@ from mmengine.registry import (
     PARAM_SCHEDULERS,
     VISBACKENDS,
     VISUALIZERS,
+    DefaultScope,
     Registry,
 )
 from mmengine.runner import Runner
@@ -36,31 +40,79 @@ TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "activation_checkpointing", "efficient_conv_bn_eval",
 }
 PARTS = ("train", "val", "test")
+TOOLBOXES = {"mmcv": "mmcv", "mmdet": "mmdetection", "mmseg": "mmsegmentation"}
+MODULE2PACKAGE["mmseg"] = "mmseg"  # the engine would look for the package under upstream's name
+INSTALL = "tools/install_mm.sh (`make mm`) installs it"
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     """The config in the file `name`, or of that bare name among the installed ones, changed by `options` and checked.
 
     Options are texts "a.b.c=value"; a digit names an element of a list; values are Python literals, or else text. A
-    top-level `data_root` becomes the `root` of every dataset that takes one and sets none.
+    top-level `data_root` becomes the `root` of every dataset that takes one and sets none; changed by an option, it also
+    takes the place of the old one in every path of the config that begins with it.
 
-    Raises InputError for a config or option that does not exist, and for whatever the engine would not know.
+    Raises InputError for a config or option that does not exist, for whatever the engine would not know, and where the
+    config needs a toolbox that is not installed.
     """
     path = find_config(str(name))
     try:
         config = Config.fromfile(path)
+        importlib.import_module(config.get("default_scope") or "mmengine")
+    except ImportError as error:
+        missing = next((name for name in TOOLBOXES if name in str(error) or TOOLBOXES[name] in str(error)), None)
+        if missing is None:
+            raise InputError(f"the config {path} cannot be read: {error}") from error
+        raise InputError(f"the config {path} needs {TOOLBOXES[missing]}; {INSTALL}") from error
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise InputError(f"the config {path} cannot be read: {type(error).__name__}: {error}") from error
+    known = TOP_LEVEL
+    if config.get("default_scope") in TOOLBOXES:
+        known = known | set(config)  # the toolboxes' configs keep variables of their own at the top
+        _add_house_rules(config)
+    data_root = config.get("data_root")
     for option in options:
         _apply(config, option)
-    for part in PARTS:
-        dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
-        if dataset and "data_root" in config:
-            kind = _find(DATASETS, dataset.get("type"), f"{part}_dataloader.dataset")
-            if "root" in _known_arguments(kind):
-                dataset.setdefault("root", config.data_root)
-    check_config(config)
+    if data_root and config.data_root != data_root:
+        old, new = f"{data_root.rstrip('/')}/", f"{config.data_root.rstrip('/')}/"
+        change_texts(config, lambda text: new + text[len(old):] if f"{text}/".startswith(old) else text)
+    with scope(config):
+        for part in PARTS:
+            dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
+            if dataset and "data_root" in config:
+                kind = _find(DATASETS, dataset.get("type"), f"{part}_dataloader.dataset")
+                if "root" in _known_arguments(kind):
+                    dataset.setdefault("root", config.data_root)
+        check_config(config, known)
     return config
+
+
+def _add_house_rules(config: Config) -> None:
+    """What every run here has and the toolboxes' configs do not ask for: whole checkpoints that say what they are,
+    TensorBoard's curves, and a seed."""
+    config.default_hooks.checkpoint.type = "AtomicCheckpointHook"
+    config.default_hooks.checkpoint.setdefault("max_keep_ckpts", 3)
+    config.custom_hooks = [*config.get("custom_hooks", []), {"type": "IterationSeedHook"}, {"type": "RecordSceneHook"}]
+    config.visualizer.vis_backends = [*config.visualizer.vis_backends, {"type": "TensorboardVisBackend"}]
+    config.setdefault("randomness", {"seed": 0})
+
+
+def scope(config: Config) -> contextlib.AbstractContextManager:
+    """Inside, registries look up names in the config's toolbox first."""
+    return DefaultScope.overwrite_default_scope(config.get("default_scope") or "mmengine")
+
+
+def change_texts(config: Config, change: Callable[[str], str]) -> None:
+    """Puts `change(text)` in the place of every text in the config."""
+    def changed(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: changed(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(changed, value))
+        return change(value) if isinstance(value, str) else value
+
+    for key, value in config.to_dict().items():
+        config[key] = changed(value)
 
 
 def find_config(name: str) -> Path:
@@ -127,16 +179,16 @@ class Block:
     also: Iterable[str] = ()
 
 
-def check_config(config: Config) -> None:
-    """Raises InputError unless every key of the config is known to the engine and every argument to its class."""
-    _reject_unknown("the config", config, TOP_LEVEL)
+def check_config(config: Config, known: set[str]) -> None:
+    """Raises InputError unless every key of the config is among `known`, and every argument known to its class."""
+    _reject_unknown("the config", config, known)
     for block in _blocks(config):
         if not isinstance(block.values, Mapping):
             raise InputError(f"{block.place} in the config is {block.values!r}, where a dict is needed")
         known = set(block.also)
         if block.registry is not None:
             name = block.values.get("type", block.default)
-            known |= {"type", *_known_arguments(_find(block.registry, name, block.place))}
+            known |= {"type", "_scope_", *_known_arguments(_find(block.registry, name, block.place))}
         elif block.default is not None:
             known |= _known_arguments(block.default)
         _reject_unknown(block.place, block.values, known)
@@ -198,12 +250,13 @@ def _numbered(place: str, values: Mapping | Sequence | None) -> Iterator[tuple[s
 
 
 def _find(registry: Registry, name: object, place: str) -> type:
-    if isinstance(name, str) and (found := registry.get(name)) is not None:
-        return found
+    with registry.switch_scope_and_registry(None) as scoped:
+        if isinstance(name, str) and (found := scoped.get(name)) is not None:
+            return found
     if isinstance(name, type):
         return name
     what = f"has an unknown type {name!r}" if name else "has no type"
-    raise InputError(f"{place} in the config {what}{near_misses(str(name), registry.module_dict)}")
+    raise InputError(f"{place} in the config {what}{near_misses(str(name), {**registry.module_dict, **scoped.module_dict})}")
 
 
 def _known_arguments(target: object) -> set[str]:

@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, require
 from zoo.mm.datasets import DigitsDataset, Sample, check_split, seeded
 from zoo.mm.monai import monai_part
 from zoo.predict import PICTURE_SUFFIXES, open_picture, picture_tensor
@@ -128,10 +128,8 @@ class MNI152Dataset(MaskedImages):
     def __init__(self, split: str, window: Sequence[int], resolution: int = 2, **args):
         check_split(split)
         super().__init__(["background", "grey matter", "white matter"], **args)
-        try:
-            from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
-        except ImportError as error:
-            raise InputError("MNI152Dataset needs the package nilearn; install it with: pip install 'zoo-attention[volumes]'") from error
+        require("MNI152Dataset", "volumes", "nilearn")
+        from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
         self.names = [f"the {'left' if split == 'train' else 'right'} hemisphere"]
         self.data_config = {"input_size": (1, *window), "spacing": (float(resolution),) * 3, "clip": None}
         image = load_mni152_template(resolution)

@@ -2,15 +2,13 @@
 import importlib
 from collections.abc import Mapping
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, require
 
 
 def monai_part(module: str, config: Mapping) -> object:
     """The object that `config` describes: `type`, a name in `monai.<module>`, and arguments. Raises InputError."""
-    try:
-        found = importlib.import_module(f"monai.{module}")
-    except ImportError as error:
-        raise InputError("segmentation needs the package monai; install it with: pip install 'zoo-attention[volumes]'") from error
+    require("segmentation", "volumes", "monai")
+    found = importlib.import_module(f"monai.{module}")
     arguments = dict(config)
     name = arguments.pop("type", None)
     if not isinstance(name, str) or not hasattr(found, name):

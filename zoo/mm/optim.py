@@ -10,16 +10,18 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import Tensor, nn
 
 from zoo.errors import InputError
+from zoo.mm.backbone import TimmBackbone
 
 
 def param_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None,
-                 lr_multipliers: Mapping[str, float] | None = None) -> list[dict]:
+                 lr_multipliers: Mapping[str, float] | None = None, around: nn.Module | None = None) -> list[dict]:
     """Groups of the trainable parameters of a timm model, with their learning rate and weight decay.
 
     Norms, biases (all parameters of one dimension) and what `network.no_weight_decay()` names are not decayed. With
     `layer_decay` d, the learning rate of the layer that is the i-th from the end by `network.group_matcher` is d^i of
     that of the head. `lr_multipliers` maps regular expressions to factors; the first that is found in a parameter's
-    name applies.
+    name applies. `around` is a detector or segmentor whose backbone `network` is: its other parameters come as well, as
+    one more layer at the end.
     """
     options = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(network, "no_weight_decay", set)()}
     if layer_decay is None:
@@ -27,6 +29,12 @@ def param_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay
     else:
         groups = timm.optim.param_groups_layer_decay(network, layer_decay=layer_decay, **options)
     names = {parameter: name for name, parameter in network.named_parameters()}
+    if around is not None:
+        for group in groups:
+            group["lr_scale"] = group.get("lr_scale", 1.0) * (layer_decay or 1.0)
+        others = {parameter: name for name, parameter in around.named_parameters() if parameter not in names and parameter.requires_grad}
+        names |= others
+        groups += [{"params": [parameter], "weight_decay": weight_decay if parameter.ndim > 1 else 0.0} for parameter in others]
     split: dict[tuple[float, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group["params"]:
@@ -50,9 +58,11 @@ class TimmOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         model = getattr(model, "module", model)
-        network = getattr(model, "model", model)
+        backbone = next((part for part in model.modules() if isinstance(part, TimmBackbone)), None)
+        network, around = (getattr(model, "model", model), None) if backbone is None else (backbone.network, model)
         try:
-            groups = param_groups(network, self.optimizer["lr"], self.optimizer.get("weight_decay", 0.0), **self.options)
+            groups = param_groups(
+                network, self.optimizer["lr"], self.optimizer.get("weight_decay", 0.0), around=around, **self.options)
         except TypeError as error:
             raise InputError(f"optim_wrapper.paramwise_cfg: {error}") from error
         optimizer = OPTIMIZERS.build({**self.optimizer, "params": groups})

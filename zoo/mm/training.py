@@ -1,5 +1,6 @@
 """Training and evaluation of a config by mmengine's Runner."""
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zoo.errors import InputError
+from zoo.mm.backbone import TimmBackbone
 from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished
-from zoo.mm.config import PARTS, load_config
+from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.hooks import LastMetricsHook
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
@@ -28,6 +30,9 @@ LAUNCHERS = {
 # Keys of a data loader that are no arguments of PyTorch's, or not yet.
 BUILT_BY_ENGINE = (
     "dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_batch_per_epoch", "disable_subprocess_warning")
+
+# Parts of a model whose `num_classes` is that of the data: the model itself, and these of its heads.
+CLASSIFYING = re.compile(r"\.((bbox|mask|decode|auxiliary)_head(\.\d+)?)?$")
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
@@ -60,6 +65,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     config.load_from = str(checkpoint) if checkpoint else config.get("load_from")
 
     model = _check_parts(config, PARTS[:2])
+    if not config.resume:
+        for backbone in filter(lambda part: isinstance(part, TimmBackbone), model.modules()):
+            backbone.init_weights()  # reads the checkpoint that it starts from
     optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, config.optim_wrapper))
     if config.load_from:
         check_fits(config.load_from, model, whole=config.resume, optim_wrapper=optim_wrapper if config.resume else None)
@@ -111,24 +119,33 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
 
 def _too_late(scheduler: Mapping, config: Config) -> bool:
     """Whether a run that was made short ends before the scheduler begins, which the engine takes for a mistake."""
-    return scheduler.get("by_epoch", True) and scheduler.get("begin", 0) >= config.train_cfg.get("max_epochs", float("inf"))
+    limit = config.train_cfg.get("max_epochs" if scheduler.get("by_epoch", True) else "max_iters", float("inf"))
+    return scheduler.get("begin", 0) >= limit
 
 
 def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
     """Builds the model, the datasets and the metrics once, so that what is wrong with them is known early; the model."""
-    model = _build("model", lambda: MODELS.build(config.model))
-    for part in parts:
-        if loader := config.get(f"{part}_dataloader"):
-            dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
-            options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
-            _build(f"{part}_dataloader", lambda options=options: DataLoader([0], **options))
-            classes = dataset.metainfo["classes"]
-            if len(classes) != model.num_classes:
-                raise InputError(f"the model has {model.num_classes} classes, the {part} data {len(classes)}; set model.args.num_classes")
-        evaluators = config.get(f"{part}_evaluator") or []
-        for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
-            _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
+    with scope(config):
+        model = _build("model", lambda: MODELS.build(config.model))
+        for part in parts:
+            if loader := config.get(f"{part}_dataloader"):
+                dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
+                options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
+                _build(f"{part}_dataloader", lambda options=options: DataLoader([0], **options))
+                _check_classes(model, part, len(dataset.metainfo["classes"]))
+            evaluators = config.get(f"{part}_evaluator") or []
+            for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
+                _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
     return model
+
+
+def _check_classes(model: nn.Module, part: str, classes: int) -> None:
+    """Raises InputError unless the model, and those of its heads that name classes, know as many as the data."""
+    for place, head in model.named_modules():
+        found = getattr(head, "num_classes", None)
+        if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
+            setting = "args" if place == "" else place
+            raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
 
 
 def _build(place: str, build: Callable) -> object:
@@ -152,6 +169,8 @@ def _start_processes(config: Config, launcher: str | None) -> None:
     if launcher is None:
         launcher = "pytorch" if "RANK" in os.environ else "none"
     config.launcher = launcher
+    if launcher == "none" or not torch.cuda.is_available():  # batch norms over processes need GPUs
+        change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
     if launcher == "none":
         return
     if missing := [name for name in LAUNCHERS[launcher] if name not in os.environ]:

@@ -1,0 +1,13 @@
+# The authors' settings: 16×16 regions, AdamW.
+# Start from ImageNet: --cfg-options model.backbone.checkpoint=biformer_small_best.pth, the authors' file.
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type='TimmBackbone', name='biformer_small', out_norm=True,
+        args=dict(drop_path_rate=0.2, attn_args=dict(regions=16))),
+    neck=dict(in_channels=[64, 128, 256, 512]))
+
+optim_wrapper = dict(
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4))

@@ -1,0 +1,12 @@
+# The authors' settings.
+# Start from ImageNet: --cfg-options model.backbone.checkpoint=litv2_s.pth, the authors' file.
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type='TimmBackbone', name='litv2_s', out_norm=True, args=dict(drop_path_rate=0.2)),
+    neck=dict(in_channels=[96, 192, 384, 768]))
+
+optim_wrapper = dict(
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4))

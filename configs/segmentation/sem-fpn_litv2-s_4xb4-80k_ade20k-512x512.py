@@ -1,0 +1,18 @@
+# The authors' settings.
+# Start from ImageNet: --cfg-options model.backbone.checkpoint=litv2_s.pth, the authors' file.
+_base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+
+model = dict(
+    pretrained=None,
+    backbone=dict(
+        _delete_=True, type='TimmBackbone', name='litv2_s', out_norm=True, args=dict(drop_path_rate=0.2)),
+    neck=dict(in_channels=[96, 192, 384, 768]))
+
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4))
+param_scheduler = [dict(type='PolyLR', eta_min=1e-6, power=0.9, begin=0, end=80000, by_epoch=False)]
+train_cfg = dict(max_iters=80000, val_interval=8000)
+default_hooks = dict(checkpoint=dict(interval=8000))

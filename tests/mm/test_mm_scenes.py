@@ -1,0 +1,124 @@
+"""Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from zoo.errors import InputError
+from zoo.mm import evaluate, train
+from zoo.mm.checkpoint import latest_checkpoint
+from zoo.mm.config import load_config
+from zoo.mm.downstream import Scene, SceneInfo, draw, load_scene_model, predict_scenes
+from zoo.mm.scenes import box, run_lengths, write_digit_scenes
+
+ROOT = Path(__file__).parents[2]
+SHORT = {
+    "mask-rcnn_biformer-nano_fpn_digits": ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"],
+    "upernet_biformer-nano_digits": ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digit_scenes(folder, train=8, val=3, size=96)
+    return folder
+
+
+def test_both_formats_say_the_same(scenes):
+    coco = COCO(scenes / "annotations" / "instances_train.json")
+    assert len(coco.imgs) == 8 and coco.getCatIds() == list(range(10))
+    for index, image in coco.imgs.items():
+        labels = np.asarray(Image.open(scenes / "annotations" / "train" / image["file_name"]))
+        assert Image.open(scenes / "images" / "train" / image["file_name"]).size == (image["width"], image["height"])
+        expected = np.zeros_like(labels)
+        for annotation in coco.imgToAnns[index]:
+            mask = coco.annToMask(annotation).astype(bool)
+            assert mask.sum() == annotation["area"] > 0 and not expected[mask].any()
+            expected[mask] = annotation["category_id"] + 1
+            left, top, width, height = annotation["bbox"]
+            assert mask[top:top + height, left:left + width].sum() == mask.sum()
+            assert mask[top].any() and mask[top + height - 1].any() and mask[:, left].any() and mask[:, left + width - 1].any()
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_scenes_depend_on_the_arguments_alone(scenes, tmp_path):
+    write_digit_scenes(tmp_path, train=2, val=1, size=96)
+    for path in tmp_path.rglob("*.png"):
+        assert path.read_bytes() == (scenes / path.relative_to(tmp_path)).read_bytes()
+    write_digit_scenes(tmp_path / "other", train=1, val=1, size=96, seed=1)
+    name = "images/train/000000.png"
+    assert (tmp_path / "other" / name).read_bytes() != (scenes / name).read_bytes()
+    with pytest.raises(InputError, match="there has to be one"):
+        write_digit_scenes(tmp_path, train=0)
+
+
+@pytest.mark.parametrize("mask", [[[1, 0], [0, 1]], [[0, 0, 1]], [[1]], [[0, 1], [1, 1], [0, 0]]])
+def test_run_lengths(mask):
+    from pycocotools import mask as masks
+    mask = np.array(mask, bool)
+    encoded = masks.frPyObjects(run_lengths(mask), *mask.shape)
+    np.testing.assert_array_equal(masks.decode(encoded), mask)
+    left, top, width, height = box(mask)
+    np.testing.assert_array_equal(masks.toBbox(encoded), [left, top, width, height])
+
+
+@pytest.fixture(scope="module", params=SHORT)
+def trained(request, scenes, tmp_path_factory) -> tuple[str, Path, dict]:
+    folder = tmp_path_factory.mktemp("run")
+    _, metrics = train(request.param, work_dir=folder, cfg_options=[f"data_root={scenes}", *SHORT[request.param]])
+    return request.param, folder, metrics
+
+
+def test_training_leaves_curves_and_a_checkpoint_that_evaluates_alike(trained, scenes):
+    name, folder, metrics = trained
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert metrics and not list(folder.glob(".zoo-unfinished-*"))
+    assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
+
+
+def test_predictions_are_those_of_the_toolbox(trained, scenes):
+    """Through the recorded steps, a picture comes to the model as through the config's pipeline."""
+    from mmengine.registry import DATASETS, DefaultScope
+    name, folder, _ = trained
+    model, info = load_scene_model(latest_checkpoint(folder))
+    config = load_config(name, [f"data_root={scenes}"])
+    with DefaultScope.overwrite_default_scope(info.toolbox):
+        item = DATASETS.build(config.val_dataloader.dataset)[1]
+    with torch.inference_mode():
+        expected = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})[0]
+    scene, = predict_scenes(model, info, [scenes / "images/val/000001.png"], threshold=0)
+    if info.toolbox == "mmseg":
+        np.testing.assert_array_equal(scene.classes, expected.pred_sem_seg.data[0])
+        assert info.classes[0] == "ground"
+    else:
+        np.testing.assert_allclose(np.sort(scene.scores), np.sort(expected.pred_instances.scores), rtol=1e-5)
+        assert len(scene.masks) == len(scene.boxes) == len(scene.labels)
+
+
+def test_the_tool_draws_folders(trained, scenes, tmp_path):
+    _, folder, _ = trained
+    command = [sys.executable, ROOT / "tools/predict.py", latest_checkpoint(folder), scenes / "images/val", "-o", tmp_path / "out"]
+    done = subprocess.run([*command, "--threshold", "0.0"], capture_output=True, text=True, check=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{i:06d}.png" for i in range(3)}
+    assert str(scenes / "images/val/000002.png") in done.stdout and "wrote 3 pictures" in done.stdout
+
+
+def test_drawings(tmp_path):
+    Image.new("RGB", (40, 30), "black").save(tmp_path / "a.png")
+    info = SceneInfo("mmdet", ("cat", "dog"), np.array([[255, 0, 0], [0, 255, 0]], np.uint8), [])
+    mask = np.zeros((1, 30, 40), bool)
+    mask[0, 5:10, 5:10] = True
+    found = Scene(tmp_path / "a.png", np.array([1]), np.array([0.9]), np.array([[4.0, 4.0, 20.0, 20.0]]), mask)
+    pixels = np.asarray(draw(found, info))
+    assert pixels.shape == (30, 40, 3) and tuple(pixels[20, 12]) == (0, 255, 0) and tuple(pixels[25, 30]) == (0, 0, 0)
+    classes = np.zeros((30, 40), int)
+    assert tuple(np.asarray(draw(Scene(tmp_path / "a.png", classes=classes), info))[0, 0]) == (127, 0, 0)
+    assert Scene(Path(), classes=classes).described(info.classes) == ["cat  100.0%"]

@@ -1,0 +1,30 @@
+"""Writes scenes of handwritten digits, in the formats of COCO and of mmsegmentation, for the *_digits configs."""
+import argparse
+import sys
+from pathlib import Path
+
+from zoo.cli import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 800 --val 100")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/digits"), help="where to write (default: data/digits)")
+    parser.add_argument("--train", type=int, default=800, help="scenes to train on (default: 800)")
+    parser.add_argument("--val", type=int, default=100, help="scenes of other digits to evaluate on (default: 100)")
+    parser.add_argument("--size", type=int, default=96, help="pixels on a side (default: 96)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    args = parser.parse_args()
+
+    from zoo.mm.scenes import write_digit_scenes
+
+    def show(split: str, done: int, scenes: int) -> None:
+        if done % 200 == 0 or done == scenes:
+            print(f"{split} {done}/{scenes}", file=sys.stderr, flush=True)
+
+    write_digit_scenes(args.folder, args.train, args.val, args.size, args.seed, show)
+    print(f"wrote {args.train} scenes to train on and {args.val} to evaluate on, with COCO annotations and label maps, to {args.folder}")
+
+
+if __name__ == "__main__":
+    run(main)

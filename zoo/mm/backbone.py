@@ -1,0 +1,113 @@
+"""Any hierarchical model of the zoo or of timm as the backbone of a detector or segmentor."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from timm.models import group_modules, group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo import checkpoints
+from zoo.errors import InputError
+from zoo.mm.networks import create_network, plain
+
+STRIDES = (4, 8, 16, 32)
+
+
+@MODELS.register_module()
+class TimmBackbone(BaseModule):
+    """Feature maps of a timm model at several strides: (B, C, H, W) → a tuple of (B, `channels[i]`, ⌈H/s⌉, ⌈W/s⌉), s = `strides[i]`.
+
+    Without the model's head and last norm. Any model with timm's `forward_intermediates` will do. A map that a timm model
+    rounds to another size than ⌈H/s⌉ is the model's own.
+
+    Args:
+        name: a name registered with timm.
+        args: further arguments of `timm.create_model`, such as `drop_path_rate` or `in_chans`.
+        out_indices: which of the model's feature maps, in the numbering of its `feature_info`; None for the last ones at
+            strides 4, 8, 16 and 32.
+        out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only.
+        checkpoint: the authors' released file, in any format that timm's `pretrained_cfg_overlay=dict(file=...)` takes, or a
+            checkpoint of tools/train.py. Read when training starts; what evaluates or resumes does not need it.
+        frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
+            work as in evaluation: 0 none, 1 the stem, 2 the stem and the first stage, …
+        norm_eval: batch norms keep their running statistics in training.
+        grad_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Raises InputError for an unknown name, an argument that the model does not take, or a checkpoint that does not fit.
+    """
+
+    def __init__(self, name: str, args: Mapping | None = None, out_indices: Sequence[int] | None = None, out_norm: bool = False,
+                 checkpoint: str | None = None, frozen_stages: int = 0, norm_eval: bool = False, grad_checkpointing: bool = False):
+        super().__init__()
+        self.name, self.args, self.checkpoint, self.norm_eval = name, plain(args or {}), checkpoint, norm_eval
+        self.network = create_network(name, self.args)
+        if not hasattr(self.network, "forward_intermediates"):
+            raise InputError(f"model {name} gives no feature maps: it has no forward_intermediates")
+        info = self.network.feature_info
+        if out_indices is None:
+            last = {level["reduction"]: index for index, level in enumerate(info)}
+            out_indices = [last[stride] for stride in STRIDES if stride in last]
+        elif max(out_indices) >= len(info):
+            raise InputError(f"out_indices={tuple(out_indices)}: {name} has {len(info)} feature maps")
+        self.channels = tuple(info[index]["num_chs"] for index in out_indices)
+        self.strides = tuple(info[index]["reduction"] for index in out_indices)
+        self.out_indices = self.network.prune_intermediate_layers(list(out_indices), prune_norm=True)
+        self.network.set_grad_checkpointing(grad_checkpointing)
+        self.norms = nn.ModuleList(LayerNorm2d(width) if out_norm else nn.Identity() for width in self.channels)
+        self._freeze(frozen_stages)
+
+    def _freeze(self, parts: int) -> None:
+        matcher = self.network.group_matcher(coarse=True)
+        groups = group_parameters(self.network, matcher)
+        if not 0 <= parts <= len(groups):
+            raise InputError(f"frozen_stages={parts}: {self.name} has {len(groups)} parts, the stem included")
+        frozen = {name for part in range(parts) for name in groups[part]}
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        modules = group_modules(self.network, matcher)
+        self.frozen = [self.network.get_submodule(name) for part in range(parts) for name in modules[part]]
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        if self.norm_eval:
+            for module in self.network.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads the checkpoint, if there is one; timm has initialised the model, and the engine would do so again."""
+        if self.checkpoint is not None:
+            load_weights(self.network, self.name, self.args, self.checkpoint)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+        return tuple(norm(features) for norm, features in zip(self.norms, maps, strict=True))
+
+
+def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path) -> None:
+    """Loads into `network`, a `name` created with `args` and without its head, the authors' or our own checkpoint at `path`.
+
+    Raises InputError unless every weight of `network` is there.
+    """
+    given = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
+    if isinstance(given, dict) and "zoo" in given:
+        whole, _ = checkpoints.load_trained(path)
+    else:
+        for key in ("state_dict", "model"):
+            given = given.get(key, given) if isinstance(given, dict) else {}
+        try:
+            whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=given), **args)
+        except RuntimeError as error:  # what `load_state_dict` raises
+            raise InputError(f"{path} is not a checkpoint of {name}: {error}") from error
+    needed = network.state_dict()
+    given = {key: value for key, value in whole.state_dict().items() if key in needed and value.shape == needed[key].shape}
+    if missing := sorted(needed.keys() - given.keys()):
+        raise InputError(f"{path} is not a checkpoint of {name}: {len(missing)} of {len(needed)} weights are missing, such as {missing[0]}")
+    network.load_state_dict(given)
