@@ -49,9 +49,10 @@ def corruptions(args: argparse.Namespace) -> None:
     from zoo.mm.config import load_config
 
     baseline, unit = None, ""
+    model = load_config(args.config, args.cfg_options).model
     if args.baseline:
         baseline, unit = robustness.read_baseline(args.baseline), args.baseline
-    elif load_config(args.config, args.cfg_options).model.get("args", {}).get("num_classes", 1000) == 1000:
+    elif model.type == "ImageClassifier" and model.get("args", {}).get("num_classes", 1000) == 1000:
         baseline, unit = robustness.ALEXNET, "AlexNet on ImageNet-C"
     if baseline is not None:
         robustness.check_baseline(baseline)

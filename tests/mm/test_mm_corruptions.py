@@ -10,11 +10,13 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image
 from short_runs import TINY
 from timm.data import ImageNetInfo
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from zoo.errors import InputError
 from zoo.mm import corruptions
 from zoo.mm.corruptions import ALEXNET, CORRUPTIONS, CorruptImage, Robustness
 from zoo.mm.datasets import DigitsDataset, ImageFolderDataset, Sample, seeded
+from zoo.mm.masks import DigitScenesDataset
 from zoo.mm.metrics import Accuracy
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +46,14 @@ def test_every_corruption_changes_the_image_reproducibly_and_more_at_higher_seve
 
 def test_grey_images_stay_grey_and_pipelines_get_arrays(picture):
     assert CorruptImage("fog", 2)(picture.convert("L")).mode == "L"
-    step = TRANSFORMS.build({"type": "CorruptImage", "name": "contrast", "severity": 3})
-    given = {"img": np.asarray(picture), "other": 1}
-    found = step(given)
-    assert found["img"].shape == given["img"].shape and found["img"].dtype == np.uint8 and found["other"] == 1
-    assert np.array_equal(given["img"], np.asarray(picture)) and not np.array_equal(found["img"], given["img"])
+    step = TRANSFORMS.build({"type": "CorruptImage", "name": "snow", "severity": 3})
+    given = {"img": np.asarray(picture)[..., ::-1], "other": 1}
+    with seeded(1):
+        found = step(given)
+    with seeded(1):
+        expected = step(picture)
+    assert found["img"].dtype == np.uint8 and found["img"].flags.c_contiguous and found["other"] == 1
+    assert np.array_equal(found["img"][..., ::-1], expected) and np.array_equal(given["img"][..., ::-1], picture)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -75,6 +80,32 @@ def test_a_dataset_corrupts_what_is_cropped_before_it_is_normalised():
     assert not torch.equal(clean[sample]["inputs"], foggy[sample]["inputs"])
     with pytest.raises(InputError, match="unknown corruption"):
         DigitsDataset("val", TRANSFORM, corruption={"name": "rain", "severity": 1})
+
+
+def test_pictures_with_masks_are_corrupted_and_masks_are_not():
+    clean, foggy = (DigitScenesDataset("val", 2, **more) for more in ({}, {"corruption": {"name": "fog", "severity": 5}}))
+    inputs, targets = clean.read(1)
+    with seeded(7):
+        pixels = CorruptImage("fog", 5)(to_pil_image(inputs * 0.25 + 0.5))
+    found = foggy[Sample(1, 7)]
+    assert torch.equal(found["targets"], targets[0].long())
+    torch.testing.assert_close(found["inputs"], (to_tensor(pixels) - 0.5) / 0.25, atol=0.02, rtol=0)  # a step of 8 bits
+
+
+@pytest.mark.parametrize(("metrics", "error"), [
+    ({"accuracy/top1": 90.0, "accuracy/top5": 99.0}, 10.0), ({"iou/background": 99.0, "iou/mean": 60.0}, 40.0), ({"dice/mean": 70.0}, 30.0),
+    ({"aAcc": 80.0, "mIoU": 30.0}, 70.0), ({"coco/bbox_mAP_50": 0.5, "coco/bbox_mAP": 0.25, "coco/segm_mAP": 0.2}, 75.0), ({}, 100.0),
+])
+def test_errors_are_of_the_score_of_the_task(metrics, error):
+    assert corruptions._error(metrics) == error
+
+
+def test_what_cannot_be_corrupted_is_known_before_it_is_evaluated(monkeypatch):
+    monkeypatch.setattr(corruptions, "evaluate", None)
+    with pytest.raises(InputError, match="unknown key 'corruption'"):
+        corruptions.evaluate_corruptions("attention_unet3d_mni152", "x.pth")
+    with pytest.raises(InputError, match="errors are of one of accuracy/top1, .*, and the config measures loss"):
+        corruptions._error({"loss": 1.0})
 
 
 def test_mean_corruption_error_is_the_papers():
