@@ -28,9 +28,9 @@ models: $(READY)
 	$(BIN)/python tools/model_table.py README.md
 	$(BIN)/python tools/model_table.py docs/models.md --whole
 
-# Every model's time beside ResNet-50's. On a quiet machine: half an hour on two cores.
+# The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: half an hour.
 measure: $(READY)
-	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "import zoo; print(*zoo.list_models())") \
+	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --json benchmarks/models.json
 
 # Every model as ONNX, compared and timed. Goes on where it was stopped.

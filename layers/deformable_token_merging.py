@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
@@ -47,7 +48,8 @@ class DeformableTokenMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"DeformableTokenMerging: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        x = pad_to_multiple(x, 2)
+        # Where a size is even, stride 2 leaves a further row or column of zeros alone, and a graph need not ask.
+        x = F.pad(x, (0, 1, 0, 1)) if torch.compiler.is_exporting() else pad_to_multiple(x, 2)
         return self.act(self.norm(deform_conv2d(x, self.offset(x), self.weight, self.bias, stride=2)))
 
     def extra_repr(self) -> str:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo.checkpoints import renamed
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
+from zoo.layers._attention import attend
 from zoo.staged import StagedNetwork, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
@@ -53,11 +53,7 @@ class GlobalAttention(nn.Module):
         qkv = self.qkv(x)
         heads = (b, height * width, self.num_heads, c // self.num_heads)
         q, k, v = (y.reshape(heads).transpose(1, 2) for y in qkv.split(c, -1))
-        if torch.compiler.is_exporting():  # the operators below are a third of what the exporter makes of the function
-            out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        out = out.transpose(1, 2).reshape(b, height, width, c)
+        out = attend(q, k, v).transpose(1, 2).reshape(b, height, width, c)
         lepe_input = qkv[..., 2 * c :] if self.lepe_of_values else x
         return self.proj(out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 

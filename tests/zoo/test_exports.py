@@ -138,8 +138,8 @@ def test_same_classes_are_counted():
 
 
 def test_volumes_are_varied_too():
-    x = exports._varied_images(ModelInfo("x", (), {"input_size": (1, 6, 8, 7)}, "segmentation"))
-    assert x.shape == (exports.PICTURES, 1, 6, 8, 7) and x.std((2, 3, 4)).min() > 0.1
+    x = exports._varied_images(ModelInfo("x", (), {"input_size": (2, 1, 1, 1)}, "segmentation"), 5, (6, 8, 7))
+    assert x.shape == (5, 2, 6, 8, 7) and x.std((2, 3, 4)).min() > 0.1
 
 
 def test_records_that_are_none_are_one_sentence(tmp_path):
