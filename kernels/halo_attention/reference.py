@@ -12,8 +12,9 @@ def halo_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
     """
     weights = attention(q, k, rel_h, rel_w, block, halo, scale).to(v.dtype)
     values = _gather(v, *weights.shape[1:3], block, halo)
-    out = torch.einsum("nrcmijyx,nrcyxme->nrcijme", weights, values)
-    return _paste(out, q.shape[1], q.shape[2])
+    out = torch.einsum("nrcmijyx,nrycxme->nricjme", weights, values)  # the blocks side by side
+    n, rows, side, columns, *_ = out.shape
+    return out.reshape(n, rows * side, columns * side, *v.shape[3:])[:, : q.shape[1], : q.shape[2]]
 
 
 def attention(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float) -> Tensor:
@@ -27,29 +28,23 @@ def attention(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, ha
     within_border = (key_y[:, None, :, None] & key_x[:, None])[:, :, None, None, None]
 
     offset = torch.arange(window, device=q.device) - torch.arange(side, device=q.device)[:, None] + side - 1
-    scores = torch.einsum("nrcijmd,nrcyxmd->nrcmijyx", queries * scale, keys)
-    scores = scores + torch.einsum("nrcijmd,iyd->nrcmijy", queries, rel_h[offset].to(q.dtype))[..., None]
-    scores = scores + torch.einsum("nrcijmd,jxd->nrcmijx", queries, rel_w[offset].to(q.dtype))[..., None, :]
+    scores = torch.einsum("nricjmd,nrycxmd->nrcmijyx", queries * scale, keys)
+    scores = scores + torch.einsum("nricjmd,iyd->nrcmijy", queries, rel_h[offset].to(q.dtype))[..., None]
+    scores = scores + torch.einsum("nricjmd,jxd->nrcmijx", queries, rel_w[offset].to(q.dtype))[..., None, :]
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    scores = scores.masked_fill(~within_border, torch.finfo(scores.dtype).min)
+    scores = torch.where(within_border, scores, torch.finfo(scores.dtype).min)
     return scores.flatten(-2).softmax(-1).unflatten(-1, (window, window))
 
 
 def _gather(x: Tensor, rows: int, columns: int, size: int, halo: int) -> Tensor:
-    """(n, H, W, m, d) → blocks of size × size positions with a halo, (n, rows, columns, y, x, m, d), 0 outside the map."""
+    """(n, H, W, m, d) → blocks of size × size positions with a halo, (n, rows, y, columns, x, m, d), 0 outside the map."""
     after = halo + size - 1  # what the last block may lack at most: a graph need not ask
     x = F.pad(x, (0, 0, 0, 0, halo, after, halo, after))
     window = size + 2 * halo
     x = x.index_select(1, _places(rows, size, window, x).flatten()).index_select(2, _places(columns, size, window, x).flatten())
-    return x.reshape(x.shape[0], rows, window, columns, window, *x.shape[3:]).transpose(2, 3)
+    return x.reshape(x.shape[0], rows, window, columns, window, *x.shape[3:])
 
 
 def _places(count: int, size: int, window: int, x: Tensor) -> Tensor:
     """Along one side, which of the padded map's positions every block's window has: (blocks, window)."""
     return torch.arange(count, device=x.device)[:, None] * size + torch.arange(window, device=x.device)
-
-
-def _paste(x: Tensor, height: int, width: int) -> Tensor:
-    """(n, r, c, s, s, m, d) → (n, H, W, m, d), the blocks side by side."""
-    n, rows, columns, size, _, *channels = x.shape
-    return x.transpose(2, 3).reshape(n, rows * size, columns * size, *channels)[:, :height, :width]
