@@ -11,10 +11,11 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 
 @pytest.mark.parametrize("mechanism", zoo.MECHANISMS)
-def test_every_mechanism_has_a_page_with_idea_formula_and_example(mechanism):
+def test_every_mechanism_has_a_page_with_idea_formula_picture_and_example(mechanism):
     text = (DOCS / f"{mechanism}.md").read_text()
     idea = re.search(r"\*\*Idea\.\*\*(.*?)\n\n", text, re.S).group(1)
     assert 4 <= len(idea.splitlines()) <= 6
+    assert 0 < (DOCS / "pictures" / f"{mechanism}.png").stat().st_size < 60_000 and f"](pictures/{mechanism}.png)" in text
     assert "**Formula.**" in text and f'mechanism="{mechanism}"' in text
     example, = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in example.splitlines() if line.strip()]) <= 11
