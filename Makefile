@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test lint models gpu clean
+.PHONY: demo mm test lint models measure exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -23,9 +23,20 @@ lint: $(READY)
 	@rm -rf build/rooms && mkdir -p build/rooms && cp -r zoo build/rooms/zoo && cp -r kernels layers build/rooms/zoo
 	cd build/rooms && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../setup.cfg --no-cache
 
-# The model table of the README, from the registry.
+# The tables of models, from the registry and from what the next two have measured.
 models: $(READY)
 	$(BIN)/python tools/model_table.py README.md
+	$(BIN)/python tools/model_table.py docs/models.md --whole
+
+# The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: half an hour.
+measure: $(READY)
+	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
+		--against benchmarks.resnet50:build --batch 1 --rounds 9 --json benchmarks/models.json
+
+# Every model as ONNX, compared and timed. Goes on where it was stopped.
+exports: $(READY)
+	$(BIN)/python tools/export_onnx.py --all -o build/onnx
+	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
 
 # Everything that needs a GPU, in under 9 minutes, with the python3 of a machine that has torch, triton, timm and pytest and from
 # which nothing can be downloaded: the package is put together of links, so that what is written lands in the checkout.

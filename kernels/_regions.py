@@ -47,12 +47,15 @@ def positions(height: int, width: int, regions: tuple[int, int], size: tuple[int
     return index.reshape(rows * columns, h * w)
 
 
-def places(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The inverse of `positions`: the region of every position of the map, and its place in that region, each (H·W,)."""
-    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    i, j = row // size[0], column // size[1]
-    # No remainder: torch's ONNX exporter cannot translate one by a symbolic size.
-    return (i * regions[1] + j).flatten(), ((row - i * size[0]) * size[1] + column - j * size[1]).flatten()
+def places(positions: Tensor, count: int) -> Tensor:
+    """The inverse of `positions` of a map of `count`: where each of them is in the flattened regions, (count,)."""
+    # The smallest, of which there is one each: an inverse of one operator in ONNX, where divisions take a dozen.
+    return positions.masked_fill(positions < 0, count).flatten().topk(count, largest=False).indices
+
+
+def regions_at(x: Tensor, positions: Tensor) -> Tensor:
+    """(B, H, W, C) → (B, rows·columns, h·w, C) by index; what is off the map repeats its first position."""
+    return x.flatten(1, 2).index_select(1, positions.clamp(min=0).flatten()).unflatten(1, positions.shape)
 
 
 def check_map(name: str, operator: str, x: Tensor) -> None:

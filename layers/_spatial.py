@@ -42,11 +42,13 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Modu
     return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bi- or trilinear interpolation between the centres of positions (align_corners=False)."""
-    if not torch.compiler.is_exporting() and x.shape[2:] == tuple(size):
+def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
+    """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
+    if isinstance(to, int):
+        return F.interpolate(x, scale_factor=float(to), mode=_MODE[x.ndim - 2])
+    if not torch.compiler.is_exporting() and x.shape[2:] == tuple(to):
         return x
-    return F.interpolate(x, tuple(size), mode=_MODE[x.ndim - 2])
+    return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -65,6 +67,5 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first positions of every spatial dimension."""
     for dim, n in enumerate(size, 2):
-        exporting = torch.compiler.is_exporting()
-        x = x.index_select(dim, torch.arange(n, device=x.device)) if exporting else x.narrow(dim, 0, n)
+        x = torch.narrow_copy(x, dim, 0, n) if torch.compiler.is_exporting() else x.narrow(dim, 0, n)
     return x

@@ -81,5 +81,6 @@ def _runs(count: int, x: Tensor) -> Tensor:
     """Adaptive average pooling of the H·W positions of x to `count` as a matrix (H·W, count): a product minds no layout."""
     length = x.shape[2] * x.shape[3]
     place, run = torch.arange(length, device=x.device)[:, None], torch.arange(count, device=x.device)
-    start, end = run * length // count, ((run + 1) * length + count - 1) // count
-    return ((place >= start) & (place < end)).to(x.dtype) / (end - start)
+    # From ⌊run · length / count⌋ to below ⌈(run + 1) · length / count⌉, without a division, which is many operators in ONNX.
+    inside = ((place + 1) * count > run * length) & (place * count < (run + 1) * length)
+    return inside.to(x.dtype) / inside.sum(0)

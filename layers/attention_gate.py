@@ -68,11 +68,15 @@ class AttentionGate(nn.Module):
 
     def attention(self, x: Tensor, g: Tensor) -> Tensor:
         """a, one number for every position of x."""
-        padded = pad_to_multiple(x, 2)
-        theta = self.theta(padded)
-        scores = self.psi(F.relu(theta + resize(self.phi(g), theta.shape[2:])))
+        halves = [(n + 1) // 2 for n in x.shape[2:]]
+        scores = self.psi(F.relu(self.theta(self._padded(x)) + resize(self.phi(g), halves)))
         weights = scores.sigmoid() if self.normalization == "sigmoid" else scores.flatten(1).softmax(-1).view_as(scores)
-        return crop(resize(weights, padded.shape[2:]), x.shape[2:]).to(x.dtype)
+        return crop(resize(weights, 2), x.shape[2:]).to(x.dtype)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # where a size is even, stride 2 leaves a further slice alone, and a graph need not ask
+            return F.pad(x, (0, 1) * self.spatial_dims, mode="replicate")
+        return pad_to_multiple(x, 2)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         self._check("x", x, self.dim)

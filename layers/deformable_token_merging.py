@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
@@ -37,7 +38,7 @@ class DeformableTokenMerging(nn.Module):
         self.dim = dim
         made = dict(device=device, dtype=dtype)
         self.offset = nn.Conv2d(dim, 8, 2, stride=2, **made)
-        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made).to(memory_format=torch.channels_last))  # as it is read
+        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made))
         self.bias = nn.Parameter(torch.zeros(out_dim, **made))
         self.norm, self.act = nn.BatchNorm2d(out_dim, **made), nn.GELU()
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
@@ -47,7 +48,8 @@ class DeformableTokenMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"DeformableTokenMerging: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        x = pad_to_multiple(x, 2)
+        # Where a size is even, stride 2 leaves a further row or column of zeros alone, and a graph need not ask.
+        x = F.pad(x, (0, 1, 0, 1)) if torch.compiler.is_exporting() else pad_to_multiple(x, 2)
         return self.act(self.norm(deform_conv2d(x, self.offset(x), self.weight, self.bias, stride=2)))
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from timm.layers import DropPath, LayerScale
 from timm.models.xcit import LPI
 from torch import Tensor, nn
 
+from ._attention import attend, attention
 from .pointwise_linear import PointwiseLinear
 from .token_aware_avg_pool import TokenAwareAvgPool
 
@@ -31,18 +32,17 @@ class TokenMixing(nn.Module):
         self.q, self.kv, self.proj = PointwiseLinear(dim, dim), PointwiseLinear(dim, 2 * dim), PointwiseLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.scaled_dot_product_attention(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
+        return self.proj(attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
 
     def attention(self, x: Tensor) -> Tensor:
         """softmax(Q Kᵀ / √d), (B, heads, H·W, H·W), for looking at: `forward` does not make it."""
         q, k, _ = self._qkv(x)
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return attention(q, k)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, height, width, _ = x.shape
-        q = self.q(x).reshape(b, height * width, self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv(x).reshape(b, height * width, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        b, height, width, c = x.shape
+        heads = (b, height * width, self.num_heads, c // self.num_heads)
+        return tuple(y.reshape(heads).transpose(1, 2) for y in (self.q(x), *self.kv(x).split(c, -1)))
 
 
 class DepthwiseMlp(nn.Module):
@@ -60,7 +60,8 @@ class DepthwiseMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        local = self.dwconv(x.flatten(1, 2), *x.shape[1:3]).reshape(x.shape)
+        lpi = self.dwconv  # whose own forward takes tokens in a row
+        local = lpi.conv2(lpi.bn(lpi.act(lpi.conv1(x.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1)
         return self.fc2(torch.addcmul(x, self.gamma, local))
 
 

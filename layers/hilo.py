@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from zoo.kernels._regions import cut, paste, positions
 
+from ._attention import attend, attention
 from ._capture import report
 from ._padding import pad_to_multiple
 from .pointwise_linear import PointwiseLinear
@@ -68,31 +69,25 @@ class HiLoAttention(nn.Module):
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
-        qkv = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads)
-        q, k, v = (part.flatten(1, 2) for part in qkv.chunk(3, 1))  # (B, heads · windows, s², d)
+        q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
         overhang = self.mask_padding and (padded.shape != x.shape or torch.compiler.is_exporting())
-        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0).repeat(self.hi_heads, 1)[:, None] if overhang else None
-        report(self, hi=lambda: _attention(q, k, mask).unflatten(1, (self.hi_heads, -1)))
-        out = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (self.hi_heads, -1))
-        out = paste(out, grid, size)
+        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
+        report(self, hi=lambda: attention(q, k, mask))
+        out = paste(attend(q, k, v, mask), grid, size)
         return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
 
     def _lo(self, x: Tensor) -> Tensor:
-        b, height, width, _ = x.shape
         means = x
         if self.window > 1:  # that of an overhanging window is of what lies on the map
             source = x if self.mask_padding else self._padded(x)
             means = F.avg_pool2d(source.permute(0, 3, 1, 2), self.window, ceil_mode=True).permute(0, 2, 3, 1)
-        q = self.lo_q(x).reshape(b, height * width, self.lo_heads, -1).transpose(1, 2)
-        k, v = self.lo_kv(means).reshape(b, -1, 2, self.lo_heads, q.shape[-1]).permute(2, 0, 3, 1, 4)
-        report(self, lo=lambda: _attention(q, k))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, -1)
-        return self.lo_proj(out)
+        q, k, v = (self._heads(y) for y in (self.lo_q(x), *self.lo_kv(means).chunk(2, -1)))
+        report(self, lo=lambda: attention(q, k))
+        return self.lo_proj(attend(q, k, v).transpose(1, 2).reshape(*x.shape[:3], self.lo_proj.in_features))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        b, height, width, c = y.shape
+        return y.reshape(b, height * width, self.lo_heads, c // self.lo_heads).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, window={self.window}, hi_heads={self.hi_heads}, lo_heads={self.lo_heads}"
-
-
-def _attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)

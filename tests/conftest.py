@@ -3,6 +3,7 @@ import functools
 import io
 import os
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -28,6 +29,22 @@ def load_tool_help():
         return said.getvalue()
 
     return read
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond 4 KiB: the system answers as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def pytest_terminal_summary(terminalreporter):

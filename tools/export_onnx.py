@@ -3,50 +3,106 @@ import argparse
 import sys
 from pathlib import Path
 
+from zoo import list_models
 from zoo.checkpoints import load_model
 from zoo.cli import run
+from zoo.errors import InputError
 from zoo.export import AXES, Exported, ExportError, export_onnx
+from zoo.exports import TABLE, Record, export_all
+from zoo.files import replacing
+from zoo.quantize import PRECISIONS, Change, check_pictures, lower_precision
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx\n"
-               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1")
-    parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
+               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1\n"
+               "  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx --precision int8 --pictures scans/\n"
+               "  python tools/export_onnx.py --all '*_nano' -o build/onnx")
+    parser.add_argument("model", nargs="?", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
+    parser.add_argument("--all", nargs="?", const="*", metavar="PATTERN",
+                        help="export every registered model (that matches), and write a table; goes on where it was stopped")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write; with --all, the folder")
     parser.add_argument("--size", type=int, nargs="+", metavar="N",
                         help="size to trace: height and width, of volumes depth, height and width (default: the model's own)")
     parser.add_argument("--static-size", action="store_true", help="accept images of that size only")
     parser.add_argument("--batch", type=int, help="accept batches of this size only (default: any)")
     parser.add_argument("--opset", type=int, default=20, help="ONNX operator set, 18 or newer (default: 20)")
-    parser.add_argument("--spell-out", action="store_true", help="deformable convolutions in operators of opset 16, not as DeformConv")
+    parser.add_argument("--spell-out", action="store_true",
+                        help="deformable convolutions in operators of opset 16, not as DeformConv, which OpenVINO cannot read")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the weights and the arithmetic (default: float32)")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER",
+                        help="yours, to calibrate int8 and to measure what a lower precision changes; CLASS/* are labelled")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    if (args.model is None) == (args.all is None):
+        raise InputError("give a model, or --all for every registered one")
+    return export_one(args) if args.all is None else export_many(args)
+
+
+def export_one(args: argparse.Namespace) -> int:
+    check_pictures(args.precision, args.pictures)
     model, info = load_model(args.model)
     try:
-        exported = export_onnx(model, info, args.output, size=args.size, free_size=not args.static_size, batch=args.batch,
-                               opset=args.opset, spell_out=args.spell_out,
-                              progress=lambda step: print(f"{step} …", file=sys.stderr, flush=True))
+        with replacing(args.output) as written:
+            exported = export_onnx(model, info, written, size=args.size, free_size=not args.static_size, batch=args.batch,
+                                   opset=args.opset, spell_out=args.spell_out, progress=show)
+            change = None if args.precision == "float32" else lower_precision(written, args.precision, info, args.pictures, show)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report(info.name, exported)
+    report(exported)
+    if change is not None:
+        report_change(args.precision, change)
+    print(f"wrote {info.name} to {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
-def report(name: str, exported: Exported) -> None:
+def export_many(args: argparse.Namespace) -> int:
+    one = {"--size": args.size, "--static-size": args.static_size or None, "--batch": args.batch, "--pictures": args.pictures,
+           "--precision": None if args.precision == "float32" else args.precision}
+    for option, value in one.items():
+        if value is not None:
+            raise InputError(f"{option} is for one model, not for --all")
+    names = list_models(args.all)
+    if not names:
+        raise InputError(f"no registered model matches {args.all!r}")
+    records = export_all(names, args.output, opset=args.opset, spell_out=args.spell_out, progress=show)
+    for name, record in records.items():
+        print(f"{name}: {summary(record)}")
+    failed = sum(bool(record.failure) for record in records.values())
+    print(f"{len(records) - failed} of {len(records)} exported; the table is {args.output / TABLE}")
+    return 1 if failed else 0
+
+
+def show(step: str) -> None:
+    print(f"{step} …", file=sys.stderr, flush=True)
+
+
+def report(exported: Exported) -> None:
     axes = AXES[len(exported.comparisons[0].size)]
-    print(f"batch  {' x '.join(axes)}  largest absolute difference to PyTorch")
+    print(f"batch  {' x '.join(axes)}  largest difference to PyTorch, in standard deviations")
     for row in exported.comparisons:
         print(f"{row.batch:5d}  {' x '.join(f'{n:6d}' for n in row.size)}  {row.difference:.2e}")
     print(f"worst: {exported.worst:.2e}")
     sizes = "any" if exported.free_size else f"fixed ({exported.reason})"
     print(f"batch size: {'any' if exported.free_batch else 'fixed'}; {' and '.join(axes)}: {sizes}")
-    print(f"wrote {name} to {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB)")
+
+
+def report_change(precision: str, change: Change) -> None:
+    print(f"{precision} names the same class for {change.same} of {change.pictures} pictures")
+    if change.before is not None:
+        print(f"accuracy: float32 {change.before:.2f} %, {precision} {change.after:.2f} % ({change.after - change.before:+.2f})")
+
+
+def summary(record: Record) -> str:
+    if record.failure:
+        return f"failed: {record.failure}"
+    return f"{record.bytes / 1e6:.1f} MB, difference {record.difference:.1e}, size {'fixed: ' + record.reason if record.reason else 'any'}"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Writes the table of models, generated from the registry, into a Markdown file."""
+"""Writes a table of models, generated from the registry and from what is measured in benchmarks/, into a Markdown file."""
 import argparse
 from pathlib import Path
 
 from zoo.cli import run
-from zoo.model_table import replace_table
+from zoo.model_table import listed, replace_table, table, whole_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py README.md")
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py docs/models.md --whole")
     parser.add_argument("file", type=Path, help="a Markdown file with the marks of the table")
+    parser.add_argument("--whole", action="store_true", help="all that is known, not only what the README has room for")
     args = parser.parse_args()
-    replace_table(args.file)
+    replace_table(args.file, (whole_table if args.whole else table)(listed()))
     print(f"wrote the table of models to {args.file}")
 
 

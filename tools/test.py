@@ -1,29 +1,79 @@
 """Evaluates a checkpoint."""
 import argparse
 import os
+import sys
+from pathlib import Path
 
 from zoo.cli import run
+from zoo.errors import InputError
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint on the test data of its config.",
-        epilog="example: python tools/test.py biformer_nano_digits work_dirs/biformer_nano_digits/epoch_40.pth")
+        description="Evaluate a checkpoint on the test data of its config.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/test.py biformer_nano_digits work_dirs/biformer_nano_digits/epoch_40.pth\n"
+               "  python tools/test.py biformer_tiny_in1k tiny.pth --corruptions work_dirs/tiny --imagenet-c /data/imagenet-c")
     parser.add_argument("config", help="path of a config, or name of an installed one")
     parser.add_argument("checkpoint", help="a checkpoint that tools/train.py wrote")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="default: pytorch under torchrun, else none")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
                         help="changes to the config, such as data_root=/data/in1k")
-    args = parser.parse_args()
+    parser.add_argument("--corruptions", type=Path, metavar="FOLDER",
+                        help="also under the 15 corruptions of ImageNet-C at 5 severities; writes numbers and curves to FOLDER")
+    parser.add_argument("--baseline", metavar="FILE", help="corruptions.json of the model that mean corruption error is relative to "
+                                                           "(default for 1000 classes: AlexNet)")
+    parser.add_argument("--imagenet-c", type=Path, metavar="ROOT", help="read ImageNet-C's images instead of corrupting the test data")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.corruptions is not None:
+        return corruptions(args)
+    if args.baseline or args.imagenet_c:
+        raise InputError("--baseline and --imagenet-c go with --corruptions")
 
     from zoo.mm import evaluate
 
     metrics = evaluate(args.config, args.checkpoint, launcher=args.launcher, cfg_options=args.cfg_options)
-    if os.environ.get("RANK", "0") != "0":  # one of many processes
-        return
+    if not is_first_process():
+        return None
     width = max(map(len, metrics))
     print(f"{'metric':<{width}}   value")
     print(*(f"{name:<{width}}  {value:6.2f}" for name, value in metrics.items()), sep="\n")
+    return None
+
+
+def corruptions(args: argparse.Namespace) -> None:
+    from zoo.mm import corruptions as robustness
+    from zoo.mm.config import load_config
+
+    baseline, unit = None, ""
+    model = load_config(args.config, args.cfg_options).model
+    if args.baseline:
+        baseline, unit = robustness.read_baseline(args.baseline), args.baseline
+    elif model.type == "ImageClassifier" and model.get("args", {}).get("num_classes", 1000) == 1000:
+        baseline, unit = robustness.ALEXNET, "AlexNet on ImageNet-C"
+    if baseline is not None:
+        robustness.check_baseline(baseline)
+    robustness.check_folder_to_write(args.corruptions)
+    found = robustness.evaluate_corruptions(
+        args.config, args.checkpoint, folder=args.imagenet_c, launcher=args.launcher, cfg_options=args.cfg_options,
+        progress=lambda step: print(step, file=sys.stderr, flush=True))
+    if not is_first_process():
+        return
+    print(f"{'error, %':<18} {'1':>6} {'2':>6} {'3':>6} {'4':>6} {'5':>6}")
+    for name, errors in found.errors.items():
+        print(f"{name:<18}", *(f"{error:6.2f}" for error in errors))
+    print(f"clean error: {found.clean:.2f} %; mean error under corruption: {found.mean_error:.2f} %")
+    if baseline is not None:
+        print(f"mean corruption error: {found.mean_corruption_error(baseline):.2f} % of that of {unit}")
+    for path in robustness.write_report(found, args.corruptions, baseline):
+        print(f"wrote {path}")
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

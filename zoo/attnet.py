@@ -22,7 +22,8 @@ from zoo.staged import StagedNetwork, named
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
-REPORTED_TOP1 = {"attnet_t2": 84.4}  # the paper's abstract
+REPORTED_IN = "the paper's abstract"
+REPORTED_TOP1 = {"attnet_t2": 84.4}
 
 
 class GatedMlp(nn.Module):
@@ -53,7 +54,7 @@ class GatedMlp(nn.Module):
             return self.fc2(y if self.norm is None else self.norm(y.movedim(1, -1)).movedim(-1, 1))
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
             return self._whole(x)
-        width = max(self.FEWEST, self.SLICE // (x.numel() // x.shape[1]))
+        width = max(self.FEWEST, self.SLICE // max(1, x.numel() // x.shape[1]))
         return self._whole(x) if width >= self.hidden or torch.is_autocast_enabled("cpu") else self._in_slices(x, width)
 
     def _whole(self, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class AttNet(StagedNetwork):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 

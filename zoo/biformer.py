@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 
 from zoo.checkpoints import renamed
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
+from zoo.layers._attention import attend
 from zoo.staged import StagedNetwork, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
-REPORTED_TOP1 = {  # the authors' README
+REPORTED_IN = "the authors' README"
+REPORTED_TOP1 = {
     "biformer_tiny": 81.4, "biformer_small": 83.8, "biformer_base": 84.3, "biformer_stl": 82.7, "biformer_stl_nchw": 82.7,
 }
 
@@ -50,8 +51,9 @@ class GlobalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, height, width, c = x.shape
         qkv = self.qkv(x)
-        q, k, v = qkv.reshape(b, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height, width, c)
+        heads = (b, height * width, self.num_heads, c // self.num_heads)
+        q, k, v = (y.reshape(heads).transpose(1, 2) for y in qkv.split(c, -1))
+        out = attend(q, k, v).transpose(1, 2).reshape(b, height, width, c)
         lepe_input = qkv[..., 2 * c :] if self.lepe_of_values else x
         return self.proj(out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
@@ -143,7 +145,7 @@ class BiFormer(StagedNetwork):
         attn_args: dict[str, Any] | list[dict[str, Any]] | None = None,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         mlp_ratios = mlp_ratio if isinstance(mlp_ratio, (list, tuple)) else [mlp_ratio] * len(dims)

@@ -38,6 +38,8 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
         scaled: CB_S instead of CB, see `ContextBroadcast`.
         kwargs: of timm's.
 
+    Raises ValueError for a batch of no images, which timm's cannot shape.
+
     Difference from timm's: without pooling (`global_pool=""`), calling it gives the map of the patches, (B, C, H, W), instead
     of the sequence of tokens.
     """
@@ -51,6 +53,11 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
             return out
         size = self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
         return out[:, self.num_prefix_tokens :].unflatten(1, size).permute(0, 3, 1, 2)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        if not x.shape[0]:
+            raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
+        return super()._pos_embed(x)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

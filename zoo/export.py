@@ -1,10 +1,13 @@
 """Models as ONNX files that have been checked, run and compared before they are left anywhere.
 
+Differences are those of outputs of unit variance: they are divided by the standard deviation of PyTorch's outputs.
+
 The sizes (height and width, of volumes depth too) of an exported model are free if three things hold: PyTorch runs the
 model at other sizes, its graph can be traced with symbolic sizes, and ONNX Runtime computes the same from it at other
 sizes. Otherwise they are fixed, and the reason is told.
 """
 import contextlib
+import itertools
 import json
 import logging
 import textwrap
@@ -38,7 +41,10 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest absolute difference between the logits of PyTorch and of ONNX Runtime for one shape of input."""
+    """The largest difference between the logits of PyTorch and of ONNX Runtime for one shape of input.
+
+    In standard deviations of all of PyTorch's logits; as it is where those do not vary.
+    """
 
     batch: int
     size: tuple[int, ...]
@@ -73,7 +79,7 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     has none. `progress` is called with the name of each step.
 
     Raises InputError for an argument that cannot be used, and ExportError if ONNX Runtime fails or differs from
-    PyTorch by more than 1e-4; `path` is then as it was before.
+    PyTorch by more than 1e-4 on outputs of unit variance; `path` is then as it was before.
     """
     path, size = Path(path), tuple(size or info.input_size[1:])
     _check_arguments(path, size, len(info.input_size) - 1, batch, opset)
@@ -95,6 +101,18 @@ def other_sizes(size: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Sizes to try beside `size`: odd, wide, tall, smaller and larger; a volume's depth as its height."""
     *heights, width = size
     return [tuple(n + 1 for n in size), (*(n * 3 // 4 | 1 for n in heights), width * 5 // 4 | 1), (*(n * 3 // 2 for n in heights), width)]
+
+
+def open_session(path: Path):
+    """ONNX Runtime's session of the file at `path`, on the CPU with as many threads as torch has. Raises ExportError."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what it says about failures comes with the exception as well
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
 
 
 class _SizesNotFreeError(Exception):
@@ -186,20 +204,11 @@ def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
 
 def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...], free_size: bool, batch: int | None,
              progress: Callable[[str], None]) -> list[Comparison]:
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what it says about failures comes with the exception as well
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
+    session = open_session(path)
     batches = (1, 3) if batch is None else (batch,)
-    shapes = [(count, size) for count in batches]
-    if free_size:
-        shapes += [(batches[i % len(batches)], other) for i, other in enumerate(other_sizes(size))]
-    comparisons = []
-    for count, compared in shapes:
+    sizes = [size, *other_sizes(size)] if free_size else [size]
+    pairs = {}
+    for compared, count in itertools.product(sizes, batches):
         progress(f"comparing batch {count}, {times(compared)}")
         images = _images(info, count, compared)
         try:
@@ -207,16 +216,14 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...
         except Exception as error:
             said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {_first_line(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error
-        comparisons.append(Comparison(count, compared, _difference(found, _logits(model, images))))
-    return comparisons
+        pairs[count, compared] = found.astype(np.float64), _logits(model, images)
+    deviation = np.concatenate([expected.ravel() for _, expected in pairs.values()]).std() or 1.0
+    return [Comparison(count, shape, float(np.abs(found - expected).max() / deviation))
+            for (count, shape), (found, expected) in pairs.items()]
 
 
 def times(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
-
-
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found.astype(np.float64) - expected).max())
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,8 @@ from zoo.staged import StagedNetwork, named
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
-REPORTED_TOP1 = {  # the authors' READMEs
+REPORTED_IN = "the authors' README"
+REPORTED_TOP1 = {
     "fan_tiny_12_p16_224": 79.2, "fan_small_12_p16_224": 82.5, "fan_base_18_p16_224": 83.6, "fan_large_24_p16_224": 83.9,
     "fan_tiny_8_p4_hybrid": 80.1, "fan_small_12_p4_hybrid": 83.5, "fan_base_16_p4_hybrid": 83.9, "fan_large_16_p4_hybrid": 84.3,
     "tap_fan_base_16_p4_hybrid": 84.3,
@@ -142,7 +143,7 @@ class Fan(StagedNetwork):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = embed_dim
         if hybrid_dims is None:
             dims = embed_dim // 8, embed_dim // 4, embed_dim // 2

@@ -1,18 +1,35 @@
 """Files that are there whole or not at all."""
 import contextlib
+import errno
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from zoo.errors import InputError
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+@contextlib.contextmanager
+def explaining(path: str | Path) -> Iterator[None]:
+    """Turns what the system says of a full or protected disk, while `path` is written inside, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, on the disk of `path`, that takes the place of `path` if the block ends without an error."""
+    """A path to write to, on the disk of `path`, that takes the place of `path` if the block ends without an error.
+
+    Raises InputError if there can be no file at `path`, or the disk is full.
+    """
     path = Path(path)
     check_writable(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with explaining(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         yield written
         written.replace(path)

@@ -21,7 +21,8 @@ from zoo.staged import StagedNetwork, named
 
 __all__ = ["HaloNet"]
 
-REPORTED_TOP1 = {  # the paper's table of H0 to H7
+REPORTED_IN = "the paper's table of H0 to H7"
+REPORTED_TOP1 = {
     "halonet_h0_256": 77.9, "halonet_h1_256": 79.9, "halonet_h2_256": 80.4, "halonet_h3_320": 81.9, "halonet_h4_384": 83.3,
     "halonet_h5_448": 84.0, "halonet_h6_512": 84.4, "halonet_h7_600": 84.9,
 }
@@ -99,7 +100,7 @@ class HaloNet(StagedNetwork):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
         width = dims[0]

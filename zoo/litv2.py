@@ -22,7 +22,8 @@ from zoo.staged import StagedNetwork
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
 StateDict = dict[str, Tensor]
-REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}  # the authors' README
+REPORTED_IN = "the authors' README"
+REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}
 
 
 class ConvMlp(nn.Module):
@@ -117,7 +118,7 @@ class LITv2(StagedNetwork):
         attn_args: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 

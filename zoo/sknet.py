@@ -26,7 +26,7 @@ from zoo.layers import SelectiveKernelUnit
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
 
-# The paper's table, and the authors' PyTorch repository.
+REPORTED_IN = "the paper's table; of `sk_resnet` the authors' README"
 REPORTED_TOP1 = {"sknet50": 79.21, "sknet101": 79.81, "sk_resnet50": 77.54, "sk_resnet101": 78.79}
 
 

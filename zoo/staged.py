@@ -11,7 +11,7 @@ class StagedNetwork(nn.Module):
     """A stem, stages that each work at half the resolution of the one before, perhaps a norm, and a head.
 
     Families build, in their constructor, `stem`, `stages` (an `nn.Sequential` of modules with a flag `grad_checkpointing`),
-    `head` (timm's, with `fc` and `reset`), `feature_info`, `num_classes`, `num_features` and `head_hidden_size`. A norm
+    `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`. A norm
     between stages and head is theirs to name, by `final_norm` and `drop_norm`; so is `coarser`, if there is one: it makes one
     more map of the last stage's, which is a feature only.
     """

@@ -28,7 +28,7 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
 
     The Triton kernels take every layout as it is, subtract the mean where they read the kernels, and add in float32 in a fixed
     order. The reference is a grouped convolution, for which channels-last maps are copied. Graphs exported with a free batch
-    hold a sum of shifted maps, as ONNX knows no free number of groups.
+    hold a product with the neighbourhoods, as ONNX knows no free number of groups.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.

@@ -13,8 +13,8 @@ def inhibited(kernels: Tensor, theta: Tensor) -> Tensor:
 
 def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor) -> Tensor:
     """Picks the formulation that suits the memory layout, which the result keeps."""
-    if torch.compiler.is_exporting() and not isinstance(x.shape[0], int):
-        return shifted(x, kernels)
+    if torch.compiler.is_exporting() and not isinstance(x.shape[0], int) or x.shape[0] == 0:
+        return unfolded(x, kernels)
     if x.is_contiguous() or x.stride(1) != 1:
         return grouped(x, kernels)
     return in_layout_of(x, positions_first(x, kernels))
@@ -36,14 +36,13 @@ def positions_first(x: Tensor, kernels: Tensor) -> Tensor:
     return _convolve(maps, kernels).permute(0, 2, 3, 1).reshape(h, w, b, c).permute(2, 3, 0, 1)
 
 
-def shifted(x: Tensor, kernels: Tensor) -> Tensor:
-    """The same as a sum of shifted maps, one for each place of the kernel: slower, but without a number of groups."""
-    (h, w), (rows, columns) = x.shape[2:], kernels.shape[2:]
-    padded = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2))
-    shifts = [padded.narrow(3, j, w) for j in range(columns)]
-    weights = kernels.flatten(2)[..., None, None].unbind(2)
-    parts = [shifts[i % columns].narrow(2, i // columns, h) * weight for i, weight in enumerate(weights)]
-    return sum(parts[1:], start=parts[0])
+def unfolded(x: Tensor, kernels: Tensor) -> Tensor:
+    """The same as a product with the neighbourhoods, which a convolution by unit kernels lays side by side: slower, but without a
+    number of groups."""
+    (b, c, h, w), (rows, columns) = x.shape, kernels.shape[2:]
+    units = torch.eye(rows * columns, dtype=x.dtype, device=x.device).reshape(-1, 1, rows, columns)
+    neighbours = F.conv2d(x.reshape(b * c, 1, h, w), units, padding=(rows // 2, columns // 2)).flatten(2)
+    return (kernels.reshape(b * c, 1, rows * columns) @ neighbours).reshape(b, c, h, w)
 
 
 def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:

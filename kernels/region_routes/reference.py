@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, pad_to_grid, positions, region_size
+from .._regions import cut, divides, pad_to_grid, positions, region_size, regions_at
 
 Grid = tuple[int, int]
 
@@ -14,7 +14,7 @@ def region_means(x: Tensor, regions: Grid, size: Grid) -> Tensor:
     own = positions(height, width, regions, size, x.device)
     on_map = (own >= 0).to(x.dtype)
     if torch.compiler.is_exporting():  # by index: a graph for every size, whether the grid divides it or not
-        total = (x.flatten(1, 2)[:, own.clamp(min=0)] * on_map[..., None]).sum(2)
+        total = (regions_at(x, own) * on_map[..., None]).sum(2)
     else:
         total = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2)
     return total / on_map.sum(1, keepdim=True).clamp(min=1)
@@ -24,13 +24,7 @@ def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, 
     affinity = q_means @ k_means.transpose(1, 2)
     size = region_size(*k_map, regions)
     if torch.compiler.is_exporting() or not divides(*k_map, regions, size):
-        empty = ~_begins_on_map(k_map, regions, size, k_means.device)
-        affinity = affinity.masked_fill(empty, -torch.inf)
+        first = positions(*k_map, regions, size, k_means.device)[:, 0]  # off the map, where the whole region is
+        affinity = affinity.masked_fill(first < 0, -torch.inf)
     scores, routes = affinity.topk(topk, dim=-1)
     return routes, scores
-
-
-def _begins_on_map(shape: Grid, regions: Grid, size: Grid, device: torch.device) -> Tensor:
-    """Which regions hold anything: (rows·columns,), bool."""
-    row, column = (torch.arange(n, device=device) * step < length for n, step, length in zip(regions, size, shape, strict=True))
-    return (row[:, None] & column).flatten()

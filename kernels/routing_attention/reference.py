@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size
+from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size, regions_at
 from .blocked import routed_attention
 
 Grid = tuple[int, int]
@@ -36,10 +36,10 @@ def gathered(
     Regions are cut out and pasted by index: a graph traced at one size then holds at every size.
     """
     height, width = q.shape[1:3]
+    own = positions(height, width, regions, region_size(height, width, regions), q.device)  # (r, t)
     attention = gathered_attention(q, k, routes, regions, num_heads, kv_size, scale, weights)
-    out = (attention.to(v.dtype) @ _gather(v, routes, regions, num_heads, kv_size, weights)).transpose(2, 3).flatten(3)  # (b, r, t, c)
-    region, place = places(height, width, regions, region_size(height, width, regions), q.device)
-    return out[:, region, place].reshape(*q.shape[:3], -1)
+    out = (attention.to(v.dtype) @ _gather(v, routes, regions, num_heads, kv_size, weights)).transpose(2, 3).flatten(1, 2).flatten(2)
+    return out.index_select(1, places(own, height * width)).reshape(*q.shape[:3], v.shape[-1])
 
 
 def gathered_attention(
@@ -47,18 +47,19 @@ def gathered_attention(
 ) -> Tensor:
     """The attention itself, (b, r, m, t, n·s); 0 to keys outside the map."""
     own = positions(*q.shape[1:3], regions, region_size(*q.shape[1:3], regions), q.device)  # (r, t)
-    q_r = q.flatten(1, 2)[:, own.clamp(min=0)].unflatten(-1, (num_heads, -1)).transpose(2, 3)
+    q_r = regions_at(q, own).unflatten(-1, (num_heads, -1)).transpose(2, 3)  # (b, r, m, t, d)
     k_r = _gather(k, routes, regions, num_heads, kv_size, weights)
     scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    on_map = (positions(*k.shape[1:3], regions, kv_size, k.device)[routes].flatten(2) >= 0)[:, :, None, None]
-    return scores.masked_fill(~on_map, torch.finfo(scores.dtype).min).softmax(-1) * on_map
+    on_map = positions(*k.shape[1:3], regions, kv_size, k.device) >= 0  # (r, s)
+    on_map = on_map.index_select(0, routes.flatten()).reshape(*routes.shape[:2], 1, 1, -1)
+    return torch.where(on_map, scores, torch.finfo(scores.dtype).min).softmax(-1) * on_map
 
 
 def _gather(x: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, weights: Tensor | None) -> Tensor:
     """The routed regions of keys or values beside every query region, (b, r, m, n·s, d)."""
-    routed = positions(*x.shape[1:3], regions, kv_size, x.device)[routes].flatten(2)  # (b, r, n·s)
-    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    out = x.flatten(1, 2)[batch, routed.clamp(min=0)]
+    own = positions(*x.shape[1:3], regions, kv_size, x.device)  # (r, s)
+    out = regions_at(x, own).flatten(0, 1).index_select(0, _rows(routes, 1).flatten())
+    out = out.reshape(*routes.shape[:2], -1, x.shape[-1])  # (b, r, n·s, c)
     if weights is not None:
         out = out * weights.repeat_interleave(kv_size[0] * kv_size[1], dim=2)[..., None]
     return out.unflatten(-1, (num_heads, -1)).transpose(2, 3)
@@ -74,7 +75,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_he
     mask = mask.reshape(b, 1, height * width, kv_height * kv_width)
     q, k, v = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).reshape(b, height, width, -1)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
 
 def blocked(
@@ -91,7 +92,7 @@ def blocked(
     out, _ = routed_attention(
         *(x.flatten(0, 2) for x in (q_r, k_r, v_r)), _rows(routes, num_heads).flatten(0, 2), scale, on_map, weights
     )
-    return paste(out.reshape(*q_r.shape[:-1], -1), regions, size)[:, :height, :width]
+    return paste(out.reshape(*q_r.shape[:-1], v_r.shape[-1]), regions, size)[:, :height, :width]
 
 
 def _rows(routes: Tensor, num_heads: int) -> Tensor:

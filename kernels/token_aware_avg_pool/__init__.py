@@ -21,8 +21,8 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = N
 
     Returns:
         (B, H, W, C) in the dtype of x. Differentiable once in x and weights; the backward pass takes the pools again, so
-        that beyond the arguments one map is held at a time, and none by the Triton kernels. Exported graphs hold sums of
-        shifted maps.
+        that beyond the arguments one map is held at a time, and none by the Triton kernels. Exported graphs hold a
+        convolution for every pool.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.

@@ -106,7 +106,7 @@ def test_image_folders(tmp_path):
     dataset.full_init()
     assert dataset.metainfo["classes"] == ["cat", "dog"] and len(dataset) == 3
     assert dataset[Sample(1, 0)]["inputs"].shape == (3, 24, 24) and dataset[Sample(1, 0)]["targets"] == 1
-    with pytest.raises(InputError, match="b.jpg cannot be read as a picture"):
+    with pytest.raises(InputError, match="b.jpg is not a picture that can be read"):
         dataset[Sample(2, 0)]
 
 

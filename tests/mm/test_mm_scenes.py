@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from zoo.errors import InputError
-from zoo.mm import evaluate, train
+from zoo.mm import corruptions, evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
 from zoo.mm.downstream import Scene, SceneInfo, draw, load_scene_model, predict_scenes
@@ -82,6 +82,19 @@ def test_training_leaves_curves_and_a_checkpoint_that_evaluates_alike(trained, s
     assert list(folder.rglob("events.out.tfevents*"))
     assert metrics and not list(folder.glob(".zoo-unfinished-*"))
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
+
+
+def test_errors_under_corruptions(trained, scenes, monkeypatch):
+    name, folder, metrics = trained
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", ("contrast",))
+    monkeypatch.setattr(corruptions, "SEVERITIES", (5,))
+    seen = []
+    monkeypatch.setattr(corruptions.CorruptImage, "_corrupt", lambda self, pixels: seen.append((self.name, pixels)) or pixels // 2)
+    found = corruptions.evaluate_corruptions(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"])
+    assert found.clean == pytest.approx(corruptions._error(metrics)) and 0 <= found.errors["contrast"][0] <= 100
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((scenes / "images/val").iterdir())]
+    for (corruption, pixels), picture in zip(seen, pictures, strict=True):
+        assert corruption == "contrast" and np.array_equal(pixels, picture)
 
 
 def test_predictions_are_those_of_the_toolbox(trained, scenes):

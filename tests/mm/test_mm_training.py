@@ -175,3 +175,12 @@ def test_image_folders_train_with_the_imagenet_recipe(tmp_path):
         "model.name=biformer_nano", "model.args.num_classes=2", f"data_root={tmp_path / 'data'}", "train_cfg.max_epochs=1", *size])
     assert set(metrics) == {"accuracy/top1"}
     assert Path(tmp_path / "run" / "epoch_1.pth").exists()
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(tmp_path, full_disk):
+    from zoo.errors import InputError
+    from zoo.mm.checkpoint import AtomicBackend
+
+    with full_disk(), pytest.raises(InputError, match=r"cannot write .*epoch_1.pth: File too large"):
+        AtomicBackend().put(bytes(10_000), tmp_path / "epoch_1.pth")
+    assert not list(tmp_path.iterdir())

@@ -171,3 +171,28 @@ def test_malicious_checkpoint_is_one_line_and_exit_status_2(run_tool, malicious,
     assert done.stderr.startswith(f"error: {path} would run code on loading")
     assert not created.exists()
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("output", ["out.png", "out"])
+def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(main, checkpoint, pixels, tmp_path, full_disk, output):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    with full_disk(), pytest.raises(InputError, match=r"cannot write .*\.png: File too large"):
+        main([str(checkpoint), str(tmp_path / "picture.png"), "-o", str(tmp_path / output)])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["picture.png"]
+
+
+def test_odd_pictures_are_predicted_or_refused_in_a_sentence(main, checkpoint, tmp_path, capsys):
+    """A picture of one pixel, a very flat one, floats, a truncated one, and one that says it is huge."""
+    for name, picture in [("one.png", Image.new("P", (1, 1))), ("flat.png", Image.new("CMYK", (300, 1)).convert("RGB")),
+                          ("floats.tiff", Image.new("F", (9, 5), 17.5))]:
+        picture.save(tmp_path / name)
+        assert main([str(checkpoint), str(tmp_path / name)]) == 0
+    Image.new("RGB", (500, 400), "red").save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"the picture .*cut.jpg cannot be read"):
+        main([str(checkpoint), str(tmp_path / "cut.jpg")])
+    header = b"P5 60000 60000 255\n"
+    (tmp_path / "huge.pgm").write_bytes(header + bytes(100))
+    with pytest.raises(InputError, match=r"the picture .*huge.pgm cannot be read: Image size"):
+        main([str(checkpoint), str(tmp_path / "huge.pgm")])

@@ -9,8 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.attnet import GatedMlp
-from zoo.checkpoints import load_model
-from zoo.export import export_onnx
 from zoo.layers import ATConv
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
@@ -81,9 +79,3 @@ def test_gated_mlp_in_float16_does_not_overflow():
         out = mlp(x)
         assert out.isfinite().all()
         torch.testing.assert_close(out.double(), mlp.double()(x.double()), atol=0.01, rtol=0.01)
-
-
-def test_exports_with_free_batch_and_sizes(tmp_path):
-    model, info = load_model("attnet_nano", in_chans=1, num_classes=10)
-    result = export_onnx(model, info, tmp_path / "x.onnx", size=(32, 32))
-    assert result.free_batch and result.free_size, result.reason

@@ -98,13 +98,6 @@ def test_opset(tmp_path, opset):
     assert onnx.load(tmp_path / "x.onnx").opset_import[0].version == opset
 
 
-def test_small_size_of_a_biformer_is_free(tmp_path):
-    """At 32x32 its last map is one position, which tracing at that size would make a constant."""
-    model, info = load_model("biformer_nano", in_chans=1, num_classes=10)
-    result = export_onnx(model, info, tmp_path / "x.onnx", size=(32, 32))
-    assert result.free_size, result.reason
-
-
 @pytest.mark.parametrize(("opset", "spell_out"), [(20, False), (20, True), (18, False)])
 def test_deformable_convolutions_are_the_standard_operator_or_spelled_out(tmp_path, opset, spell_out):
     result = export_onnx(Small(DAS(3)).eval(), INFO, tmp_path / "x.onnx", opset=opset, spell_out=spell_out)

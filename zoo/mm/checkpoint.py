@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zoo import checkpoints
 from zoo.errors import InputError
+from zoo.files import explaining
 
 TEMPORARY = ".zoo-unfinished-"
 STATISTICS = ("min", "max", "mean", "current")
@@ -63,7 +64,7 @@ class AtomicBackend(LocalBackend):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with explaining(path), os.fdopen(descriptor, "wb") as file:
                 file.write(obj)
                 file.flush()
                 os.fsync(file.fileno())

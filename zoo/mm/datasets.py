@@ -13,14 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info
-from mmengine.registry import DATA_SAMPLERS, DATASETS
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
+from mmengine.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
 from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
 
 from zoo.errors import InputError, near_misses
+from zoo.predict import open_picture
 
 
 class Sample(NamedTuple):
@@ -83,15 +85,20 @@ class LabelledImages(Dataset):
     """Base of the datasets: images as PIL, transformed by timm's `create_transform(**transform)`.
 
     Items are dicts of `inputs`, a float tensor (C, H, W), and `targets`, a class index. Subclasses give `__len__` and
-    `read(index) -> (image, class index)`.
+    `read(index) -> (image, class index)`. `corruption` holds the arguments of a `CorruptImage` that works on what is resized and
+    cropped, as ImageNet-C was made.
     """
 
-    def __init__(self, classes: list[str], transform: Mapping):
+    def __init__(self, classes: list[str], transform: Mapping, corruption: Mapping | None = None):
         self.metainfo = {"classes": classes}
         try:
             self.transform = create_transform(**transform)
         except (TypeError, AssertionError) as error:
             raise InputError(f"the transform cannot be set up: {error}") from error
+        if corruption is not None:
+            steps = self.transform.transforms
+            place = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+            steps.insert(place, TRANSFORMS.build({"type": "CorruptImage", **corruption}))
         size = transform.get("input_size", 224)
         self.data_config = {
             "input_size": (len(transform.get("mean", IMAGENET_DEFAULT_MEAN)), *_pair(size)),
@@ -126,15 +133,17 @@ class DigitsDataset(LabelledImages):
         size: pixels on a side before the transform.
         mode: PIL's mode of the images, "L" (one channel) or "RGB".
         limit: use only that many of the images.
+        corruption: see `LabelledImages`.
     """
 
     HELD_OUT = 360
 
-    def __init__(self, split: str, transform: Mapping, size: int = 32, mode: str = "L", limit: int | None = None):
+    def __init__(self, split: str, transform: Mapping, size: int = 32, mode: str = "L", limit: int | None = None,
+                 corruption: Mapping | None = None):
         from sklearn.datasets import load_digits  # takes a second, which other datasets need not wait for
         from sklearn.model_selection import train_test_split
 
-        super().__init__([str(digit) for digit in range(10)], transform)
+        super().__init__([str(digit) for digit in range(10)], transform, corruption)
         check_split(split)
         if mode not in ("L", "RGB"):
             raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
@@ -159,42 +168,52 @@ class ImageFolderDataset(LabelledImages):
 
     Args:
         root: the folder that holds the splits.
-        split: "train" or "val".
+        split: the split's folder below it, "train" or "val", or another, such as ImageNet-C's "fog/3"; "." for `root` itself.
         transform: arguments of timm's `create_transform`.
+        classes: where the folders are of some of a model's classes only: the name of timm's list of all, "imagenet-1k" for
+            ImageNet-A and -R. Folders are then found in that list, and the scores of classes without a folder do not count.
+        corruption: see `LabelledImages`.
 
-    Raises InputError for missing and empty folders, and on reading for a file that is no picture.
+    Raises InputError for missing, empty and unknown folders, and on reading for a file that is no picture.
     """
 
-    def __init__(self, root: str, split: str, transform: Mapping):
-        check_split(split)
+    def __init__(self, root: str, split: str, transform: Mapping, classes: str | None = None, corruption: Mapping | None = None):
         self.folder = Path(root) / split
         if not Path(root).is_dir():
             raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
         if not self.folder.is_dir():
             raise InputError(f"the data folder {root} has no {split}/{near_misses(split, os.listdir(root))}")
-        classes = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
-        if not classes:
+        folders = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+        if not folders:
             raise InputError(f"{self.folder} holds no folders of classes, where {split}/CLASS/*.jpg is needed")
-        super().__init__(classes, transform)
+        names = folders if classes is None else _known_classes(classes)
+        if unknown := [name for name in folders if name not in names]:
+            raise InputError(f"{self.folder} has a folder {unknown[0]}, which is no class of {classes}")
+        super().__init__(names, transform, corruption)
+        self.metainfo["scored"] = [names.index(name) for name in folders]
         self.samples: list[tuple[str, int]] = []
 
     def full_init(self) -> None:
         """Lists the files, which takes a while for a large dataset; the engine calls it before it reads."""
         try:
-            self.samples = ImageFolder(self.folder).samples
+            listed = ImageFolder(self.folder).samples
         except FileNotFoundError as error:
             raise InputError(f"{self.folder}: {error}") from None
+        self.samples = [(path, self.metainfo["scored"][folder]) for path, folder in listed]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), target
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{path} cannot be read as a picture: {error}") from None
+        return open_picture(path), target
+
+
+def _known_classes(name: str) -> list[str]:
+    try:
+        return ImageNetInfo(name).label_names()
+    except AssertionError as error:
+        raise InputError(f"classes={name!r} is no list of timm's; imagenet-1k is one") from error
 
 
 def check_split(split: str) -> None:

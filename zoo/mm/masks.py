@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from zoo.errors import InputError, near_misses, require
 from zoo.mm.datasets import DigitsDataset, Sample, check_split, seeded
@@ -82,6 +83,28 @@ class MaskedImages(Dataset):
         if self.kept is not None:
             self.kept[index] = inputs, targets
         return inputs, targets
+
+
+class MaskedPictures(MaskedImages):
+    """Base of datasets of pictures; their `data_config` has `mean` and `std` of the channels.
+
+    Args:
+        corruption: arguments of a `CorruptImage` through which pictures go before all else.
+    """
+
+    data_config: dict
+
+    def __init__(self, classes: Sequence[str], corruption: Mapping | None = None, **args):
+        super().__init__(classes, **args)
+        if corruption is not None:
+            self.corruption = TRANSFORMS.build({"type": "CorruptImage", **corruption})
+            self.steps.insert(0, self._corrupt)
+
+    def _corrupt(self, item: dict) -> dict:
+        mean, std = self.data_config["mean"], self.data_config["std"]
+        pixels = item["inputs"] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        picture = to_pil_image(pixels.clamp(0, 1).mul(255).round().byte())
+        return {**item, "inputs": picture_tensor(self.corruption(picture), mean, std)}
 
 
 class Volumes(MaskedImages):
@@ -197,7 +220,7 @@ class VolumeFolderDataset(Volumes):
 
 
 @DATASETS.register_module()
-class PictureMaskDataset(MaskedImages):
+class PictureMaskDataset(MaskedPictures):
     """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
 
     A picture's mask is the file of the same place in the sorted list of `masks`.
@@ -208,7 +231,7 @@ class PictureMaskDataset(MaskedImages):
         classes: names in the order of the labels, the background first.
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
-        args: further arguments of `MaskedImages`.
+        args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
@@ -235,7 +258,7 @@ class PictureMaskDataset(MaskedImages):
 
 
 @DATASETS.register_module()
-class DigitScenesDataset(MaskedImages):
+class DigitScenesDataset(MaskedPictures):
     """Scenes of scikit-learn's handwritten digits on a grey, noisy ground; a pixel of ink is of its digit's class.
 
     Scene i is a pure function of (split, i): 3 to 6 digits of 14 to 24 pixels, each turned by up to 15°, at places where it
@@ -245,7 +268,7 @@ class DigitScenesDataset(MaskedImages):
         split: "train" or "val".
         scenes: how many.
         size: pixels on a side.
-        args: further arguments of `MaskedImages`.
+        args: further arguments of `MaskedPictures`.
     """
 
     INK = 0.4  # a pixel of a digit, between 0 and 1, that is ink

@@ -25,7 +25,8 @@ class Accuracy(Counted):
     """Share of images, in percent, whose class is among the k with the highest scores, as `accuracy/top<k>`.
 
     Hits and images are counted per rank and summed over the ranks, so that ranks may hold different numbers of images.
-    Each k in `topk` that exceeds the number of classes is left out.
+    Each k in `topk` that exceeds the number of classes is left out. Where the dataset's `metainfo` has `scored`, indices of some of
+    the classes, the others' scores do not count, as is usual for ImageNet-A and -R.
     """
 
     default_prefix = "accuracy"
@@ -37,6 +38,10 @@ class Accuracy(Counted):
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
         scores = torch.stack([sample["scores"] for sample in data_samples])
         targets = torch.stack([sample["target"] for sample in data_samples])
+        if scored := (self.dataset_meta or {}).get("scored"):
+            others = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+            others[scored] = False
+            scores = scores.masked_fill(others, -torch.inf)
         ranking = scores.topk(min(max(self.topk), scores.shape[1])).indices
         hits = ranking == targets[:, None]
         self.results.append(torch.tensor([len(targets), *(hits[:, :k].sum().item() for k in self.topk)], dtype=torch.int64))

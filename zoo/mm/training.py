@@ -100,6 +100,7 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
     _start_processes(config, launcher)
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
+        config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
         metrics = _run(Runner.from_cfg(config).test)
     _end_processes()
     return metrics

@@ -1,0 +1,53 @@
+"""Makes the pictures of the mechanisms' pages: trains each small network on digits for some minutes in all, and looks at one digit.
+
+    python docs/pictures.py            # or: python docs/pictures.py hilo sk
+"""
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from zoo.checkpoints import load_trained
+from zoo.mm import train
+from zoo.mm.checkpoint import latest_checkpoint
+from zoo.mm.datasets import DigitsDataset
+from zoo.mm.masks import DigitScenesDataset
+from zoo.visualize import mechanisms
+
+SIDE, EPOCHS, COLOURS = 64, 6, 96
+FOLDER = Path(__file__).parent / "pictures"
+NETWORKS = {  # by mechanism: the network, and which of its stages is shown
+    "atconv": ("attnet_nano", 1), "broadcast": ("deit_nano_patch16_224_cb", 0), "das": ("das_resnet_nano", 0),
+    "gates": ("attention_unet", -1), "halo": ("halonet_nano", 0), "hilo": ("litv2_nano", 0), "polarized": ("polarized_resnet_nano", 0),
+    "routing": ("biformer_nano", 1), "sk": ("sknet_nano", 1), "tap": ("tap_fan_nano", 0),
+}
+
+
+def trained(name: str) -> Path:
+    """The checkpoint of a network, trained on digits of `SIDE` pixels unless it was."""
+    options = [f"train_cfg.max_epochs={EPOCHS}", f"train_cfg.val_interval={EPOCHS}"]
+    if name != "attention_unet":
+        for part in ("train", "val"):
+            options += [f"{part}_dataloader.dataset.size={SIDE}", f"{part}_dataloader.dataset.transform.input_size=(1,{SIDE},{SIDE})"]
+    if name.startswith("deit"):
+        options.append(f"model.args.img_size={SIDE}")
+    folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
+    return latest_checkpoint(folder)
+
+
+def main() -> None:
+    digit, _ = DigitsDataset("val", {"input_size": (1, SIDE, SIDE)}, size=SIDE).read(4)
+    scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
+    FOLDER.mkdir(exist_ok=True)
+    for mechanism in sys.argv[1:] or NETWORKS:
+        name, stage = NETWORKS[mechanism]
+        model, info = load_trained(trained(name))
+        picture = Image.fromarray((scene * 255).byte().numpy()) if name == "attention_unet" else digit
+        seen = mechanisms(model, info, picture)[stage]
+        path = FOLDER / f"{mechanism}.png"
+        seen.picture.quantize(COLOURS).save(path, optimize=True)
+        print(f"{path}: {seen.title}. {seen.caption}")
+
+
+if __name__ == "__main__":
+    main()

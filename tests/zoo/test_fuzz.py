@@ -1,0 +1,93 @@
+"""Random models, images and options: each works or is refused by a sentence of ours, never by a crash, a NaN or a wrong shape.
+
+ZOO_FUZZ says how many are drawn, ZOO_FUZZ_SEED from which seed on; a failure names its own.
+"""
+import os
+import random
+import traceback
+from pathlib import Path
+
+import timm
+import torch
+
+import zoo
+
+ROOT = Path(__file__).parents[2]
+DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
+LIGHT = sorted({*zoo.list_models("*_nano*")} - {*zoo.list_models(mechanism="gates")})  # those make no features and no classes
+SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+def draw(seed: int) -> dict:
+    """One combination: of `seed` alone, so that it can be repeated alone."""
+    rng = random.Random(seed)
+    case = dict(
+        model=rng.choice(LIGHT), size=(rng.choice(SIDES), rng.choice(SIDES)), batch=rng.choice((0, 1, 2, 3)),
+        in_chans=rng.choice((1, 3, 5)),
+        dtype=rng.choice((torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)), layout=rng.choice(sorted(LAYOUTS)),
+        way=rng.choice(("logits", "logits", "train", "features_only", "intermediates", "autocast")),
+        args=dict(num_classes=rng.choice((0, 1, 10)), drop_path_rate=rng.choice((0.0, 0.3)), drop_rate=rng.choice((0.0, 0.5))),
+    )
+    if rng.random() < 0.2:
+        case["args"]["global_pool"] = rng.choice(("avg", "max", "avgmax"))
+    if case["way"] == "autocast":
+        case["dtype"] = torch.float32
+    if case["way"] == "train":
+        case["batch"] = max(case["batch"], 2)  # torch's batch norm refuses one value per channel
+        case["grad_checkpointing"] = rng.random() < 0.5
+    if case["way"] == "features_only":
+        case["args"] = dict(out_indices=rng.choice(((0,), (1, 3), (-1,), (0, 1, 2, 3))))
+    return case
+
+
+def run(case: dict, seed: int) -> None:
+    torch.manual_seed(seed)
+    features = case["way"] == "features_only"
+    model = timm.create_model(case["model"], in_chans=case["in_chans"], features_only=features, **case["args"])
+    model = model.to(case["dtype"]).train(case["way"] == "train")
+    x = LAYOUTS[case["layout"]](torch.randn(case["batch"], case["in_chans"], *case["size"]).to(case["dtype"]))
+    if case["way"] == "train":
+        model.set_grad_checkpointing(case["grad_checkpointing"])
+        # oneDNN's bfloat16 convolutions leave parts of weights' gradients unwritten where a map is one position wide (torch 2.15).
+        with torch.backends.mkldnn.flags(enabled=case["dtype"] != torch.bfloat16):
+            out = model(x)
+            out.float().square().mean().backward()
+        outs = [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+        assert len(outs) > 1
+    else:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case["way"] == "autocast"):
+            outs = model.forward_intermediates(x)[1] if case["way"] == "intermediates" else model(x)
+        outs = outs if isinstance(outs, list) else [outs]
+    assert all(out.isfinite().all() for out in outs), "not finite"
+    if case["way"] in ("features_only", "intermediates"):
+        channels = model.feature_info.channels() if features else [info["num_chs"] for info in model.feature_info]
+        assert [out.shape[:2] for out in outs] == [(case["batch"], number) for number in channels], [out.shape for out in outs]
+        assert all(out.dtype == case["dtype"] for out in outs)
+    else:
+        assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features), outs[0].shape
+        assert case["way"] == "autocast" or outs[0].dtype == case["dtype"]
+
+
+def is_ours(error: Exception) -> bool:
+    """A ValueError or TypeError that our code, or timm's where it builds a model, raised itself."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, (ValueError, TypeError)) and (ROOT in last.parents or "timm" in last.parts)
+
+
+def test_random_combinations():
+    refused = 0
+    for seed in range(SEED, SEED + DRAWS):
+        case = draw(seed)
+        try:
+            run(case, seed)
+        except Exception as error:
+            assert is_ours(error), f"ZOO_FUZZ=1 ZOO_FUZZ_SEED={seed}: {case} ends in {type(error).__name__}: {error}"
+            refused += 1
+    print(f"{DRAWS} combinations from seed {SEED}: {DRAWS - refused} work, {refused} are refused in a sentence")
+    assert refused < DRAWS / 4

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import timm
+
+import zoo
+from zoo import model_table
+from zoo.errors import InputError
+
+
+def test_every_model_has_one_mechanism():
+    by_mechanism = [name for mechanism in zoo.MECHANISMS for name in zoo.list_models(mechanism=mechanism)]
+    assert sorted(by_mechanism) == sorted(zoo.list_models())
+    registered = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("zoo.")}
+    assert set(by_mechanism) == registered
+
+
+def test_models_of_a_mechanism_that_match():
+    assert zoo.list_models("*_tiny", mechanism="routing") == ["biformer_tiny"]
+    assert zoo.list_models("*_tiny", mechanism="das") == []
+
+
+@pytest.mark.parametrize(("mechanism", "message"), [("rooting", "did you mean routing"), ("", "there is no mechanism ''; atconv,")])
+def test_unknown_mechanisms(mechanism, message):
+    with pytest.raises(InputError, match=message):
+        zoo.list_models(mechanism=mechanism)
+
+
+def test_every_reported_number_says_where():
+    for family in zoo.MECHANISMS.values():
+        assert hasattr(family, "REPORTED_TOP1") == hasattr(family, "REPORTED_IN"), family.__name__
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("das_resnet_nano", ["deform_conv2d"]), ("attnet_nano", ["depthwise_dynamic_conv2d"]), ("sknet_nano", []),
+    ("biformer_nano", ["region_means", "region_routes", "routing_attention"]), ("halonet_nano", ["halo_attention"]),
+    ("litv2_nano", ["deform_conv2d"]), ("tap_fan_nano", ["token_aware_avg_pool"]), ("attention_unet_nano", []),
+])
+def test_kernels_are_those_of_the_modules(name, expected):
+    assert model_table.kernels(timm.create_model(name)) == expected
+
+
+def test_rows_hold_what_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_table, "macs", lambda name: 1_234_000_000)
+    side = lambda *seconds: {"seconds": seconds, "peak_memory": 0}  # noqa: E731
+    rows = [{"model": "sk_resnet50", "kind": kind, "ours": side(*ours), "rival": side(1.0, 2.0, 4.0)}
+            for kind, ours in [("forward", (3.0, 5.0, 4.0)), ("forward + backward", (9.0, 9.0, 9.0))]]
+    (tmp_path / "models.json").write_text(json.dumps({"facts": {}, "comparisons": rows}))
+    records = {"sk_resnet50": {}, "attnet_t2": {"reason": "so"}, "das_resnet18": {"failure": "no"}}
+    (tmp_path / "exports.json").write_text(json.dumps({name: {"versions": {}, **record} for name, record in records.items()}))
+    names = ["sk_resnet50", "attnet_t2", "das_resnet18", "biformer_nano", "attention_unet3d_nano"]
+    written = model_table.whole_table(names, tmp_path).splitlines()
+    assert len({line.count("|") for line in written}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written[2:]]
+    for row, name in zip(cells, names, strict=True):
+        assert row[0] == f"`{name}`" and row[3] == "1.23 G"
+    sk, attnet, das, biformer, unet = cells
+    assert sk[1] == "[sk](sk.md)" and sk[5].startswith("77.54 %, the paper's table; of `sk_resnet`")
+    assert sk[7:11] == ["[theirs](https://github.com/implus/PytorchInsight)", "not stated", "2.50", "any size"]
+    assert attnet[8:11] == ["mit", "–", "one size"] and das[5:10] == ["–", das[6], "–", "–", "–"] and das[10] == "no"
+    assert biformer[5] == biformer[7] == biformer[9] == biformer[10] == "–"
+    assert unet[1] == "[gates](gates.md)" and unet[4] == "64³"
+    assert model_table.table(names).splitlines()[2].startswith("| `sk_resnet50` | 26.15 M | 1.23 G | 224 | 77.54 % |")
+
+
+def test_the_table_takes_its_place_and_no_other(tmp_path):
+    path = tmp_path / "x.md"
+    path.write_text(f"before\n{model_table.BEGIN}\nold\n{model_table.END}\nafter\n")
+    model_table.replace_table(path, "new")
+    assert path.read_text() == f"before\n{model_table.BEGIN}\nnew\n{model_table.END}\nafter\n"
+    path.write_text("no marks")
+    with pytest.raises(InputError, match="no place for the table"):
+        model_table.replace_table(path, "new")
