@@ -63,7 +63,7 @@ def main() -> None:
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         rows.append(f"| {name} | {parameters / 1e6:.2f} M | {metrics['dice/mean']:.2f} | {metrics['dice/grey matter']:.2f} "
                     f"| {metrics['dice/white matter']:.2f} | {wall:.0f} | {processor:.0f} |")
-    report = benchmark(["attention_unet3d_light", "attention_unet3d"], build, batch=1, size=(64, 64, 64), rounds=args.rounds)
+    report = benchmark(["attention_unet3d_light", "attention_unet3d"], build, batch=2, size=(64, 64, 64), rounds=args.rounds)
     print("\n".join(rows), report.markdown(), sep="\n\n")
 
 

@@ -1,9 +1,10 @@
 import contextlib
 import functools
+import io
 import os
 import re
 import resource
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def load_tool_help():
 
     @functools.cache
     def read(path: Path) -> str:
-        return subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
+        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "argv", [str(path), "--help"])
+            runpy.run_path(str(path), run_name="__main__")
+        return said.getvalue()
 
     return read
 

@@ -1,9 +1,11 @@
 """Time and memory of models, side by side with rivals that compute the same.
 
 The two take turns within each round (A B A B …), so that whatever else the machine does meets both; the ratio is
-taken within rounds. Peak memory is that of tensors (torch's allocator: activations, gradients, copies) above what is
-held between passes, in one pass of its own; scratch space inside libraries is not counted.
+taken within rounds. What is freed stays with the process, as in a long training. Peak memory is that of tensors (torch's
+allocator: activations, gradients, copies) above what is held between passes, in one pass of its own; scratch space inside
+libraries is not counted.
 """
+import ctypes
 import datetime
 import importlib
 import os
@@ -160,6 +162,7 @@ def _forward_backward(model: nn.Module, images: Tensor) -> None:
 
 def _compare(name: str, kind: str, run: Callable[[nn.Module, Tensor], None], ours: nn.Module, rival: nn.Module | None,
              images: Tensor, rounds: int, clock: Callable[[], float]) -> Comparison:
+    keep_freed_memory()
     sides = [ours] if rival is None else [ours, rival]
     memory = []
     for model in sides:
@@ -183,6 +186,15 @@ def _compare(name: str, kind: str, run: Callable[[nn.Module, Tensor], None], our
             model.zero_grad()
     measured = [Side(tuple(times), peak) for times, peak in zip(seconds, memory, strict=True)]
     return Comparison(name, kind, measured[0], measured[1] if rival is not None else None)
+
+
+def keep_freed_memory() -> None:
+    """glibc returns large pieces to the system and takes them anew page by page, which can cost either side more than its work."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def _peak_memory(run: Callable[[nn.Module, Tensor], None], model: nn.Module, images: Tensor) -> int:

@@ -9,10 +9,11 @@ import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
-import torchvision  # noqa: F401  has the deformable convolution of exported graphs
+import torchvision  # noqa: F401  has the deformable convolution that is counted
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,19 +34,25 @@ def _deform_conv2d(x: tuple, weight: tuple, offset: tuple, *_: object, out_shape
     return flops(x, offset, weight, out_val=out_shape)
 
 
+def _model(name: str) -> nn.Module:
+    """Without numbers: there are shapes only."""
+    with torch.device("meta"):
+        return timm.create_model(name).eval()
+
+
 @functools.cache
 def macs(name: str) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image of the model's own size.
 
-    Counted on the exported graph, in which every mechanism stands as it is defined: what a formulation computes beyond
-    that to be faster is not counted.
+    Counted as exported graphs have it, where every mechanism stands as it is defined: what a formulation computes beyond that
+    to be faster is not counted. Nothing is computed for it: shapes are enough.
     """
-    model = timm.create_model(name).eval()
-    image = torch.zeros(1, *model.pretrained_cfg["input_size"])
-    program = torch.export.export(model, (image,)).module()
+    model = _model(name)
+    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
+    exporting = mock.patch.object(torch.compiler, "is_exporting", lambda: True)
     counted = {torch.ops.torchvision.deform_conv2d: _deform_conv2d}
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
-        program(image)
+    with exporting, FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
+        model(image)
     return counter.get_total_flops() // 2
 
 
@@ -79,7 +86,7 @@ def table(names: Iterable[str]) -> str:
     """A Markdown table for the README: parameters, multiply-accumulates, and the top-1 that the authors report."""
     rows = ["| model | parameters | MACs | size | reported top-1 | paper |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for name in names:
-        model = timm.create_model(name)
+        model = _model(name)
         rows.append(_row(f"`{name}`", *_counts(name, model), _top1(name), _paper(model)))
     return "\n".join(rows)
 
@@ -92,7 +99,7 @@ def whole_table(names: Iterable[str], folder: Path = MEASUREMENTS) -> str:
     mechanisms = {family.__name__: mechanism for mechanism, family in zoo.MECHANISMS.items()}
     latency, onnx = latencies(folder), exported(folder)
     for name in names:
-        model, family = timm.create_model(name), timm.model_entrypoint(name).__module__
+        model, family = _model(name), timm.model_entrypoint(name).__module__
         top1 = f"{_top1(name)}, {sys.modules[family].REPORTED_IN}" if name in zoo.REPORTED_TOP1 else NONE
         rows.append(_row(
             f"`{name}`", f"[{mechanisms[family]}]({mechanisms[family]}.md)", *_counts(name, model), top1, _paper(model), *_weights(model),

@@ -216,3 +216,12 @@ def test_bad_input_is_named(change, error, message):
     arguments = dict(q=x, k=x, v=x, rel_h=table, rel_w=table, block_size=2, halo_size=1)
     with pytest.raises(error, match=message):
         halo_attention(**arguments | change)
+
+
+def test_scores_of_hundreds():
+    """Where the border's scores lie far above or below those on the map, nothing overflows and nothing is lost."""
+    for at, scale in ((3, 300.0), (4, 300.0), (1, 500.0)):
+        arguments = list(problem((5, 7), 3, 2))
+        arguments[at] = (arguments[at].detach() * scale).requires_grad_()
+        ours = with_gradients(blocked.halo_attention, arguments)
+        torch.testing.assert_close(ours, with_gradients(reference.halo_attention, arguments))
