@@ -14,7 +14,7 @@ from PIL import Image
 from zoo import exports, quantize
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.export import export_onnx
+from zoo.export import Exported, export_onnx
 from zoo.exports import RECORDS, TABLE, export_all, read_records
 
 CLASSES = ("dark", "light")
@@ -120,7 +120,8 @@ def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
 
 
 def test_another_class_is_a_failure(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports, "export_onnx", lambda model, info, path, **_: shutil.copy(exported[0] / "test_resnet.onnx", path))
+    copied = lambda model, info, path, **_: Exported(shutil.copy(exported[0] / "test_resnet.onnx", path), True, True, "", ())  # noqa: E731
+    monkeypatch.setattr(exports, "export_onnx", copied)
     monkeypatch.setattr(exports, "_same_top1", lambda *_: 63)
     record = export_all(["test_resnet"], tmp_path, rounds=1)["test_resnet"]
     assert record.failure == "ONNX Runtime and PyTorch name the same class for 63 of 64 images only"
