@@ -3,7 +3,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from zoo.checkpoints import load_model
+from torch import nn
+
+from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOXES, ModelInfo, load_model, recorded_task
 from zoo.cli import run
 from zoo.export import AXES, Exported, ExportError, export_onnx
 
@@ -12,8 +14,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx\n"
-               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1")
-    parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
+               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1\n"
+               "  python tools/export_onnx.py work_dirs/scenes/iter_1500.pth -o upernet.onnx")
+    parser.add_argument("model", help="a checkpoint that tools/train.py wrote, also of mmsegmentation's models and RetinaNet, "
+                                      "or a registered model's name (random weights)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write")
     parser.add_argument("--size", type=int, nargs="+", metavar="N",
                         help="size to trace: height and width, of volumes depth, height and width (default: the model's own)")
@@ -26,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    model, info = load_model(args.model)
+    model, info = load(args.model)
     try:
         exported = export_onnx(model, info, args.output, size=args.size, free_size=not args.static_size, batch=args.batch,
                                opset=args.opset, spell_out=args.spell_out,
@@ -36,6 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     report(info.name, exported)
     return 0
+
+
+def load(name_or_path: str) -> tuple[nn.Module, ModelInfo]:
+    """As `load_model`; also segmentors of mmsegmentation and RetinaNet."""
+    if name_or_path.endswith(CHECKPOINT_SUFFIXES) and recorded_task(name_or_path) in TOOLBOXES:
+        from zoo.mm.deploy import load_deployable
+
+        return load_deployable(name_or_path)
+    return load_model(name_or_path)
 
 
 def report(name: str, exported: Exported) -> None:
