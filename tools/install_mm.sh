@@ -11,7 +11,7 @@ pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 pip install --constraint constraints.txt --editable ".[mm]"
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/zoo/wheels/torch-$("$python" -c 'import torch; print(torch.__version__)')
 if ! pip install --no-deps --no-index --find-links "$wheels" onedl-mmcv==2.3.6 2>/dev/null; then
-    echo "Compiling mmcv's operators for the CPU: about 10 minutes on two cores, once; the wheel is kept in $wheels."
+    echo "Compiling mmcv's operators for the CPU: about 5 minutes on two cores, once; the wheel is kept in $wheels."
     compiler=$(mktemp)
     trap 'rm -f "$compiler"' EXIT
     # mmcv asks for C++17, torch's headers for C++20

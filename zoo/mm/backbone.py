@@ -88,7 +88,8 @@ class TimmBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
-        return tuple(norm(features) for norm, features in zip(self.norms, maps, strict=True))
+        # mmcv's RoIAlign reads memory as (B, C, H, W) whatever the strides say
+        return tuple(norm(features).contiguous() for norm, features in zip(self.norms, maps, strict=True))
 
 
 def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path) -> None:
