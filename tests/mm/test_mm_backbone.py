@@ -147,6 +147,36 @@ def test_learning_rates_fall_towards_the_stem(name):
     assert stem < stages[0] < stages[1] < stages[2]
 
 
+@pytest.mark.parametrize("name", NANO)
+def test_maps_do_not_depend_on_padding(name):
+    """Of a picture in a batch with a larger one, as the toolboxes pad, the maps are those of the picture alone."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, out_norm=True, own_size=True).eval()
+    picture, larger = torch.randn(3, 57, 80), torch.randn(3, 96, 96)
+    padded = torch.zeros(3, 96, 96)
+    padded[:, :57, :80] = picture
+    with torch.inference_mode():
+        alone, together = backbone(picture[None]), backbone(torch.stack([padded, larger]))
+        backbone.own_size = False
+        direct, careless = backbone(larger[None]), backbone(padded[None])
+    for own, both, whole, other in zip(alone, together, direct, careless, strict=True):
+        height, width = own.shape[2:]
+        torch.testing.assert_close(both[:1, :, :height, :width], own)
+        assert not both[0, :, height:].any() and not both[0, :, :, width:].any()
+        torch.testing.assert_close(both[1:], whole)
+    assert not torch.allclose(other[..., :height, :width], own, atol=1e-3)  # without `own_size` padding takes part
+
+
+def test_convolutions_see_padding_close_to_the_border_only():
+    torch.manual_seed(0)
+    backbone = TimmBackbone("resnet10t", out_indices=(1,)).eval()
+    picture = torch.randn(1, 3, 128, 128)
+    with torch.inference_mode():
+        (alone,), (padded,) = backbone(picture), backbone(nn.functional.pad(picture, (0, 64, 0, 64)))
+    torch.testing.assert_close(padded[..., :24, :24], alone[..., :24, :24])
+    assert not torch.allclose(padded[..., :32, :32], alone)
+
+
 def test_memory_of_a_detectors_picture():
     """An 800×1333 picture goes through each of these backbones on the CPU in 8 GiB, the program itself included."""
     code = """
