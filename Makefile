@@ -41,7 +41,6 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $(READY)
 
 $(MM_READY): $(READY) tools/install_mm.sh
-	@echo "Adding mmdetection and mmsegmentation to $(VENV): about 6 minutes, once, most of it compiling mmcv's operators, whose wheel is kept."
 	@tools/install_mm.sh $(BIN)/python
 	@touch $(MM_READY)
 

@@ -2,7 +2,8 @@
 
 What comes before and after such a network is in the metadata of its file, as JSON:
 
-    image   (B, 3, H, W): the picture in RGB, resized as `steps` say, / 255, minus `mean`, over `std`; padding is inside
+    image   (B, 3, H, W): the picture with its `channels` in that order, resized as `steps` say, / 255, minus `mean`, over `std`;
+            padding is inside
     logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, with half-pixel centres; the class
             of a pixel is the largest. Where `test_cfg` has the mode "slide", of windows of `crop_size` every `stride`,
             averaged where they overlap
@@ -39,6 +40,7 @@ def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]
     data_config = {
         "input_size": (3, *sorted(sizes[0])) if sizes else (3, 512, 512),
         **{key: tuple((getattr(model.data_preprocessor, key).flatten() / 255).tolist()) for key in ("mean", "std")},
+        "channels": "RGB" if model.data_preprocessor._channel_conversion else "BGR",  # pictures are read as BGR
         "steps": info.steps, "test_cfg": plain(model.test_cfg)}
     return network.eval(), ModelInfo(model.backbone.name, info.classes, data_config, output=output)
 
