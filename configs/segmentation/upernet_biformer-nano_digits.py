@@ -42,9 +42,11 @@ optim_wrapper = dict(
     constructor='TimmOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=6e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5.0))
-train_cfg = dict(max_iters=2400, val_interval=800)
+train_cfg = dict(max_iters=2000, val_interval=1000)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=2400, T_max=2400, by_epoch=False),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=2000, T_max=2000, by_epoch=False),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=800))
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(interval=1000),
+    visualization=dict(draw=True, interval=1))  # a picture of each batch evaluated

@@ -72,13 +72,14 @@ def test_run_lengths(mask):
 @pytest.fixture(scope="module", params=SHORT)
 def trained(request, scenes, tmp_path_factory) -> tuple[str, Path, dict]:
     folder = tmp_path_factory.mktemp("run")
-    _, metrics = train(request.param, work_dir=folder, cfg_options=[f"data_root={scenes}", *SHORT[request.param]])
+    apart = f"visualizer.name={request.param}"  # the engine keeps one visualizer of a name in a process
+    _, metrics = train(request.param, work_dir=folder, cfg_options=[f"data_root={scenes}", apart, *SHORT[request.param]])
     return request.param, folder, metrics
 
 
-def test_training_leaves_curves_and_a_checkpoint_that_evaluates_alike(trained, scenes):
+def test_training_leaves_curves_pictures_and_a_checkpoint_that_evaluates_alike(trained, scenes):
     name, folder, metrics = trained
-    assert list(folder.rglob("events.out.tfevents*"))
+    assert list(folder.rglob("events.out.tfevents*")) and list(folder.rglob("vis_image/*.png"))
     assert metrics and not list(folder.glob(".zoo-unfinished-*"))
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
 
