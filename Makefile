@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the main job on real input, `make test` passes the tests. Both set up .venv when it is not complete.
+# Two commands: `make demo` shows the main job on real input, `make test` passes the tests. Both set up .venv as far as they need it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,10 +11,10 @@ WORKERS ?= $(shell nproc)
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
-# mmdetection and mmsegmentation, for detection and segmentation; their tests are skipped without them.
+# mmdetection and mmsegmentation, for detection and segmentation.
 mm: $(MM_READY)
 
-test: $(READY)
+test: $(MM_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
@@ -52,7 +52,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $(READY)
 
 $(MM_READY): $(READY) tools/install_mm.sh
-	tools/install_mm.sh $(BIN)/python
+	@tools/install_mm.sh $(BIN)/python
 	@touch $(MM_READY)
 
 clean:

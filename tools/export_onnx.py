@@ -3,8 +3,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from torch import nn
+
 from zoo import list_models
-from zoo.checkpoints import load_model
+from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOXES, ModelInfo, load_model, recorded_task
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.export import AXES, Exported, ExportError, export_onnx
@@ -19,8 +21,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog="example:\n  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx\n"
                "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1\n"
                "  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx --precision int8 --pictures scans/\n"
+               "  python tools/export_onnx.py work_dirs/scenes/iter_1500.pth -o upernet.onnx\n"
                "  python tools/export_onnx.py --all '*_nano' -o build/onnx")
-    parser.add_argument("model", nargs="?", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
+    parser.add_argument("model", nargs="?", help="a checkpoint that tools/train.py wrote, also of mmsegmentation's models and RetinaNet, "
+                                                 "or a registered model's name (random weights)")
     parser.add_argument("--all", nargs="?", const="*", metavar="PATTERN",
                         help="export every registered model (that matches), and write a table; goes on where it was stopped")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write; with --all, the folder")
@@ -46,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export_one(args: argparse.Namespace) -> int:
     check_pictures(args.precision, args.pictures)
-    model, info = load_model(args.model)
+    model, info = load(args.model)
     try:
         with replacing(args.output) as written:
             exported = export_onnx(model, info, written, size=args.size, free_size=not args.static_size, batch=args.batch,
@@ -77,6 +81,15 @@ def export_many(args: argparse.Namespace) -> int:
     failed = sum(bool(record.failure) for record in records.values())
     print(f"{len(records) - failed} of {len(records)} exported; the table is {args.output / TABLE}")
     return 1 if failed else 0
+
+
+def load(name_or_path: str) -> tuple[nn.Module, ModelInfo]:
+    """As `load_model`; also segmentors of mmsegmentation and RetinaNet."""
+    if name_or_path.endswith(CHECKPOINT_SUFFIXES) and recorded_task(name_or_path) in TOOLBOXES:
+        from zoo.mm.deploy import load_deployable
+
+        return load_deployable(name_or_path)
+    return load_model(name_or_path)
 
 
 def show(step: str) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from zoo.checkpoints import ModelInfo, load_trained, recorded_task
+from zoo.checkpoints import TOOLBOXES, ModelInfo, load_trained, recorded_task
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.masks import write_masks
 from zoo.predict import Prediction, find_pictures, output_files, predict, write_annotated
-
-TOOLBOXES = ("mmdet", "mmseg")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

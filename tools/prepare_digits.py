@@ -8,9 +8,9 @@ from zoo.cli import run
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 800 --val 100")
+        description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 1000 --val 100")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/digits"), help="where to write (default: data/digits)")
-    parser.add_argument("--train", type=int, default=800, help="scenes to train on (default: 800)")
+    parser.add_argument("--train", type=int, default=1000, help="scenes to train on (default: 1000)")
     parser.add_argument("--val", type=int, default=100, help="scenes of other digits to evaluate on (default: 100)")
     parser.add_argument("--size", type=int, default=96, help="pixels on a side (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")

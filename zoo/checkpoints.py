@@ -17,6 +17,7 @@ from zoo.errors import InputError, near_misses
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 TASKS = ("classification", "segmentation")
+TOOLBOXES = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 
 
@@ -49,13 +50,14 @@ class ModelInfo:
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`. For
     segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what
-    `zoo.volumes.Grid` takes. `task` is one of `TASKS`.
+    `zoo.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
     """
 
     name: str
     classes: tuple[str, ...]
     data_config: dict
     task: str = "classification"
+    output: str = "logits"
 
     @property
     def input_size(self) -> tuple[int, ...]:

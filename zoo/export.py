@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether of the batch …
 FREE_SIZE = 256  # … or of a map that strides have made small; tracing computes nothing, so that a large image costs nothing
 AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
-INPUT, OUTPUT = "image", "logits"
+INPUT = "image"
 
 
 class ExportError(RuntimeError):
@@ -163,7 +163,7 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     traced = tuple(max(length, FREE_SIZE) for length in size) if free_size else size
     progress(f"tracing at {times(traced)}")
     try:
-        proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset)
+        proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset, info.output)
         _set_metadata(proto, info, size)
         progress("checking the file")
         onnx.checker.check_model(proto, full_check=True)
@@ -181,14 +181,14 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 
-def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch: bool, opset: int):
+def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch: bool, opset: int, output: str):
     """The ModelProto of `model`. A free axis is symbolic; what the trace assumed of it is checked by running, not here."""
     axes = dict(enumerate(AXES[images.ndim - 2], 2))
     names = ({0: "batch"} if free_batch else {}) | (axes if free_size else {})
     with _quiet():
         program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),),
                                       prefer_deferred_runtime_asserts_over_guards=True)
-        converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], opset_version=opset,
+        converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[output], opset_version=opset,
                                       dynamic_shapes=(names,), verbose=False)
         return converted.model_proto
 
@@ -212,7 +212,7 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...
         progress(f"comparing batch {count}, {times(compared)}")
         images = _images(info, count, compared)
         try:
-            found = session.run([OUTPUT], {INPUT: images.numpy()})[0]
+            found = session.run([info.output], {INPUT: images.numpy()})[0]
         except Exception as error:
             said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {_first_line(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error

@@ -10,7 +10,7 @@ import timm.data
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.export import INPUT, OUTPUT, open_session
+from zoo.export import INPUT, open_session
 from zoo.predict import find_pictures, open_picture
 
 PRECISIONS = ("float32", "float16", "int8")
@@ -37,10 +37,10 @@ def lower_precision(path: Path, precision: str, info: ModelInfo, folder: str | P
     `folder` holds the user's pictures: every other one, up to 128, calibrates int8, which cannot do without, and the others
     measure the change (None without a folder). Pictures in folders that are named after the model's classes are labelled.
 
-    Raises InputError for a folder without enough pictures, or none where one is needed, or one for a network that segments.
+    Raises InputError for a folder without enough pictures, or none where one is needed, or one for a network that does not name classes.
     """
-    if folder is not None and info.task == "segmentation":
-        raise InputError(f"pictures calibrate and measure networks that name classes, and {info.name} segments")
+    if folder is not None and info.task != "classification":
+        raise InputError(f"pictures calibrate and measure networks that name classes, and {info.name} does not")
     pictures = check_pictures(precision, folder)
     lower = path.with_name("lower.onnx")
     progress(f"converting to {precision}")
@@ -109,7 +109,7 @@ def _images(info: ModelInfo, pictures: list[Path]) -> Iterator[np.ndarray]:
 
 def _compare(before: Path, after: Path, info: ModelInfo, pictures: list[Path]) -> Change:
     sessions = [open_session(path) for path in (before, after)]
-    named = np.array([[int(session.run([OUTPUT], {INPUT: image})[0].argmax()) for session in sessions]
+    named = np.array([[int(session.run([info.output], {INPUT: image})[0].argmax()) for session in sessions]
                       for image in _images(info, pictures)])
     same = int((named[:, 0] == named[:, 1]).sum())
     labels = [path.parent.name for path in pictures]

@@ -178,7 +178,7 @@ def test_unlabelled_pictures_measure_agreement_only(resnet, pictures, tmp_path):
 
 
 def test_pictures_that_do_not_suffice(pictures, tmp_path):
-    with pytest.raises(InputError, match="pictures calibrate and measure networks that name classes, and x segments"):
+    with pytest.raises(InputError, match="pictures calibrate and measure networks that name classes, and x does not"):
         quantize.lower_precision(tmp_path / "x.onnx", "float16", ModelInfo("x", (), {}, "segmentation"), pictures)
     with pytest.raises(InputError, match="int8 has to be calibrated: give a folder of pictures"):
         quantize.check_pictures("int8", None)

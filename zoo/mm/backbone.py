@@ -3,6 +3,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
+import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
@@ -36,14 +38,19 @@ class TimmBackbone(BaseModule):
             work as in evaluation: 0 none, 1 the stem, 2 the stem and the first stage, …
         norm_eval: batch norms keep their running statistics in training.
         grad_checkpointing: recompute activations in the backward pass instead of keeping them.
+        own_size: pictures go through the model one by one at their own size, and their maps are padded with zeros afterwards, so
+            that what is seen in a picture does not depend on how the toolbox pads it. Own is what remains without the rows at the
+            bottom and the columns at the right that are zero, as the toolboxes pad. Without it padding is a part of the picture
+            like any other: convolutions see it close to the border; attention, regions and pooling of the whole map everywhere.
 
     Raises InputError for an unknown name, an argument that the model does not take, or a checkpoint that does not fit.
     """
 
     def __init__(self, name: str, args: Mapping | None = None, out_indices: Sequence[int] | None = None, out_norm: bool = False,
-                 checkpoint: str | None = None, frozen_stages: int = 0, norm_eval: bool = False, grad_checkpointing: bool = False):
+                 checkpoint: str | None = None, frozen_stages: int = 0, norm_eval: bool = False, grad_checkpointing: bool = False,
+                 own_size: bool = False):
         super().__init__()
-        self.name, self.args, self.checkpoint, self.norm_eval = name, plain(args or {}), checkpoint, norm_eval
+        self.name, self.args, self.checkpoint, self.norm_eval, self.own_size = name, plain(args or {}), checkpoint, norm_eval, own_size
         self.network = create_network(name, self.args)
         if not hasattr(self.network, "forward_intermediates"):
             raise InputError(f"model {name} gives no feature maps: it has no forward_intermediates")
@@ -87,8 +94,26 @@ class TimmBackbone(BaseModule):
             load_weights(self.network, self.name, self.args, self.checkpoint)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.own_size:
+            return self._maps(x)
+        alone = [self._maps(own_part(picture)[None]) for picture in x]
+        sizes = [[-(-length // stride) for length in x.shape[2:]] for stride in self.strides]
+        return tuple(torch.cat([F.pad(features, (0, width - features.shape[3], 0, height - features.shape[2])) for features in level])
+                     for level, (height, width) in zip(zip(*alone, strict=True), sizes, strict=True))
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
-        return tuple(norm(features) for norm, features in zip(self.norms, maps, strict=True))
+        # mmcv's RoIAlign reads memory as (B, C, H, W) whatever the strides say
+        return tuple(norm(features).contiguous() for norm, features in zip(self.norms, maps, strict=True))
+
+
+def own_part(picture: Tensor) -> Tensor:
+    """`picture` (C, H, W) without the rows at its bottom and the columns at its right that are zero; all of it if it is zero."""
+    filled = (picture != 0).any(0)
+    if not filled.any():
+        return picture
+    height, width = (int(filled.any(axis).nonzero()[-1]) + 1 for axis in (1, 0))
+    return picture[:, :height, :width]
 
 
 def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path) -> None:

@@ -20,7 +20,6 @@ from zoo.mm.config import INSTALL, TOOLBOXES
 from zoo.mm.networks import plain
 from zoo.predict import contact_sheet, open_picture, output_files
 
-TASKS = ("mmdet", "mmseg")
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
 COLOURS = np.random.default_rng(3).integers(40, 256, (256, 3), dtype=np.uint8)  # of classes that bring none
@@ -80,7 +79,7 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
     """
     checkpoint = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
     record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or record.get("task") not in TASKS:
+    if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOXES:
         raise InputError(f"{path} is no detector or segmentor of tools/train.py")
     toolbox = record["task"]
     try:

@@ -11,7 +11,7 @@ from zoo.errors import InputError
 from zoo.mm.datasets import DigitsDataset
 
 INK = 0.3  # share of full black above which a pixel is of the digit
-SIDES = (20, 41)  # pixels of a digit before it is cut to its ink
+SIDES = (28, 49)  # pixels of a digit before it is cut to its ink
 CLASSES = tuple(map(str, range(10)))
 
 
@@ -30,12 +30,12 @@ class DigitScene:
 
 
 def compose(digits: DigitsDataset, size: int, random: np.random.Generator) -> DigitScene:
-    """Three to six digits in random colours, sizes and places, their boxes apart, on a noisy ground of another colour."""
+    """Two to four digits in random colours, sizes and places, their boxes apart, on a noisy ground of another colour."""
     ground = random.uniform(0, 110, 3)
     picture = ground + random.normal(0, 8, (size, size, 1)) + random.normal(0, 20, 3) * np.linspace(-1, 1, size)[:, None, None]
     free = np.ones((size, size), bool)
     labels, masks = [], []
-    wanted = random.integers(3, 7)
+    wanted = random.integers(2, 5)
     for _ in range(50):
         image, label = digits.read(int(random.integers(len(digits))))
         side = int(random.integers(*SIDES))
@@ -58,7 +58,7 @@ def compose(digits: DigitsDataset, size: int, random: np.random.Generator) -> Di
     return DigitScene(picture.clip(0, 255).astype(np.uint8), labels, masks)
 
 
-def write_digit_scenes(root: str | Path, train: int = 800, val: int = 100, size: int = 96, seed: int = 0,
+def write_digit_scenes(root: str | Path, train: int = 1000, val: int = 100, size: int = 96, seed: int = 0,
                        progress: Callable[[str, int, int], None] = lambda split, done, scenes: None) -> None:
     """Writes under `root`, for the splits train and val, whose scenes share no digit:
 

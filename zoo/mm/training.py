@@ -95,6 +95,7 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
             config.pop(f"{part}_{key}", None)
     for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
         config.pop(key, None)
+    config.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     config.load_from, config.resume = str(checkpoint), False
     check_fits(checkpoint, _check_parts(config, PARTS[2:]), whole=True)
     _start_processes(config, launcher)

@@ -1,0 +1,102 @@
+"""Segmentors and RetinaNet as ONNX files: the same logits and boxes as the toolboxes', with the recorded steps around them."""
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
+import onnxruntime
+import torch
+from mmengine.registry import MODELS
+from PIL import Image
+from reduced import reduced
+from torch import nn
+
+from zoo.errors import InputError
+from zoo.export import export_onnx
+from zoo.mm.config import load_config, scope
+from zoo.mm.deploy import AdaptiveAvgPool, deployable, detections
+from zoo.mm.downstream import SceneInfo, predict_scenes
+from zoo.mm.networks import plain
+
+ROOT = Path(__file__).parents[2]
+EXPORTED = ["upernet_biformer-small_8xb2-160k_ade20k-512x512", "sem-fpn_attnet-t2_4xb4-80k_ade20k-512x512",
+            "retinanet_litv2-s_fpn_1x_coco"]
+
+
+def _small(config_name: str) -> tuple[nn.Module, SceneInfo]:
+    """The config's model at reduced size, and the steps that a picture of 96×64 pixels goes through."""
+    torch.manual_seed(0)
+    config = reduced(load_config(config_name))
+    with scope(config):
+        model = MODELS.build(config.model).eval()
+    for name, part in model.named_modules():  # outputs that differ from place to place
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight)
+            if name.startswith("bbox_head.retina"):
+                part.weight.data *= 0.1
+    steps = [{"type": "Resize", "scale": (96, 64), "keep_ratio": True}]
+    classes = tuple(f"class {i}" for i in range(80 if config.default_scope == "mmdet" else 150))
+    return model, SceneInfo(config.default_scope, classes, np.zeros((150, 3), np.uint8), steps)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_the_file_computes_what_the_toolbox_does(name, tmp_path):
+    model, info = _small(name)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    if info.toolbox == "mmdet":
+        model.test_cfg.score_thr = 0.0
+    scene, = predict_scenes(model, info, [tmp_path / "a.png"], threshold=0)
+
+    network, described = deployable(model, info)
+    exported = export_onnx(network, described, tmp_path / "a.onnx")
+    assert exported.free_size and exported.free_batch, exported.reason
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert said["input_size"] == [3, 64, 96] and said["steps"][0]["scale"] == [96, 64] and len(said["classes"]) == len(info.classes)
+    image = ((pixels / 255 - said["mean"]) / said["std"]).astype(np.float32).transpose(2, 0, 1)[None]
+    found, = session.run(None, {"image": image})
+    if info.toolbox == "mmseg":
+        assert (found[0].argmax(0) == scene.classes).mean() > 0.999
+    else:
+        test_cfg = said["test_cfg"]
+        boxes, scores, classes = detections(found[0], (64, 96), score_thr=0.0, iou_threshold=test_cfg["nms"]["iou_threshold"],
+                                            max_per_img=test_cfg["max_per_img"])
+        np.testing.assert_allclose(scores, scene.scores, rtol=1e-4)
+        np.testing.assert_array_equal(classes, scene.labels)
+        np.testing.assert_allclose(boxes, scene.boxes, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 12), (2, 3), (1, 1)])
+def test_pooling_by_matrices(size, shape):
+    x = torch.randn(2, 3, *shape)
+    torch.testing.assert_close(AdaptiveAvgPool(size)(x), nn.AdaptiveAvgPool2d(size)(x))
+
+
+def test_what_remains_of_detections():
+    found = np.array([[0, 0, 0.5, 0.5, 0.9, 0.6], [0, 0, 0.5, 0.6, 0.8, 0.0], [0.5, 0.5, 1, 1, 0.7, 0.0], [0, 0, 1, 1, 0.01, 0.02]])
+    boxes, scores, classes = detections(found, (10, 20), score_thr=0.05, iou_threshold=0.5, max_per_img=100)
+    np.testing.assert_allclose(boxes, [[0, 0, 10, 5], [10, 5, 20, 10], [0, 0, 10, 5]])
+    assert scores.tolist() == [0.9, 0.7, 0.6] and classes.tolist() == [0, 0, 1]
+    assert len(detections(found, (10, 20), score_thr=0.05, iou_threshold=0.5, max_per_img=2)[0]) == 2
+
+
+def test_a_checkpoint_is_enough(tmp_path):
+    """Of its config nothing is needed; the tool loads it the same way."""
+    name = "upernet_biformer-nano_digits"
+    config = load_config(name)
+    with scope(config):
+        model = MODELS.build(config.model)
+    record = {"task": "mmseg", "model": plain(config.model), "steps": [], "classes": ["a"] * 11, "palette": None}
+    torch.save({"zoo": record, "state_dict": model.state_dict()}, tmp_path / "a.pth")
+    network, info = runpy.run_path(str(ROOT / "tools/export_onnx.py"))["load"](str(tmp_path / "a.pth"))
+    assert info.name == "biformer_nano" and info.output == "logits" and network(torch.randn(1, 3, 70, 50)).shape == (1, 11, 70, 50)
+
+
+def test_other_detectors_are_refused():
+    with pytest.raises(InputError, match="MaskRCNN cannot"):
+        deployable(type("MaskRCNN", (), {})(), SceneInfo("mmdet", (), np.zeros((0, 3)), []))

@@ -1,0 +1,144 @@
+"""Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.export.export_onnx` takes.
+
+What comes before and after such a network is in the metadata of its file, as JSON:
+
+    image   (B, 3, H, W): the picture with its `channels` in that order, resized as `steps` say, / 255, minus `mean`, over `std`;
+            padding is inside
+    logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, with half-pixel centres; the class
+            of a pixel is the largest. Where `test_cfg` has the mode "slide", of windows of `crop_size` every `stride`,
+            averaged where they overlap
+    found   (B, N, 4 + classes), of a RetinaNet: at every anchor the box (left, top, right, bottom, as fractions of width and
+            height) and the score of each class. `detections` is what remains, in NumPy, with the numbers of `test_cfg`
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.checkpoints import ModelInfo
+from zoo.errors import InputError
+from zoo.mm.downstream import SceneInfo, load_scene_model
+from zoo.mm.networks import plain
+
+
+def load_deployable(path: str | Path) -> tuple[nn.Module, ModelInfo]:
+    """The network in a checkpoint of a segmentor or RetinaNet, and what its file is to say. Raises InputError for another."""
+    return deployable(*load_scene_model(path))
+
+
+def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
+    """The same of a model that is already there. The model is changed: some of its layers make way for ones that export."""
+    if info.toolbox == "mmseg":
+        network, output = Segmentor(model), "logits"
+    elif type(model).__name__ == "RetinaNet":
+        network, output = RetinaNet(model), "found"
+    else:
+        raise InputError(f"segmentors and RetinaNet can be exported; {type(model).__name__} cannot")
+    sizes = [step["scale"] for step in info.steps if isinstance(step.get("scale"), tuple)]
+    data_config = {
+        "input_size": (3, *sorted(sizes[0])) if sizes else (3, 512, 512),
+        **{key: tuple((getattr(model.data_preprocessor, key).flatten() / 255).tolist()) for key in ("mean", "std")},
+        "channels": "RGB" if model.data_preprocessor._channel_conversion else "BGR",  # pictures are read as BGR
+        "steps": info.steps, "test_cfg": plain(model.test_cfg)}
+    return network.eval(), ModelInfo(model.backbone.name, info.classes, data_config, output=output)
+
+
+class Segmentor(nn.Module):
+    """(B, 3, H, W) → logits (B, classes, H, W)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.divisor = (model.data_preprocessor.test_cfg or {}).get("size_divisor") or 1
+        self.model = _exportable(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        padded = _padded(images, self.divisor)
+        logits = self.model.encode_decode(padded, [{"img_shape": (padded.shape[2], padded.shape[3])}])
+        return logits[..., :height, :width]
+
+
+class RetinaNet(nn.Module):
+    """(B, 3, H, W) → (B, N, 4 + classes): boxes as fractions of the picture, and scores."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.divisor = model.data_preprocessor.pad_size_divisor
+        self.model = _exportable(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        head = self.model.bbox_head
+        levels, deltas = head(self.model.extract_feat(_padded(images, self.divisor)))
+        anchors = torch.cat(head.prior_generator.grid_priors([level.shape[2:] for level in levels], device=images.device))
+        scores = torch.cat([_by_anchor(level, head.num_classes) for level in levels], 1).sigmoid()
+        deltas = torch.cat([_by_anchor(delta, 4) for delta in deltas], 1)
+        boxes = head.bbox_coder.decode(anchors.repeat(images.shape[0], 1), deltas.flatten(0, 1)).view_as(deltas)
+        edges = torch.stack([boxes[..., 0::2] / images.shape[3], boxes[..., 1::2] / images.shape[2]], -1).flatten(-2)
+        return torch.cat([edges.clamp(0, 1), scores], -1)
+
+
+def _by_anchor(values: Tensor, width: int) -> Tensor:
+    """(B, anchors · width, H, W) → (B, H · W · anchors, width)."""
+    return values.permute(0, 2, 3, 1).reshape(values.shape[0], -1, width)
+
+
+def _padded(images: Tensor, divisor: int) -> Tensor:
+    height, width = (divisor * ((length + divisor - 1) // divisor) - length for length in images.shape[2:])
+    return F.pad(images, (0, width, 0, height))
+
+
+class AdaptiveAvgPool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as a product of matrices, which ONNX has for any size of its input."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._weights(x.shape[2], x) @ x @ self._weights(x.shape[3], x).T
+
+    def _weights(self, length: int, like: Tensor) -> Tensor:
+        """(size, length): row i averages the positions from ⌊i·length / size⌋ to before ⌈(i + 1)·length / size⌉."""
+        i, position = torch.arange(self.size, device=like.device)[:, None], torch.arange(length, device=like.device)
+        inside = (position >= i * length // self.size) & (position < ((i + 1) * length + self.size - 1) // self.size)
+        return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+
+
+def _exportable(model: nn.Module) -> nn.Module:
+    """Puts layers that export with free sizes into the places of those that do not."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                setattr(parent, name, AdaptiveAvgPool(child.output_size))
+            elif type(child).__name__ == "Upsample" and getattr(child, "scale_factor", None):  # mmseg's multiplies sizes as floats
+                setattr(parent, name, nn.Upsample(None, child.scale_factor, child.mode, child.align_corners))
+    return model
+
+
+def detections(found: np.ndarray, size: tuple[int, int], *, score_thr: float, iou_threshold: float, max_per_img: int,
+               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a RetinaNet sees in one picture of `size` (height, width): boxes (n, 4) in pixels, scores (n,), classes (n,).
+
+    `found` (N, 4 + classes) is the network's. Of the boxes of a class that overlap by more than `iou_threshold` of their union
+    the one with the best score stays, and of all the `max_per_img` best. The toolbox keeps only `nms_pre` candidates of
+    each level before; that makes a difference where more of them score above `score_thr`.
+    """
+    anchors, classes = np.nonzero(found[:, 4:] > score_thr)
+    scores = found[anchors, 4 + classes]
+    order = np.argsort(-scores, kind="stable")
+    boxes, scores, classes = found[anchors[order], :4] * ([size[1], size[0]] * 2), scores[order], classes[order]
+    kept: list[int] = []
+    for i, box in enumerate(boxes):
+        rivals = [k for k in kept if classes[k] == classes[i]]
+        if len(kept) < max_per_img and not (_overlap(box, boxes[rivals]) > iou_threshold).any():
+            kept.append(i)
+    return boxes[kept], scores[kept], classes[kept]
+
+
+def _overlap(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Intersection over union of `box` (4,) with each of `boxes` (n, 4)."""
+    sides = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0)
+    area = sides.prod(1)
+    return area / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - area)
