@@ -158,7 +158,7 @@ def test_no_loader_of_the_engine_is_left():
 def test_as_a_process(tool, tmp_path):
     command = [sys.executable, ROOT / "tools" / tool]
     help_text = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "example: python tools/" in help_text
+    assert "python tools/" in help_text
     done = subprocess.run([*command, "biformer_nano_digit", "x.pth"][:3 if tool == "train.py" else 4], cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
