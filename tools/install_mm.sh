@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 pip install --constraint constraints.txt --editable ".[mm]"
-wheels=${XDG_CACHE_HOME:-$HOME/.cache}/zoo/wheels/torch-$("$python" -c 'import torch; print(torch.__version__)')
+wheels=${XDG_CACHE_HOME:-${HOME:-}/.cache}/zoo/wheels/torch-$("$python" -c 'import torch; print(torch.__version__)')
+mkdir -p "$wheels" 2>/dev/null && [ -w "$wheels" ] || wheels=$PWD/build/wheels
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 if compgen -G "$wheels/onedl_mmcv-2.3.6-$tag-*.whl" >/dev/null; then
     echo "Installing mmdetection and mmsegmentation, and mmcv from the wheel kept in $wheels: about a minute."
