@@ -18,18 +18,20 @@ import zoo  # noqa: F401  registers the models
 from zoo.benchmark import keep_freed_memory
 from zoo.layers import DeformableTokenMerging
 
+BATCH, ROUNDS = 4, 9
 
-def _best(run: Callable[..., Tensor], *inputs: Tensor, parameters: tuple[Tensor, ...] = (), rounds: int = 9) -> float:
+
+def _best(run: Callable[..., Tensor], *inputs: Tensor, parameters: tuple[Tensor, ...] = ()) -> float:
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     cotangent, times = torch.randn_like(run(*inputs)), []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         torch.autograd.grad(run(*inputs), (*inputs, *parameters), cotangent)
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def main(batch: int = 4) -> None:
+def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
     model, calls, examples = timm.create_model("litv2_s").train(), Counter(), {}
@@ -51,7 +53,7 @@ def main(batch: int = 4) -> None:
 
     F.scaled_dot_product_attention = noted
     try:
-        model(torch.randn(batch, 3, 224, 224))
+        model(torch.randn(BATCH, 3, 224, 224))
     finally:
         F.scaled_dot_product_attention = compute
 

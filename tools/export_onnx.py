@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from zoo import list_models
-from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOXES, ModelInfo, load_model, recorded_task
+from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOX_TASKS, ModelInfo, load_model, recorded_task
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.export import AXES, Exported, ExportError, export_onnx
@@ -85,7 +85,7 @@ def export_many(args: argparse.Namespace) -> int:
 
 def load(name_or_path: str) -> tuple[nn.Module, ModelInfo]:
     """As `load_model`; also segmentors of mmsegmentation and RetinaNet."""
-    if name_or_path.endswith(CHECKPOINT_SUFFIXES) and recorded_task(name_or_path) in TOOLBOXES:
+    if name_or_path.endswith(CHECKPOINT_SUFFIXES) and recorded_task(name_or_path) in TOOLBOX_TASKS:
         from zoo.mm.deploy import load_deployable
 
         return load_deployable(name_or_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from zoo.checkpoints import TOOLBOXES, ModelInfo, load_trained, recorded_task
+from zoo.checkpoints import TOOLBOX_TASKS, ModelInfo, load_trained, recorded_task
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.masks import write_masks
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    if recorded_task(args.checkpoint) in TOOLBOXES:
+    if recorded_task(args.checkpoint) in TOOLBOX_TASKS:
         return find(args)
     model, info = load_trained(args.checkpoint)
     if info.task == "segmentation":

@@ -17,7 +17,7 @@ from zoo.errors import InputError, near_misses
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 TASKS = ("classification", "segmentation")
-TOOLBOXES = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
+TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 
 

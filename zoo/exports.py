@@ -126,7 +126,10 @@ def _export(name: str, path: Path, opset: int, spell_out: bool, rounds: int, pro
         model, info = load_model(name)
         exported = export_onnx(model, info, path, opset=opset, spell_out=spell_out, progress=progress)
         session = open_session(path)
-        run = lambda images: torch.from_numpy(session.run([info.output], {INPUT: images.numpy()})[0])  # noqa: E731
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run([info.output], {INPUT: images.numpy()})[0])
+
         progress(f"comparing the classes of {PICTURES} images")
         size = info.input_size[1:]
         small = tuple(n // 2 for n in size) if exported.free_size else size  # as good for this, and in a quarter of the time

@@ -120,7 +120,9 @@ def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
 
 
 def test_another_class_is_a_failure(exported, tmp_path, monkeypatch):
-    copied = lambda model, info, path, **_: Exported(shutil.copy(exported[0] / "test_resnet.onnx", path), True, True, "", ())  # noqa: E731
+    def copied(model, info, path, **_):
+        return Exported(shutil.copy(exported[0] / "test_resnet.onnx", path), True, True, "", ())
+
     monkeypatch.setattr(exports, "export_onnx", copied)
     monkeypatch.setattr(exports, "_same_top1", lambda *_: 63)
     record = export_all(["test_resnet"], tmp_path, rounds=1)["test_resnet"]
@@ -133,7 +135,10 @@ def test_same_classes_are_counted():
     x = torch.eye(16)[:, :, None, None]
     assert exports._same_top1(model, model, x) == 16
     assert exports._same_top1(model, lambda x: model(x).roll(1, 1), x) == 0
-    segments = lambda x: x.expand(-1, -1, 3, 2)  # noqa: E731
+
+    def segments(x):
+        return x.expand(-1, -1, 3, 2)
+
     assert exports._same_top1(segments, segments, x) == 16
     assert exports._same_top1(segments, lambda x: segments(x).roll(1, 1), x) == 0
 

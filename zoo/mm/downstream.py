@@ -79,7 +79,7 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
     """
     checkpoint = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
     record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOXES:
+    if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOX_TASKS:
         raise InputError(f"{path} is no detector or segmentor of tools/train.py")
     toolbox = record["task"]
     try:
