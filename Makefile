@@ -31,7 +31,7 @@ models: $(READY)
 # The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: half an hour.
 measure: $(READY)
 	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
-		--against benchmarks.resnet50:build --batch 1 --rounds 9 --json benchmarks/models.json
+		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
 
 # Every model as ONNX, compared and timed. Goes on where it was stopped.
 exports: $(READY)

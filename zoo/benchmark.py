@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from zoo.checkpoints import load_model
 from zoo.errors import InputError, near_misses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORWARD = "forward"
+PASSES = (FORWARD, "forward + backward")
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class Report:
 
 def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = None, *, batch: int = 4,
               size: tuple[int, ...] | None = None, dtype: str = "float32", threads: int = 2, rounds: int = 15, device: str = "cpu",
-              clock: Callable[[], float] = time.perf_counter, progress: Callable[[str], None] = lambda step: None) -> Report:
-    """Compares `models` (names or checkpoints), each with the rival that `against` returns for its name.
+              passes: Collection[str] = PASSES, clock: Callable[[], float] = time.perf_counter,
+              progress: Callable[[str], None] = lambda step: None) -> Report:
+    """Compares `models` (names or checkpoints), each with the rival that `against` returns for its name, in each of `passes`.
 
     A forward pass is in evaluation and inference mode, a forward and backward pass in training mode, to the gradient
     of every parameter from the sum of the logits. Both sides get the same images, of `size` (height, width, or
@@ -108,9 +111,9 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
             images = images.to(device, DTYPES[dtype])
             for model in filter(None, (ours, rival)):
                 model.to(device, DTYPES[dtype])
-            for kind, run in (("forward", _forward), ("forward + backward", _forward_backward)):
+            for kind in passes:
                 progress(f"{info.name}, {kind}")
-                comparisons.append(_compare(info.name, kind, run, ours, rival, images, rounds, clock))
+                comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))
         return Report(_facts(batch, sizes, dtype, rounds, device, against is not None), comparisons)
     finally:
         torch.set_num_threads(threads_before)
@@ -160,13 +163,14 @@ def _forward_backward(model: nn.Module, images: Tensor) -> None:
     model(images).sum().backward()
 
 
-def _compare(name: str, kind: str, run: Callable[[nn.Module, Tensor], None], ours: nn.Module, rival: nn.Module | None,
-             images: Tensor, rounds: int, clock: Callable[[], float]) -> Comparison:
+def _compare(name: str, kind: str, ours: nn.Module, rival: nn.Module | None, images: Tensor, rounds: int,
+             clock: Callable[[], float]) -> Comparison:
     keep_freed_memory()
+    run = _forward if kind == FORWARD else _forward_backward
     sides = [ours] if rival is None else [ours, rival]
     memory = []
     for model in sides:
-        model.train(kind != "forward")
+        model.train(kind != FORWARD)
         try:
             run(model, images)  # warms up
         except Exception as error:
