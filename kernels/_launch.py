@@ -76,16 +76,21 @@ def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Config
 
 
 def configuration(kernel: str, architecture: str, key: str) -> Configuration:
-    if kernel in _overridden:
-        return _overridden[kernel]
-    entries, words = _configurations()[kernel], key.split()
-    names = [f"{architecture} {key}", *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
-    return next(entries[name] for name in names if name in entries)
+    return _overridden.get(kernel) or _configurations()[kernel][entry(kernel, architecture, key)]
+
+
+def entry(kernel: str, architecture: str, key: str) -> str:
+    """The name under which the file has the configuration."""
+    names, words = _configurations()[kernel], key.split()
+    candidates = [f"{architecture} {key}", *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
+    return next(name for name in candidates if name in names)
 
 
 def digest(operator: str) -> str:
     """Of the kernels of `zoo.kernels.<operator>` and their configurations: changes when their machine code may."""
     source = CONFIGURATIONS.parent.joinpath(operator, "triton.py").read_text()
+    if "from .._tiles" in source:
+        source += CONFIGURATIONS.with_name("_tiles.py").read_text()
     chosen = {kernel: entries for kernel, entries in _configurations().items() if f"def {kernel}(" in source}
     return hashlib.sha256((source + json.dumps(chosen, sort_keys=True)).encode()).hexdigest()[:16]
 

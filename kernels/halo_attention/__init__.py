@@ -4,6 +4,8 @@ from torch import Tensor
 from .._backends import Backend, use_triton
 from . import blocked, reference
 
+MOST_CHANNELS = 128
+
 __all__ = ["halo_attention"]
 
 
@@ -36,7 +38,7 @@ def halo_attention(
         halo_size: h.
         scale: default d^-0.5.
         backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernels take up to 128
-            channels a head, in float32 up to 64, of which registers hold no more.
+            channels a head, of which registers hold no more.
 
     Returns:
         (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable once in q, k, v, rel_h and rel_w.
@@ -60,8 +62,8 @@ def halo_attention(
 
 def _unsupported(q: Tensor, v: Tensor) -> str | None:
     """What the kernels cannot do, as a clause."""
-    widest, most = max(q.shape[4], v.shape[4]), 64 if q.dtype == torch.float32 else 128
-    return f"the kernels take at most {most} channels a head in {q.dtype}, not {widest}" if widest > most else None
+    widest = max(q.shape[4], v.shape[4])
+    return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}" if widest > MOST_CHANNELS else None
 
 
 def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:

@@ -9,6 +9,7 @@ The scores of relative positions are those of a query and an offset: a product o
 the rows and as many for the columns of a query, which the kernels read. What reaches them in the backward pass is summed per
 query, and the tables' gradients are again products.
 """
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,25 +21,10 @@ from torch import Tensor
 
 from .._backends import name_of
 from .._launch import float32_precision, launch
+from .._tiles import load_rows, products, store_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries that a program holds; matrix units take 16
-
-
-
-@triton.jit
-def _rows(x, position, on, stride_position, stride_channel, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Rows of one head: (positions, TILE), 0 where not on and beyond WIDTH."""
-    c = tl.arange(0, TILE)
-    mask = on[:, None] if WIDTH == TILE else on[:, None] & (c < WIDTH)
-    return tl.load(x + position[:, None] * stride_position + c * stride_channel, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(x, value, position, on, stride_position, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    c = tl.arange(0, TILE)
-    mask = on[:, None] if WIDTH == TILE else on[:, None] & (c < WIDTH)
-    tl.store(x + position[:, None] * stride_position + c, value, mask=mask)
 
 
 @triton.jit
@@ -82,14 +68,14 @@ def halo_attention_forward(
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
     own = position * heads + head
     by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
-    queries = _rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
+    queries = load_rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
 
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, VALUE_TILE), tl.float32)
     for first in range(0, window * window, KEYS):
         key_i, key_j, there, exists, seen = _keys_of(first, row, column, height, width, BLOCK, HALO, KEYS)
-        scores = tl.dot(queries, tl.trans(_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)), input_precision=PRECISION)
+        scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE), PRECISION)
         pairs = on[:, None] & seen
         scores = scores * (scale * LOG2_E) + tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
         scores = tl.where(seen, scores + tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0), -float("inf"))
@@ -97,11 +83,11 @@ def halo_attention_forward(
         exponentials = tl.exp2(scores - above[:, None])
         fade = tl.exp2(highest - above)
         highest, total = above, total * fade + tl.sum(exponentials, 1)
-        values = _rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
+        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
         sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    _store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
+    store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
     tl.store(logsumexp + per_query + own, highest + tl.log2(total), mask=on)
 
 
@@ -127,10 +113,10 @@ def halo_attention_backward_queries(
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
     own = position * heads + head
     by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
-    queries = _rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
-    above = _rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
+    queries = load_rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
+    above = load_rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    result = _rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_TILE)
+    result = load_rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_TILE)
     share = tl.sum(above.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(shares + per_query + own, share, mask=on)
     denominator = tl.load(logsumexp + per_query + own, mask=on, other=0.0)
@@ -140,21 +126,21 @@ def halo_attention_backward_queries(
     line_sums = tl.zeros((QUERIES, 2 * WINDOW_TILE), tl.float32)
     for first in range(0, window * window, KEYS):
         key_i, key_j, there, exists, seen = _keys_of(first, row, column, height, width, BLOCK, HALO, KEYS)
-        key_rows = _rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
-        values = _rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
+        key_rows = load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
+        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
         pairs = on[:, None] & seen
-        scores = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = products(queries, key_rows, PRECISION) * (scale * LOG2_E)
         scores += tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
         scores += tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0)
         attention = tl.exp2(tl.where(pairs, scores - denominator[:, None], -float("inf")))
-        grad_scores = attention * (tl.dot(above, tl.trans(values), input_precision=PRECISION) - share[:, None])
+        grad_scores = attention * (products(above, values, PRECISION) - share[:, None])
         grad_scores = grad_scores.to(key_rows.dtype)
         sums = tl.dot(grad_scores, key_rows, sums, input_precision=PRECISION)
         on_line = tl.where((key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE), 1.0, 0.0)
         line_sums = tl.dot(grad_scores, on_line.to(key_rows.dtype), line_sums, input_precision=PRECISION)
 
     grad_q += batch * q_height * q_width * heads * WIDTH + head * WIDTH
-    _store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
+    store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
     place = tl.where(line < WINDOW_TILE, by_row[:, None] + line, by_column[:, None] + line - WINDOW_TILE)
     tl.store(grad_logits + per_query * (2 * offsets) + place, line_sums, mask=on[:, None] & (line % WINDOW_TILE < window))
 
@@ -183,8 +169,8 @@ def halo_attention_backward_keys(
     top, left = tile // patches * PATCH, tile % patches * PATCH
     y, x = top + place // PATCH, left + place % PATCH
     position, on = y * width + x, (y < height) & (x < width)
-    key_rows = _rows(k, position, on, k_position, k_channel, WIDTH, WIDTH_TILE)
-    values = _rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
+    key_rows = load_rows(k, position, on, k_position, k_channel, WIDTH, WIDTH_TILE)
+    values = load_rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
 
     # The blocks whose windows reach the patch. Of positive numbers: Triton divides towards zero.
     first_row, first_column = tl.maximum(top - HALO, 0) // BLOCK, tl.maximum(left - HALO, 0) // BLOCK
@@ -204,22 +190,22 @@ def halo_attention_backward_keys(
         key_i, key_j = y[:, None] - (row * BLOCK - HALO), x[:, None] - (column * BLOCK - HALO)
         pairs = exists & on[:, None] & (key_i >= 0) & (key_i < window) & (key_j >= 0) & (key_j < window)
 
-        queries = _rows(q, there, exists, q_position, q_channel, WIDTH, WIDTH_TILE)
-        above = _rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
+        queries = load_rows(q, there, exists, q_position, q_channel, WIDTH, WIDTH_TILE)
+        above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
         denominator = tl.load(logsumexp + per_query + own, mask=exists, other=0.0)
         share = tl.load(shares + per_query + own, mask=exists, other=0.0)
-        scores = tl.dot(key_rows, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = products(key_rows, queries, PRECISION) * (scale * LOG2_E)
         scores += tl.load(logits + (own * (2 * offsets) + SIDE - 1 - i + key_i), mask=pairs, other=0.0)
         scores += tl.load(logits + (own * (2 * offsets) + offsets + SIDE - 1 - j + key_j), mask=pairs, other=0.0)
         attention = tl.exp2(tl.where(pairs, scores - denominator, -float("inf")))
-        grad_scores = attention * (tl.dot(values, tl.trans(above), input_precision=PRECISION) - share)
+        grad_scores = attention * (products(values, above, PRECISION) - share)
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
 
     grad_k += batch * height * width * heads * WIDTH + head * WIDTH
     grad_v += batch * height * width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    _store_rows(grad_k, key_sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
-    _store_rows(grad_v, value_sums, position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
+    store_rows(grad_k, key_sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
+    store_rows(grad_v, value_sums, position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
 
 
 class _Problem:
@@ -329,10 +315,9 @@ halo_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
-    for dtype, width, block, halo, stride in (
-        (torch.bfloat16, 16, 8, 3, 1), (torch.float32, 64, 8, 3, 1), (torch.bfloat16, 64, 8, 3, 1), (torch.bfloat16, 128, 8, 3, 1),
-        (torch.bfloat16, 64, 8, 3, 2), (torch.float32, 64, 10, 3, 2),
-    ):
+    half, single, halo = torch.bfloat16, torch.float32, 3
+    heads = (half, 16), (half, 64), (half, 128), (single, 32), (single, 64), (single, 128)
+    for (block, stride), (dtype, width) in itertools.product(((8, 1), (8, 2), (10, 2)), heads):
         k = torch.zeros(1, 2 * block, 2 * block, 2, width, dtype=dtype, requires_grad=True)
         table = torch.zeros(block + 2 * halo + block // stride - 1, width, requires_grad=True)
 

@@ -4,6 +4,8 @@ from .._backends import Backend, use_triton
 from .._regions import check_map, check_regions, region_size
 from . import reference
 
+MOST_REGIONS = 256  # whose affinities registers hold
+
 __all__ = ["region_means", "region_routes"]
 
 
@@ -40,10 +42,12 @@ def region_routes(
     Args:
         q: (B, H, W, C); k: (B, Hk, Wk, C), of q's dtype; the grid of both is `regions` = (rows, columns), see `region_means`.
         topk: 1 … rows·columns.
-        backend: "reference" or "triton" for the means; default what suits the device, see `zoo.kernels`.
+        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernel that chooses takes up to 256
+            regions.
 
     Returns:
         routes: (B, rows·columns, topk) int64, most attended first; scores: their affinity, in q's dtype, differentiable.
+        Nothing larger than regions × regions is held, by the kernel not even that.
 
     Raises:
         ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
@@ -56,4 +60,10 @@ def region_routes(
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
+    count = regions[0] * regions[1]
+    too_many = None if count <= MOST_REGIONS else f"the kernel takes at most {MOST_REGIONS} regions, not {count}"
+    if use_triton("region_routes", backend, q_means, too_many):
+        from . import triton
+        scores, routes = triton.region_routes(q_means, k_means, list(k.shape[1:3]), list(regions), topk)
+        return routes, scores
     return reference.region_routes(q_means, k_means, k.shape[1:3], regions, topk)

@@ -1,4 +1,8 @@
-"""Region means in Triton: every value is read once, with the strides of its map."""
+"""Region means and routes in Triton.
+
+Means: every value is read once, with the strides of its map. Routes: a program holds the affinities of some query regions to all
+others, takes the largest of each row, then the largest of the rest, and writes nothing else.
+"""
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import DTYPES, name_of
-from .._launch import launch
+from .._launch import float32_precision, launch
 from .._regions import region_size
+
+SMALLEST_TILE = 16  # of what matrix units multiply
 
 
 @triton.jit
@@ -103,8 +109,81 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
 region_means.register_autograd(_backward, setup_context=_setup_context)
 
 
+@triton.jit
+def region_routes_forward(
+    q_means, k_means, routes, scores, regions, columns, h, w, height, width, channels, topk,
+    PRECISION: tl.constexpr, REGIONS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """One program per tile of query regions, and batch."""
+    batch = tl.program_id(1).to(tl.int64)
+    query, key = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, REGIONS)
+    q_means += batch * regions * channels
+    k_means += batch * regions * channels
+    affinity = tl.zeros((QUERIES, REGIONS), tl.float32)
+    for first in range(0, channels, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        rows = tl.load(q_means + query[:, None] * channels + c, mask=(query[:, None] < regions) & (c < channels), other=0.0)
+        others = tl.load(k_means + key[:, None] * channels + c, mask=(key[:, None] < regions) & (c < channels), other=0.0)
+        affinity = tl.dot(rows, tl.trans(others), affinity, input_precision=PRECISION)
+    on_map = (key // columns * h < height) & (key % columns * w < width)
+    affinity = tl.where(on_map, affinity, -float("inf"))
+
+    order = tl.where(affinity == affinity, affinity, float("inf"))  # NaN is first, as torch has it, and never a route of its own
+    left = (query[:, None] >= 0) & (key < regions)
+    place = (batch * regions + query) * topk
+    for slot in range(topk):
+        best = tl.max(tl.where(left, order, -float("inf")), 1)
+        route = tl.min(tl.where(left & (order == best[:, None]), key, REGIONS), 1)
+        chosen = key == route[:, None]
+        score = tl.sum(tl.where(chosen, affinity, 0.0), 1)
+        tl.store(routes + place + slot, route.to(tl.int64), mask=query < regions)
+        tl.store(scores + place + slot, score, mask=query < regions)
+        left = left & (key != route[:, None])
+
+
+@torch.library.custom_op("zoo::region_routes_triton", mutates_args=())
+def region_routes(q_means: Tensor, k_means: Tensor, k_map: list[int], regions: list[int], topk: int) -> tuple[Tensor, Tensor]:
+    """Scores and routes of `zoo.kernels.region_routes`, of means (B, rows·columns, C). Of equal affinities, the first region's."""
+    scores, routes = _empty_routes(q_means, topk)
+    b, count, channels = q_means.shape
+    h, w = region_size(*k_map, regions)
+    tile = max(SMALLEST_TILE, triton.next_power_of_2(count))
+    launch(region_routes_forward, lambda chosen: (triton.cdiv(count, chosen["QUERIES"]), b), f"regions{tile}", q_means=q_means.contiguous(),
+           k_means=k_means.contiguous(), routes=routes, scores=scores, regions=count, columns=regions[1], h=h, w=w, height=k_map[0],
+           width=k_map[1], channels=channels, topk=topk, PRECISION=float32_precision(q_means.device), REGIONS=tile)
+    return scores, routes
+
+
+@region_routes.register_fake
+def _(q_means: Tensor, k_means: Tensor, k_map: list[int], regions: list[int], topk: int) -> tuple[Tensor, Tensor]:
+    return _empty_routes(q_means, topk)
+
+
+def _empty_routes(q_means: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    shape = *q_means.shape[:2], topk
+    return q_means.new_empty(shape), q_means.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_routes(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q_means, k_means, scores, routes = ctx.saved_tensors
+    grad = grad.masked_fill(scores == -torch.inf, 0)  # regions off the map
+    grad_affinity = grad.new_zeros(*routes.shape[:2], k_means.shape[1]).scatter(2, routes, grad)  # no region twice: nothing is added
+    return grad_affinity @ k_means, grad_affinity.transpose(1, 2) @ q_means, None, None, None
+
+
+region_routes.register_autograd(_backward_routes, setup_context=_setup_routes)
+
+
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels."""
     for dtype in DTYPES:
         x = torch.zeros(2, 14, 14, 64, dtype=dtype, requires_grad=True)
         yield name_of(dtype), lambda x=x: region_means(x, [7, 7]).sum().backward()
+        for side in (7, 16):
+            means = torch.zeros(1, side**2, 64, dtype=dtype)
+            yield f"{name_of(dtype)}, {side**2} regions", lambda x=means, g=[side, side]: region_routes(x, x, g, g, 4)

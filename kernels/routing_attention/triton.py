@@ -20,6 +20,7 @@ from torch import Tensor
 from .._backends import name_of
 from .._launch import configuration_of, float32_precision, launch
 from .._regions import region_size
+from .._tiles import load_rows, products, store_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
@@ -67,21 +68,6 @@ def _held(tile, columns, h, w, height, width, PACKED: tl.constexpr, SIZE: tl.con
 
 
 @triton.jit
-def _rows(x, position, on, stride_position, stride_channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of one head: (positions, BLOCK), 0 beyond the map and beyond WIDTH."""
-    c = tl.arange(0, BLOCK)
-    mask = on[:, None] if WIDTH == BLOCK else on[:, None] & (c < WIDTH)
-    return tl.load(x + position[:, None] * stride_position + c * stride_channel, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(x, value, position, on, stride_position, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    c = tl.arange(0, BLOCK)
-    mask = on[:, None] if WIDTH == BLOCK else on[:, None] & (c < WIDTH)
-    tl.store(x + position[:, None] * stride_position + c, value, mask=mask)
-
-
-@triton.jit
 def _routed_keys(first, routes, slots, columns, h, w, height, width, KEYS: tl.constexpr):
     """A block of the keys of the routed regions: position, whether on the map, and which route they come by."""
     j = first + tl.arange(0, KEYS)
@@ -112,7 +98,7 @@ def routing_attention_forward(
     else:
         routes += (batch * regions + region) * slots
         keys = slots * kv_h * kv_w
-    queries = _rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
+    queries = load_rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
 
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -125,7 +111,7 @@ def routing_attention_forward(
         else:
             there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
             seen = exists[None, :]
-        scores = tl.dot(queries, tl.trans(_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK)), input_precision=PRECISION)
+        scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
         scores *= scale * LOG2_E
         if WEIGHTED:
             factors = tl.load(weights + (batch * regions + region) * slots + slot, mask=slot < slots, other=0.0).to(tl.float32)
@@ -138,13 +124,13 @@ def routing_attention_forward(
         highest, total = above, total * fade + tl.sum(exponentials, 1)
         if WEIGHTED:
             exponentials *= factors
-        values = _rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
+        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
         sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     out += batch * height * width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    _store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
+    store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
     tl.store(logsumexp + (batch * heads + head) * height * width + position, tl.where(nothing, 0.0, highest + tl.log2(total)), mask=on)
 
 
@@ -173,9 +159,9 @@ def routing_attention_backward_queries(
     else:
         routes += (batch * regions + region) * slots
         keys = slots * kv_h * kv_w
-    queries = _rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
-    above = _rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
-    result = _rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_BLOCK)
+    queries = load_rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
+    above = load_rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
+    result = load_rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_BLOCK)
     share = tl.sum(above.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(shares + per_query + position, share, mask=on)
     denominator = tl.load(logsumexp + per_query + position, mask=on, other=0.0)
@@ -191,10 +177,10 @@ def routing_attention_backward_queries(
         else:
             there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
             seen = exists[None, :] & on[:, None]
-        key_rows = _rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK)
-        values = _rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-        scores = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION) * scale
-        grad_attention = tl.dot(above, tl.trans(values), input_precision=PRECISION)
+        key_rows = load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK)
+        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
+        scores = products(queries, key_rows, PRECISION) * scale
+        grad_attention = products(above, values, PRECISION)
         if WEIGHTED:
             factors = tl.load(weights + (batch * regions + region) * slots + slot, mask=slot < slots, other=0.0).to(tl.float32)
             attention = tl.exp2(tl.where(seen, scores * factors * LOG2_E, -float("inf")) - denominator[:, None])
@@ -208,7 +194,7 @@ def routing_attention_backward_queries(
         sums = tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION)
 
     grad_q += batch * height * width * heads * WIDTH + head * WIDTH
-    _store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, BLOCK)
+    store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, BLOCK)
     if WEIGHTED:
         slot = tl.arange(0, SLOTS)
         tl.store(grad_weights + ((batch * heads + head) * (tl.num_programs(0) // heads) + tile) * slots + slot, weight_sums,
@@ -240,8 +226,8 @@ def routing_attention_backward_keys(
         start = tl.load(starts + batch * (regions + 1) + region).to(tl.int32)
         end = tl.load(starts + batch * (regions + 1) + region + 1).to(tl.int32)
         queries = (end - start) * h * w
-    key_rows = _rows(k, position, on, k_position, k_channel, WIDTH, BLOCK)
-    values = _rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
+    key_rows = load_rows(k, position, on, k_position, k_channel, WIDTH, BLOCK)
+    values = load_rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
 
     key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
     value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
@@ -257,12 +243,12 @@ def routing_attention_backward_keys(
             there, exists = _position(_quotient(route, slots), j - (entry - start) * (h * w), columns, h, w, height, width)
             exists &= entry < end
             seen = on[:, None] & exists
-        rows = _rows(q, there, exists, q_position, q_channel, WIDTH, BLOCK)
-        above = _rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
+        rows = load_rows(q, there, exists, q_position, q_channel, WIDTH, BLOCK)
+        above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
         denominator = tl.load(logsumexp + per_query + there, mask=exists, other=0.0)
         share = tl.load(shares + per_query + there, mask=exists, other=0.0)
-        scores = tl.dot(key_rows, tl.trans(rows), input_precision=PRECISION) * (scale * LOG2_E)
-        grad_attention = tl.dot(values, tl.trans(above), input_precision=PRECISION)
+        scores = products(key_rows, rows, PRECISION) * (scale * LOG2_E)
+        grad_attention = products(values, above, PRECISION)
         if WEIGHTED:
             factors = tl.load(weights + batch * regions * slots + route, mask=entry < end, other=0.0).to(tl.float32)
             scores *= factors
@@ -277,8 +263,8 @@ def routing_attention_backward_keys(
 
     grad_k += batch * kv_height * kv_width * heads * WIDTH + head * WIDTH
     grad_v += batch * kv_height * kv_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
-    _store_rows(grad_k, key_sums * scale, position, on, heads * WIDTH, WIDTH, BLOCK)
-    _store_rows(grad_v, value_sums, position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
+    store_rows(grad_k, key_sums * scale, position, on, heads * WIDTH, WIDTH, BLOCK)
+    store_rows(grad_v, value_sums, position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_BLOCK)
 
 
 class _Problem:
@@ -421,10 +407,11 @@ routing_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
-    large, packed = (32, 1, False), (4, 2, False)  # side of the map, routes, weighted
+    packed, regions16, regions32, regions64 = (4, 2, False), (8, 2, False), (10, 2, False), (32, 1, False)  # side, routes, weighted
+    everything, half, single = (packed, regions16, regions32, regions64), torch.bfloat16, torch.float32
     for dtype, width, shapes in (
-        (torch.bfloat16, 32, (large, packed, (8, 2, False), (12, 2, False), (32, 1, True))),
-        (torch.bfloat16, 128, (large, packed)), (torch.float32, 64, (large, packed)),
+        (half, 32, (*everything, (12, 2, False), (32, 1, True))), (half, 16, (packed,)), (half, 64, (packed,)), (half, 128, everything),
+        (single, 32, (packed, regions64)), (single, 64, (*everything, (32, 1, True))), (single, 128, everything),
     ):
         for side, topk, weighted in shapes:
             x = torch.zeros(1, side, side, 2 * width, dtype=dtype, requires_grad=True)

@@ -1,4 +1,5 @@
 """Kernels become machine code for every target, in a process of its own: here triton interprets."""
+import importlib
 import json
 import os
 import re
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from zoo.kernels import _launch
 from zoo.kernels._backends import operators_with_kernels
 from zoo.kernels._launch import digest
+from zoo.kernels.machine_code import TARGETS
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "kernels_machine_code.md"
 COMPILE = """
@@ -38,3 +41,16 @@ def test_table_shows_these_kernels_without_spills_within_limits(operator):
     rows = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) of (\d+) \|", section)
     assert len(rows) >= 3
     assert all(spilled == "0" and float(taken) <= int(limit) for _, spilled, taken, limit in rows)
+
+
+def test_every_configuration_is_compiled_as_proof():
+    compiled = set()
+    for operator in operators_with_kernels():
+        for _, run in importlib.import_module(f"zoo.kernels.{operator}.triton").compiled_variants():
+            for target in TARGETS:
+                with _launch.recording(target.name) as launches:
+                    run()
+                compiled |= {(launch.name, _launch.entry(launch.name, target.name, launch.key)) for launch in launches}
+    configurations = json.loads(_launch.CONFIGURATIONS.read_text())
+    tuned = {(kernel, name) for kernel, entries in configurations.items() for name in entries if name.startswith("sm_")}  # on hardware
+    assert {(kernel, name) for kernel, entries in configurations.items() for name in entries} - tuned <= compiled

@@ -1,0 +1,30 @@
+"""What the attention kernels share: rows of heads, read and written, and the products of rows."""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(x, position, on, stride_position, stride_channel, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Rows of one head: (positions, TILE), 0 where not on and beyond WIDTH."""
+    c = tl.arange(0, TILE)
+    mask = on[:, None] if WIDTH == TILE else on[:, None] & (c < WIDTH)
+    return tl.load(x + position[:, None] * stride_position + c * stride_channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, position, on, stride_position, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Writes `value` (positions, TILE) where `load_rows` would read it, channels one by one."""
+    c = tl.arange(0, TILE)
+    mask = on[:, None] if WIDTH == TILE else on[:, None] & (c < WIDTH)
+    tl.store(x + position[:, None] * stride_position + c, value, mask=mask)
+
+
+@triton.jit
+def products(held, others, PRECISION: tl.constexpr):
+    """held othersᵀ, where `held` is the same in every turn of a loop.
+
+    In float32 `held` is the second factor, of which each warp keeps a part; of the first, each keeps all, in registers.
+    """
+    if held.dtype == tl.float32:
+        return tl.trans(tl.dot(others, tl.trans(held), input_precision=PRECISION))
+    return tl.dot(held, tl.trans(others), input_precision=PRECISION)
