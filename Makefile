@@ -28,14 +28,14 @@ models: $(READY)
 	$(BIN)/python tools/model_table.py README.md
 	$(BIN)/python tools/model_table.py docs/models.md --whole
 
-# The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: half an hour.
+# The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: five minutes.
 measure: $(READY)
 	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
 
-# Every model as ONNX, compared and timed. Goes on where it was stopped.
+# Every model as ONNX, compared and timed: two hours with two cores. Goes on where it was stopped.
 exports: $(READY)
-	$(BIN)/python tools/export_onnx.py --all -o build/onnx
+	$(BIN)/python tools/export_onnx.py --all --jobs 2 -o build/onnx
 	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
 
 # Everything that needs a GPU, in under 9 minutes, with the python3 of a machine that has torch, triton, timm and pytest and from

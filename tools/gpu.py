@@ -29,6 +29,7 @@ sys.path.append(str(ROOT))  # for benchmarks; not first, where its folder zoo wo
 STEPS = ("check", "tune", "measure", "train")
 MODELS = ("biformer_small", "attnet_t2", "halonet_h2_256", "litv2_s", "das_resnet50")
 DTYPE = torch.bfloat16
+CHECKING = 240  # seconds, after which tests are stopped
 COMPILERS, TUNING = 12, 160  # processes, and seconds for all of it
 
 
@@ -70,7 +71,11 @@ def check(device: str, deadline: benchmark.Deadline, dry: bool) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     if not dry and subprocess.run([sys.executable, "-c", "import xdist"], check=False, capture_output=True).returncode == 0:
         command += ["-n", "8"]
-    return subprocess.run(command + ["--collect-only"] * dry, check=False, cwd=ROOT).returncode == 0
+    try:
+        return subprocess.run(command + ["--collect-only"] * dry, check=False, cwd=ROOT, timeout=CHECKING).returncode == 0
+    except subprocess.TimeoutExpired:
+        say(f"the tests were not done after {CHECKING} seconds and were stopped")
+        return False
 
 
 def tune(device: str, deadline: benchmark.Deadline, dry: bool) -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch
     """The ModelProto of `model`. A free axis is symbolic; what the trace assumed of it is checked by running, not here."""
     axes = dict(enumerate(AXES[images.ndim - 2], 2))
     names = ({0: "batch"} if free_batch else {}) | (axes if free_size else {})
-    with _quiet():
+    with _quiet(), _without_slow_rules():
         program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),),
                                       prefer_deferred_runtime_asserts_over_guards=True)
         converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[output], opset_version=opset,
@@ -228,6 +229,18 @@ def times(size: tuple[int, ...]) -> str:
 
 def _first_line(error: Exception) -> str:
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" …")
+
+
+@contextlib.contextmanager
+def _without_slow_rules() -> Iterator[None]:
+    """Leaves out of onnxscript's optimizer the rules that end in several nodes.
+
+    For them it lists the whole graph again at every node, most of the time that a large graph takes; none applies to our graphs.
+    """
+    from onnxscript import rewriter
+    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node)
+    with mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
+        yield
 
 
 @contextlib.contextmanager

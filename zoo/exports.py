@@ -1,12 +1,17 @@
 """Many models as ONNX files, verified and timed one by one, in one table.
 
 What is done is kept: a run that was stopped goes on where it was. A model that cannot be exported is a row that says why.
+Times are taken when everything is exported, so that processes that export side by side do not meet in them.
 """
+import contextlib
+import functools
 import json
+import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +36,7 @@ class Record:
     `versions` are those of the software that made it; `operators` how often the graph has each; `reason` why the size is
     fixed, empty if it is not; `difference` the largest one to PyTorch in standard deviations of its outputs; `same_top1` for
     how many of 64 images both name the same class (of the mean of all positions, where networks segment); `seconds` of one
-    image of the model's own size, PyTorch's and ONNX Runtime's.
+    image of the model's own size, PyTorch's and ONNX Runtime's; none before they have been taken.
     """
 
     versions: Mapping[str, str]
@@ -43,34 +48,43 @@ class Record:
     reason: str = ""
     difference: float = 0.0
     same_top1: int = 0
-    seconds: tuple[float, float] = (0.0, 0.0)
+    seconds: tuple[float, ...] = ()
 
 
-def export_all(names: Iterable[str], folder: str | Path, *, opset: int = 20, spell_out: bool = False, rounds: int = 5,
+def export_all(names: Iterable[str], folder: str | Path, *, opset: int = 20, spell_out: bool = False, rounds: int = 5, jobs: int = 1,
                progress: Callable[[str], None] = lambda step: None) -> dict[str, Record]:
     """Exports models with random weights to `folder`/NAME.onnx, and writes the records and a table of them beside.
 
     Batch, height and width are free where they can be; `opset` and `spell_out` are `export_onnx`'s. What an earlier run with the
     same software and options recorded, and whose file is as it was left, is not done again. `rounds` is how often PyTorch and
-    ONNX Runtime, which take turns on two threads, are timed; the median counts. `progress` is called with the name of each step.
+    ONNX Runtime, which take turns on two threads, are timed; the median counts. `jobs` processes export at once, and share the two
+    threads. `progress`, with several jobs a function that can be pickled, is called with the name of each step.
 
-    Raises InputError for a folder that cannot be written to.
+    Raises InputError for a folder that cannot be written to, and for fewer jobs than one.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; exporting several models needs a folder")
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; it has to be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    before, records, names = read_records(folder / RECORDS), {}, list(names)
+    records, missing, names = read_records(folder / RECORDS), {}, list(names)
     for number, name in enumerate(names, 1):
-        place, path = f"{number}/{len(names)} {name}", folder / f"{name}.onnx"
-        found = before.get(name)
+        path, found = folder / f"{name}.onnx", records.get(name)
+        step = functools.partial(_step, progress, f"{number}/{len(names)} {name}")
         if found and _is_current(found, path, opset, spell_out):
-            progress(f"{place}: is there already")
-            records[name] = found
-            continue
-        records[name] = _export(name, path, opset, spell_out, rounds, lambda step, place=place: progress(f"{place}: {step}"))
-        _write(folder, before | records)
-    return records
+            step("is there already")
+        else:
+            missing[name] = path, opset, spell_out, max(1, THREADS // jobs), step
+    for name, record in _in_processes(_export, missing, jobs):
+        records[name] = record
+        _write(folder, records)
+    for number, name in enumerate(names, 1):
+        if not records[name].failure and not records[name].seconds:
+            progress(f"{number}/{len(names)} {name}: timing")
+            records[name] = replace(records[name], seconds=_times(name, folder / f"{name}.onnx", rounds))
+            _write(folder, records)
+    return {name: records[name] for name in names}
 
 
 def read_records(path: Path) -> dict[str, Record]:
@@ -91,7 +105,7 @@ def table(records: Mapping[str, Record]) -> str:
         if record.failure:
             rows.append(f"| `{name}` | | | | failed: {record.failure} | | | | | |")
             continue
-        pytorch, runtime = (f"{1e3 * seconds:.1f}" for seconds in record.seconds)
+        pytorch, runtime = (f"{1e3 * seconds:.1f}" for seconds in record.seconds) if record.seconds else ("", "")
         operators = ", ".join(f"{operator} {count}" for operator, count in sorted(record.operators.items()))
         rows.append(f"| `{name}` | {record.bytes / 1e6:.1f} | {record.opset} | {sum(record.operators.values())} "
                     f"| {record.reason or 'any'} | {record.difference:.1e} | {record.same_top1}/{PICTURES} "
@@ -117,34 +131,64 @@ def _write(folder: Path, records: Mapping[str, Record]) -> None:
         written.write_text(table(records) + "\n")
 
 
-def _export(name: str, path: Path, opset: int, spell_out: bool, rounds: int, progress: Callable[[str], None]) -> Record:
+def _step(progress: Callable[[str], None], place: str, step: str) -> None:
+    progress(f"{place}: {step}")
+
+
+def _in_processes(function: Callable, arguments: Mapping[str, tuple], jobs: int) -> Iterator[tuple[str, Record]]:
+    """Names with the function's results for them and their arguments, as they come; in this process where one job suffices."""
+    if jobs == 1 or len(arguments) < 2:
+        yield from ((name, function(name, *rest)) for name, rest in arguments.items())
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(function, name, *rest): name for name, rest in arguments.items()}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def _export(name: str, path: Path, opset: int, spell_out: bool, threads: int, progress: Callable[[str], None]) -> Record:
     import onnx
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
     try:
-        torch.manual_seed(0)
-        model, info = load_model(name)
-        exported = export_onnx(model, info, path, opset=opset, spell_out=spell_out, progress=progress)
-        session = open_session(path)
-
-        def run(images: Tensor) -> Tensor:
-            return torch.from_numpy(session.run([info.output], {INPUT: images.numpy()})[0])
-
-        progress(f"comparing the classes of {PICTURES} images")
-        size = info.input_size[1:]
-        small = tuple(n // 2 for n in size) if exported.free_size else size  # as good for this, and in a quarter of the time
-        same = _same_top1(model, run, _varied_images(info, PICTURES, small))
+        with _threads(threads):
+            model, info = _load(name)
+            exported = export_onnx(model, info, path, opset=opset, spell_out=spell_out, progress=progress)
+            progress(f"comparing the classes of {PICTURES} images")
+            size = info.input_size[1:]
+            small = tuple(n // 3 for n in size) if exported.free_size else size  # as good for this, and in a ninth of the time
+            same = _same_top1(model, _runner(path, info), _varied_images(info, PICTURES, small))
         if same < PICTURES:
             raise ExportError(f"ONNX Runtime and PyTorch name the same class for {same} of {PICTURES} images only")
-        progress("timing")
-        seconds = _take_turns((model, run), _varied_images(info, 1, size), rounds)
     except (ExportError, InputError) as error:
         path.unlink(missing_ok=True)
         return Record(_versions(), str(error))
-    finally:
-        torch.set_num_threads(threads)
     operators = dict(Counter(node.op_type for node in onnx.load(path).graph.node))
-    return Record(_versions(), "", opset, spell_out, path.stat().st_size, operators, exported.reason, exported.worst, same, seconds)
+    return Record(_versions(), "", opset, spell_out, path.stat().st_size, operators, exported.reason, exported.worst, same)
+
+
+def _times(name: str, path: Path, rounds: int) -> tuple[float, ...]:
+    with _threads(THREADS):
+        model, info = _load(name)
+        return _take_turns((model, _runner(path, info)), _varied_images(info, 1, info.input_size[1:]), rounds)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load(name: str) -> tuple[nn.Module, ModelInfo]:
+    torch.manual_seed(0)
+    return load_model(name)
+
+
+def _runner(path: Path, info: ModelInfo) -> Callable[[Tensor], Tensor]:
+    session = open_session(path)
+    return lambda images: torch.from_numpy(session.run([info.output], {INPUT: images.numpy()})[0])
 
 
 def _varied_images(info: ModelInfo, count: int, size: tuple[int, ...]) -> Tensor:

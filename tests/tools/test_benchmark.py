@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import resnet50
 from zoo import benchmark as measuring
 from zoo.benchmark import Comparison, Side, benchmark
 from zoo.errors import InputError
@@ -159,6 +160,14 @@ def test_malicious_checkpoint_is_one_line_and_exit_status_2(run_tool, malicious,
     assert done.stderr.startswith(f"error: {path} would run code on loading")
     assert not created.exists()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_forward_passes_alone_of_volumes_beside_a_resnet_of_their_slices(main, capsys):
+    arguments = ["attention_unet3d_nano", "--size", "8", "32", "32", "--batch", "2", "--threads", "1", "--rounds", "1"]
+    assert main([*arguments, "--forward-only", "--against", "benchmarks.resnet50:build"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| attention_unet3d_nano |")]
+    assert len(rows) == 1 and "| forward |" in rows[0]
+    assert resnet50.build("any")(torch.randn(2, 1, 3, 32, 32)).shape == (6, 1000)
 
 
 def test_volumes():

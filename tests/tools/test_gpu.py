@@ -23,3 +23,13 @@ def test_dry_run_measures_and_writes_nothing(load_tool, monkeypatch, capsys):
     assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | reference |" in printed and "True" in printed
     assert gpu.main(["measure", "--dry-run", "--seconds", "0"]) == 0
     assert "Not measured, out of time: region_routes" in capsys.readouterr().out
+
+
+def test_tests_that_take_too_long_are_a_failure_and_the_rest_goes_on(load_tool, monkeypatch, capsys):
+    tool, done = load_tool("gpu"), []
+    monkeypatch.setattr(tool, "CHECKING", 0.01)
+    for step in ("tune", "measure", "train"):
+        monkeypatch.setattr(tool, step, lambda *_, step=step: done.append(step))
+    assert tool.main(["--dry-run"]) == 1
+    assert done == ["tune", "measure", "train"]
+    assert "the tests were not done after 0.01 seconds and were stopped" in capsys.readouterr().out

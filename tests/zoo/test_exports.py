@@ -107,6 +107,25 @@ def test_what_is_done_is_kept_and_what_is_not_is_done(exported, tmp_path, monkey
     assert made == ["test_vit", "test_resnet", "test_resnet", "test_resnet"]
 
 
+def test_processes_export_side_by_side_and_times_are_taken_after(tmp_path, capfd):
+    records = export_all(["test_resnet", "test_vit"], tmp_path, rounds=1, jobs=2, progress=print)
+    assert not any(record.failure for record in records.values())
+    assert all(min(record.seconds) > 0 for record in records.values())
+    steps = capfd.readouterr().out.splitlines()
+    assert {step.split(":")[0] for step in steps} == {"1/2 test_resnet", "2/2 test_vit"}
+    assert steps[-2:] == ["1/2 test_resnet: timing", "2/2 test_vit: timing"]
+    with pytest.raises(InputError, match="jobs is 0; it has to be at least 1"):
+        export_all(["test_resnet"], tmp_path, jobs=0)
+
+
+def test_times_are_taken_where_a_run_was_stopped_before_them(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "exports")
+    untimed = {"test_resnet": dataclasses.replace(exported[1], seconds=())}
+    exports._write(folder, untimed)
+    assert "|  |  |" in (folder / TABLE).read_text()
+    assert min(export_all(["test_resnet"], folder, rounds=1)["test_resnet"].seconds) > 0
+
+
 def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     def refuse(model, info, path, **_):
         path.write_bytes(b"half")
