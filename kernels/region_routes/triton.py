@@ -172,6 +172,7 @@ def _setup_routes(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q_means, k_means, scores, routes = ctx.saved_tensors
     grad = grad.masked_fill(scores == -torch.inf, 0)  # regions off the map
+    routes = routes.clamp(0, k_means.shape[1] - 1)  # a launch that was only recorded has left them undefined
     grad_affinity = grad.new_zeros(*routes.shape[:2], k_means.shape[1]).scatter(2, routes, grad)  # no region twice: nothing is added
     return grad_affinity @ k_means, grad_affinity.transpose(1, 2) @ q_means, None, None, None
 

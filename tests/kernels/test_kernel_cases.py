@@ -35,7 +35,7 @@ def test_tuning_finds_keys_and_keeps_what_is_right(monkeypatch):
     wanted = []
     with kernels.default_backend("triton"):
         found = kernel_benchmark.tune(cases, "cpu", kernel_benchmark.Deadline(1000), wanted.extend)
-    assert set(found) == {name for _, name, _ in wanted} == {"region_means_forward", "region_means_backward"}
+    assert set(found) == {name for _, name, _ in wanted} == {"region_means_forward", "region_means_backward", "region_routes_forward"}
     for entries in found.values():
         (chosen,) = entries.values()
         assert chosen["num_stages"] == 3
