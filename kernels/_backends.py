@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._exporting import is_exporting
+
 Backend = Literal["reference", "triton"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
@@ -48,7 +50,7 @@ def use_triton(operator: str, backend: Backend | None, x: Tensor, unsupported: s
     """
     _check(backend, operator)
     backend = backend or _default
-    if backend == "reference" or torch.compiler.is_exporting():
+    if backend == "reference" or is_exporting():
         return False
     if backend is None and x.device.type != "cuda":
         return False

@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._exporting import is_exporting
+
 
 def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q Kᵀ / √d), 0 where `mask` is false."""
@@ -12,7 +14,7 @@ def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q Kᵀ / √d) V; `mask`, which has no batch, leaves every query a key."""
-    if torch.compiler.is_exporting():  # these operators are a third of what the exporter makes of the function
+    if is_exporting():  # these operators are a third of what the exporter makes of the function
         return attention(q, k, mask) @ v
     heads = q.shape[1:-2]
     if mask is not None:

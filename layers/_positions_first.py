@@ -7,20 +7,21 @@ the ordinary operators.
 """
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.kernels._exporting import is_exporting
 
 
 def positions_first(x: Tensor) -> Tensor:
     """x, copied into this layout where it is in another."""
-    return x if torch.compiler.is_exporting() else x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    return x if is_exporting() else x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1×1 convolution. On the CPU, a convolution of a channels-last image is up to twice as fast as `F.linear`."""
     b, c, h, w = x.shape
-    if torch.compiler.is_exporting() or b == 0:  # torch convolves no image, but not an empty one
+    if is_exporting() or b == 0:  # torch convolves no image, but not an empty one
         return F.conv2d(x, weight, bias)
     image = x.permute(2, 3, 0, 1).reshape(1, h, w * b, c).permute(0, 3, 1, 2)
     return F.conv2d(image, weight, bias).permute(0, 2, 3, 1).reshape(h, w, b, -1).permute(2, 3, 0, 1)
@@ -30,7 +31,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution, zero padded, by kernels (C, 1, k, k) of odd size."""
     b, c, h, w = x.shape
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    if torch.compiler.is_exporting() or b == 0:
+    if is_exporting() or b == 0:
         return F.conv2d(x, weight, bias, padding=padding, groups=c)
     image = x.permute(2, 3, 0, 1).reshape(1, h, w, b * c).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight.repeat(b, 1, 1, 1), bias.repeat(b), padding=padding, groups=b * c)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
+
 Norm = Literal["batch", "instance", "group"]
 GROUP_WIDTH = 8
 
@@ -46,7 +48,7 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
     if isinstance(to, int):
         return F.interpolate(x, scale_factor=float(to), mode=_MODE[x.ndim - 2])
-    if not torch.compiler.is_exporting() and x.shape[2:] == tuple(to):
+    if not is_exporting() and x.shape[2:] == tuple(to):
         return x
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
@@ -54,7 +56,7 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """x with its last slices repeated until `multiple` divides every size."""
     sizes = [(n + multiple - 1) // multiple * multiple for n in x.shape[2:]]
-    if torch.compiler.is_exporting():  # by index, which asks nothing of the sizes
+    if is_exporting():  # by index, which asks nothing of the sizes
         for dim, (n, size) in enumerate(zip(x.shape[2:], sizes, strict=True), 2):
             x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=n - 1))
         return x
@@ -67,5 +69,5 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first positions of every spatial dimension."""
     for dim, n in enumerate(size, 2):
-        x = torch.narrow_copy(x, dim, 0, n) if torch.compiler.is_exporting() else x.narrow(dim, 0, n)
+        x = torch.narrow_copy(x, dim, 0, n) if is_exporting() else x.narrow(dim, 0, n)
     return x

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
+
 from ._capture import report
 from ._spatial import CONV, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 
@@ -74,7 +76,7 @@ class AttentionGate(nn.Module):
         return crop(resize(weights, 2), x.shape[2:]).to(x.dtype)
 
     def _padded(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():  # where a size is even, stride 2 leaves a further slice alone, and a graph need not ask
+        if is_exporting():  # where a size is even, stride 2 leaves a further slice alone, and a graph need not ask
             return F.pad(x, (0, 1) * self.spatial_dims, mode="replicate")
         return pad_to_multiple(x, 2)
 

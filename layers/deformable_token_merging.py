@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
+from zoo.kernels._exporting import is_exporting
 
 from ._padding import pad_to_multiple
 
@@ -49,7 +50,7 @@ class DeformableTokenMerging(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"DeformableTokenMerging: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         # Where a size is even, stride 2 leaves a further row or column of zeros alone, and a graph need not ask.
-        x = F.pad(x, (0, 1, 0, 1)) if torch.compiler.is_exporting() else pad_to_multiple(x, 2)
+        x = F.pad(x, (0, 1, 0, 1)) if is_exporting() else pad_to_multiple(x, 2)
         return self.act(self.norm(deform_conv2d(x, self.offset(x), self.weight, self.bias, stride=2)))
 
     def extra_repr(self) -> str:

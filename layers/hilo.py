@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
 from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
@@ -70,7 +71,7 @@ class HiLoAttention(nn.Module):
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
         q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
-        overhang = self.mask_padding and (padded.shape != x.shape or torch.compiler.is_exporting())
+        overhang = self.mask_padding and (padded.shape != x.shape or is_exporting())
         mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)

@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
+
 _CONVOLVES = torch.backends.mkldnn.is_available()
 
 
@@ -14,6 +16,6 @@ class PointwiseLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if _CONVOLVES and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and not torch.compiler.is_exporting():
+        if _CONVOLVES and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and not is_exporting():
             return F.conv2d(x.contiguous().permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
         return super().forward(x)

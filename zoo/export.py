@@ -31,7 +31,7 @@ OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime run
 DEFORM_CONV_OPSET = 19
 TOLERANCE = 1e-4
 TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether of the batch …
-FREE_SIZE = 256  # … or of a map that strides have made small; tracing computes nothing, so that a large image costs nothing
+FREE_SIZE = {2: 512, 3: 256}  # … or of a map, or of blocks on it, that strides have made few; tracing computes nothing of large images
 AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
 
@@ -161,7 +161,7 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
             opset: int, reason: str, progress: Callable[[str], None]) -> Exported:
     import onnx
     failure = _SizesNotFreeError if free_size else ExportError
-    traced = tuple(max(length, FREE_SIZE) for length in size) if free_size else size
+    traced = tuple(max(length, FREE_SIZE[len(size)]) for length in size) if free_size else size
     progress(f"tracing at {times(traced)}")
     try:
         proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset, info.output)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
 from zoo.checkpoints import renamed
 from zoo.errors import InputError, near_misses
+from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.staged import named
@@ -65,7 +66,7 @@ class ConvEncoder(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if x.device.type == "cpu" and not torch.compiler.is_exporting():  # convolutions there are up to twice as fast so
+        if x.device.type == "cpu" and not is_exporting():  # convolutions there are up to twice as fast so
             x = x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
         maps = []
         for level in self.levels:

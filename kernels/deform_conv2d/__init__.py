@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision import ops
 
 from .._backends import Backend, use_triton
+from .._exporting import is_exporting
 from .._layout import span
 from . import blocked, reference
 
@@ -72,7 +73,7 @@ def deform_conv2d(
     largest = max(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])
     if use_triton("deform_conv2d", backend, x, None if largest < 2**31 else "an image spans 2³¹ elements or more"):
         from .triton import deform_conv2d as compute
-    elif torch.compiler.is_exporting():
+    elif is_exporting():
         compute = reference.deform_conv2d if _spelled_out.get() else _torchvision
     else:
         compute = blocked.deform_conv2d if x.device.type == "cpu" else _torchvision

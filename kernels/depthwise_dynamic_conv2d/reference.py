@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._exporting import is_exporting
 from .._layout import in_layout_of
 
 
@@ -13,7 +14,7 @@ def inhibited(kernels: Tensor, theta: Tensor) -> Tensor:
 
 def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor) -> Tensor:
     """Picks the formulation that suits the memory layout, which the result keeps."""
-    if torch.compiler.is_exporting() and not isinstance(x.shape[0], int) or x.shape[0] == 0:
+    if is_exporting() and not isinstance(x.shape[0], int) or x.shape[0] == 0:
         return unfolded(x, kernels)
     if x.is_contiguous() or x.stride(1) != 1:
         return grouped(x, kernels)

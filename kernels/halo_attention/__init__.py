@@ -1,7 +1,7 @@
-import torch
 from torch import Tensor
 
 from .._backends import Backend, use_triton
+from .._exporting import is_exporting
 from . import blocked, reference
 
 MOST_CHANNELS = 128
@@ -56,7 +56,7 @@ def halo_attention(
     if use_triton("halo_attention", backend, q, _unsupported(q, v)):
         from . import triton
         return triton.halo_attention(*arguments)[0]
-    compute = reference.halo_attention if torch.compiler.is_exporting() else blocked.halo_attention
+    compute = reference.halo_attention if is_exporting() else blocked.halo_attention
     return compute(*arguments)
 
 

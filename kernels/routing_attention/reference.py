@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._exporting import is_exporting
 from .._regions import cut, divides, pad_to_grid, paste, places, positions, region_size, regions_at
 from .blocked import routed_attention
 
@@ -19,7 +20,7 @@ def routing_attention(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float, weights: Tensor | None
 ) -> Tensor:
     """Picks the formulation that suits the shapes."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return gathered(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
     few_keys = k.shape[1] * k.shape[2] <= DENSE_KEYS
     most_routed = regions[0] * regions[1] <= DENSE_SHARE * routes.shape[-1] and kv_size[0] * kv_size[1] <= DENSE_REGION

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from .._backends import Backend, use_triton
+from .._exporting import is_exporting
 from .._layout import span
 from . import reference
 
@@ -37,5 +38,5 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = N
     if use_triton("token_aware_avg_pool", backend, x, None if span(x) < 2**31 else "a sample spans 2³¹ elements or more"):
         from .triton import token_aware_avg_pool as compute
         return compute(x, weights)
-    compute = reference.token_aware_avg_pool if torch.compiler.is_exporting() else reference.recomputed
+    compute = reference.token_aware_avg_pool if is_exporting() else reference.recomputed
     return compute(x, weights)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._exporting import is_exporting
+
 
 def avg_pool(x: Tensor, dilation: int) -> Tensor:
     """Mean over 3×3 positions `dilation` apart, those outside the map being 0; the map itself at dilation 0."""
@@ -29,7 +31,7 @@ def convolved(x: Tensor, dilation: int) -> Tensor:
 
 def token_aware_avg_pool(x: Tensor, weights: Tensor) -> Tensor:
     """The definition."""
-    pool = convolved if torch.compiler.is_exporting() else avg_pool  # one operator of ONNX, where shifts take two dozen
+    pool = convolved if is_exporting() else avg_pool  # one operator of ONNX, where shifts take two dozen
     first, *others = (weight * pool(x, dilation) for dilation, weight in enumerate(weights.split(1, -1)))
     return sum(others, start=first)
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import kernels
 from zoo.kernels import _backends, region_means
 from zoo.kernels.__main__ import describe
+from zoo.kernels._exporting import is_exporting
 from zoo.kernels._launch import configuration, overridden
 
 
@@ -74,3 +75,15 @@ def test_the_most_specific_configuration_is_taken(monkeypatch):
     assert chosen == [1, 2, 3]
     with overridden("kernel", {"A": 4}):
         assert configuration("kernel", "sm_90", "bfloat16") == {"A": 4}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting_is_not_compiling(strict):
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return x + (2.0 if is_exporting() else 1.0)
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(Network(), fullgraph=True, backend="eager")(x), x + 1)
+    assert torch.equal(torch.export.export(Network(), (x,), strict=strict).module()(x), x + 2)
+    assert torch.equal(Network()(x), x + 1)
