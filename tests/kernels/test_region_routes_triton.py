@@ -42,7 +42,7 @@ def routes_and_gradients(q, k, regions, topk, backend):
     sizes=st.tuples(*[st.tuples(st.integers(1, 13), st.integers(1, 13))] * 2), regions=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     channels=st.integers(1, 70), data=st.data(), seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_routes_and_gradients_are_those_of_the_reference(kernel_device, sizes, regions, channels, data, seed):
     topk = data.draw(st.integers(1, regions[0] * regions[1]))
     generator = torch.Generator().manual_seed(seed)
@@ -56,11 +56,11 @@ def test_routes_and_gradients_are_those_of_the_reference(kernel_device, sizes, r
 
 
 @given(dtype=st.sampled_from(DTYPES[1:]), seed=st.integers(0, 99))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_half_precision_chooses_by_affinities_of_float32(kernel_device, dtype, seed):
-    q, k = torch.randn(2, 2, 14, 14, 33, generator=torch.Generator().manual_seed(seed)).to(kernel_device, dtype).unbind()
-    routes, scores = region_routes(q, k, (7, 7), 5, "triton")
-    affinity = torch.matmul(*(x.float() for x in (region_means(q, (7, 7), "triton"), region_means(k, (7, 7), "triton").mT)))
+    q, k = torch.randn(2, 1, 9, 8, 33, generator=torch.Generator().manual_seed(seed)).to(kernel_device, dtype).unbind()
+    routes, scores = region_routes(q, k, (5, 4), 5, "triton")
+    affinity = torch.matmul(*(x.float() for x in (region_means(q, (5, 4), "triton"), region_means(k, (5, 4), "triton").mT)))
     torch.testing.assert_close(affinity.gather(2, routes), affinity.sort(descending=True).values[..., :5], atol=1e-5, rtol=1e-5)
     assert scores.dtype == dtype
     torch.testing.assert_close(scores.float(), affinity.gather(2, routes), atol=1e-5, rtol=torch.finfo(dtype).eps)
