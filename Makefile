@@ -33,7 +33,7 @@ measure: $(READY)
 	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
 
-# Every model as ONNX, compared and timed: two hours with two cores. Goes on where it was stopped.
+# Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)
 	$(BIN)/python tools/export_onnx.py --all --jobs 2 -o build/onnx
 	cp build/onnx/exports.json build/onnx/exports.md benchmarks/

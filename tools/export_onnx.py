@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                                                  "or a registered model's name (random weights)")
     parser.add_argument("--all", nargs="?", const="*", metavar="PATTERN",
                         help="export every registered model (that matches), and write a table; goes on where it was stopped")
-    parser.add_argument("--jobs", type=int, metavar="N", help="with --all, export so many at once (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --all, export so many at once (default: 1)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .onnx file to write; with --all, the folder")
     parser.add_argument("--size", type=int, nargs="+", metavar="N",
                         help="size to trace: height and width, of volumes depth, height and width (default: the model's own)")
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export_one(args: argparse.Namespace) -> int:
-    if args.jobs is not None:
+    if args.jobs != 1:
         raise InputError("--jobs is for --all")
     check_pictures(args.precision, args.pictures)
     model, info = load(args.model)
@@ -78,8 +78,7 @@ def export_many(args: argparse.Namespace) -> int:
     names = list_models(args.all)
     if not names:
         raise InputError(f"no registered model matches {args.all!r}")
-    records = export_all(names, args.output, opset=args.opset, spell_out=args.spell_out,
-                         jobs=1 if args.jobs is None else args.jobs, progress=show)
+    records = export_all(names, args.output, opset=args.opset, spell_out=args.spell_out, jobs=args.jobs, progress=show)
     for name, record in records.items():
         print(f"{name}: {summary(record)}")
     failed = sum(bool(record.failure) for record in records.values())

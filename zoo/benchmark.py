@@ -5,6 +5,7 @@ taken within rounds. What is freed stays with the process, as in a long training
 allocator: activations, gradients, copies) above what is held between passes, in one pass of its own; scratch space inside
 libraries is not counted.
 """
+import contextlib
 import ctypes
 import datetime
 import importlib
@@ -13,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,9 +99,7 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
     depth, height, width; the model's own if None) in `dtype`. `clock` gives seconds. Raises InputError for settings that cannot be used.
     """
     _check_settings(batch, size, dtype, threads, rounds, device)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         comparisons, sizes = [], {}
         for name_or_path in models:
             ours, info = load_model(name_or_path)
@@ -115,8 +114,17 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
                 progress(f"{info.name}, {kind}")
                 comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))
         return Report(_facts(batch, sizes, dtype, rounds, device, against is not None), comparisons)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
-        torch.set_num_threads(threads_before)
+        torch.set_num_threads(before)
 
 
 def load_callable(spec: str) -> Callable[[str], nn.Module]:

@@ -235,8 +235,8 @@ def _first_line(error: Exception) -> str:
 def _without_slow_rules() -> Iterator[None]:
     """Leaves out of onnxscript's optimizer the rules that end in several nodes.
 
-    For them it lists the whole graph again at every node, most of the time that a large graph takes; none applies to our graphs. The
-    names are onnxscript's own: another version that lacks them is slower, no more.
+    For them it lists the whole graph again at every node, most of the time that a large graph takes; the graphs of BiFormer, DAS,
+    polarized and SK networks have the same operators without. The names are onnxscript's own: where they are missing, exporting is slower.
     """
     from onnxscript import rewriter
     rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())

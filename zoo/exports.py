@@ -3,7 +3,6 @@
 What is done is kept: a run that was stopped goes on where it was. A model that cannot be exported is a row that says why.
 Times are taken when everything is exported, so that processes that export side by side do not meet in them.
 """
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.benchmark import torch_threads
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
 from zoo.export import INPUT, ExportError, export_onnx, open_session
@@ -149,7 +149,7 @@ def _in_processes(function: Callable, arguments: Mapping[str, tuple], jobs: int)
 def _export(name: str, path: Path, opset: int, spell_out: bool, threads: int, progress: Callable[[str], None]) -> Record:
     import onnx
     try:
-        with _threads(threads):
+        with torch_threads(threads):
             model, info = _load(name)
             exported = export_onnx(model, info, path, opset=opset, spell_out=spell_out, progress=progress)
             progress(f"comparing the classes of {PICTURES} images")
@@ -166,19 +166,9 @@ def _export(name: str, path: Path, opset: int, spell_out: bool, threads: int, pr
 
 
 def _times(name: str, path: Path, rounds: int) -> tuple[float, ...]:
-    with _threads(THREADS):
+    with torch_threads(THREADS):
         model, info = _load(name)
         return _take_turns((model, _runner(path, info)), _varied_images(info, 1, info.input_size[1:]), rounds)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _load(name: str) -> tuple[nn.Module, ModelInfo]:
