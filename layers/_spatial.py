@@ -53,17 +53,17 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """x with its last slices repeated until `multiple` divides every size."""
+def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
+    """x with zeros, or its last slices again, at the ends until `multiple` divides every size; x itself where it does."""
     sizes = [(n + multiple - 1) // multiple * multiple for n in x.shape[2:]]
-    if is_exporting():  # by index, which asks nothing of the sizes
+    if is_exporting() and mode == "replicate":  # by index, which asks nothing of the sizes
         for dim, (n, size) in enumerate(zip(x.shape[2:], sizes, strict=True), 2):
             x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=n - 1))
         return x
     missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
-    if not any(missing):
+    if not is_exporting() and not any(missing):
         return x
-    return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode="replicate")
+    return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode=mode)
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:

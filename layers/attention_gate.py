@@ -78,7 +78,7 @@ class AttentionGate(nn.Module):
     def _padded(self, x: Tensor) -> Tensor:
         if is_exporting():  # where a size is even, stride 2 leaves a further slice alone, and a graph need not ask
             return F.pad(x, (0, 1) * self.spatial_dims, mode="replicate")
-        return pad_to_multiple(x, 2)
+        return pad_to_multiple(x, 2, "replicate")
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         self._check("x", x, self.dim)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo.kernels import deform_conv2d
 from zoo.kernels._exporting import is_exporting
 
-from ._padding import pad_to_multiple
+from ._spatial import pad_to_multiple
 
 
 class DeformableTokenMerging(nn.Module):

@@ -8,7 +8,7 @@ from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
-from ._padding import pad_to_multiple
+from ._spatial import pad_to_multiple
 from .pointwise_linear import PointwiseLinear
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.checkpoints import renamed
 from zoo.layers import ATConv
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
-from zoo.staged import StagedNetwork, named
+from zoo.staged import StagedNetwork, init_weights, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
@@ -186,26 +186,14 @@ class AttNet(StagedNetwork):
         self.stages = nn.Sequential(*stages)
         self.head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=partial(LayerNorm2d, eps=1e-5))
-        self.apply(_init_weights)
+        init_weights(self, nn.Conv2d, nn.Linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".difference_control")}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
-
     def drop_norm(self) -> None:
         self.head.norm = nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMES = [  # the authors' names → ours

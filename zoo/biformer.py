@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.checkpoints import renamed
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
 from zoo.layers._attention import attend
-from zoo.staged import StagedNetwork, named
+from zoo.staged import StagedNetwork, init_weights, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -173,29 +173,7 @@ class BiFormer(StagedNetwork):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
-
-    def final_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-    def drop_norm(self) -> None:
-        self.norm = nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_weights(self, nn.Linear)
 
 
 _RENAMES = [  # the authors' names → ours

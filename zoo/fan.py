@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zoo.checkpoints import renamed
 from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
-from zoo.staged import StagedNetwork, named
+from zoo.staged import StagedNetwork, init_weights, named
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
@@ -164,7 +164,7 @@ class Fan(StagedNetwork):
         self.feature_info = [
             dict(num_chs=width, reduction=4 * 2**i, module=modules[i]) for i, width in enumerate((*dims[1:], embed_dim, embed_dim))]
         self.head = ClassAttentionHead(embed_dim, num_heads, mlp_ratio, num_classes, global_pool, drop_rate)
-        self.apply(_init_weights)
+        init_weights(self, nn.Linear)
         if self.head.cls_token is not None:
             trunc_normal_(self.head.cls_token, std=0.02)
         if num_classes:
@@ -181,13 +181,6 @@ class Fan(StagedNetwork):
 
     def drop_norm(self) -> None:
         self.head.norm = nn.Identity()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMES = [  # the authors' names → ours

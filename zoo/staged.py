@@ -3,6 +3,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from torch import Tensor, nn
 
@@ -11,9 +12,9 @@ class StagedNetwork(nn.Module):
     """A stem, stages that each work at half the resolution of the one before, perhaps a norm, and a head.
 
     Families build, in their constructor, `stem`, `stages` (an `nn.Sequential` of modules with a flag `grad_checkpointing`),
-    `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`. A norm
-    between stages and head is theirs to name, by `final_norm` and `drop_norm`; so is `coarser`, if there is one: it makes one
-    more map of the last stage's, which is a feature only.
+    `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`. There may
+    be a `norm` between stages and head; one with another name or place is said by `final_norm` and `drop_norm`. There may be
+    `coarser`: it makes one more map of the last stage's, which is a feature only.
     """
 
     stem: nn.Module
@@ -23,11 +24,20 @@ class StagedNetwork(nn.Module):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage, or what else leads from its features to the head's, if there is anything."""
-        return x
+        return self.norm(x) if hasattr(self, "norm") else x
 
     def drop_norm(self) -> None:
         """Puts an identity in the place of the last norm, wherever it is."""
-        raise NotImplementedError
+        self.norm = nn.Identity()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -99,6 +109,15 @@ class StagedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def init_weights(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Weights of all modules of these kinds from a truncated normal distribution of deviation 0.02; their biases 0."""
+    for module in network.modules():
+        if isinstance(module, kinds):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

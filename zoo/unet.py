@@ -253,7 +253,7 @@ class UNet(nn.Module):
         if x.ndim != 2 + self.spatial_dims or x.shape[1] != self.in_chans:
             sizes = SIZES[self.spatial_dims]
             raise ValueError(f"UNet: x must be (B, {self.in_chans}, {sizes}) in {self.spatial_dims}-D, got shape {tuple(x.shape)}")
-        maps = self.forward_features(pad_to_multiple(x, self.reduction))
+        maps = self.forward_features(pad_to_multiple(x, self.reduction, "replicate"))
         return crop(self.forward_head(maps), x.shape[2:])
 
 
