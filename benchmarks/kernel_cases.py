@@ -111,7 +111,7 @@ def halo_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[Cas
         attention.q, attention.kv = map(_Given, projected)
         rivals = {"timm": Side(lambda f=attention, x=projected[0]: f(x), (*projected, *attention.pos_embed.parameters()))}
         if device != "cpu" and stage in (1, 3):  # each takes a quarter of a minute to compile
-            flex = torch.compile(_flex_halo)
+            flex = torch.compile(_flex_halo, dynamic=False)  # the second stage is not the first with other sizes
             mask = _flex_mask(side_length, block, halo, device)
             rivals["FlexAttention"] = side(lambda *x, f=flex, m=mask: f(*x, block, halo, m), *maps, *tables)
         products = 2 * maps[0].numel() * window**2

@@ -7,8 +7,8 @@ import torch
 from ._backends import DTYPES, name_of, obstacle, operators_with_kernels
 
 
-def describe(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else "no CUDA or HIP device"
+def describe(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA or HIP device"
     lines = [f"torch {torch.__version__}, {name}"]
     for operator in sorted(path.parent.name for path in Path(__file__).parent.glob("*/reference.py")):
         choices = [(_choice(operator, device, dtype), name_of(dtype)) for dtype in (*DTYPES, torch.float64)]
@@ -17,16 +17,16 @@ def describe(device: str) -> str:
     return "\n".join(lines)
 
 
-def _choice(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+def _choice(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if operator not in operators_with_kernels():
         return "reference", "as it has no Triton kernels"
     reason = obstacle(device, dtype)
     if reason is not None:
         return "reference", f"because {reason}"
-    if device == "cpu":
+    if device.type == "cpu":
         return "reference", "unless asked for 'triton', which runs in Triton's interpreter"
     return "triton", "where the operator's docstring does not exclude the arguments"
 
 
 if __name__ == "__main__":
-    print(describe("cuda" if torch.cuda.is_available() else "cpu"))
+    print(describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

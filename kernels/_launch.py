@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     """A kernel as it was, or would have been, launched."""
 
     kernel: Any
+    grid: Callable[[dict[str, Any]], tuple[int, ...]]
     key: str
     arguments: dict[str, Any]
     configuration: Configuration
@@ -35,8 +36,19 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def device(self) -> torch.device:
+        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+
+    def run(self) -> None:
+        if self.device.type == "cpu":
+            correct_products()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.configuration, **OPTIONS)
+
 
 _recorded: list[Launch] | None = None
+_launching = True
 _target: str | None = None
 _overridden: dict[str, Configuration] = {}
 
@@ -49,15 +61,12 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: 
         key: what of the problem decides on the configuration: words, the most important first.
         arguments: of the kernel, except those that the configuration holds.
     """
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    chosen = configuration_of(kernel, device, key)
+    wanted = Launch(kernel, grid, key, arguments, {})
+    wanted = wanted._replace(configuration=configuration_of(kernel, wanted.device, key))
     if _recorded is not None:
-        _recorded.append(Launch(kernel, key, arguments, chosen))
-        return
-    if device.type == "cpu":
-        correct_products()
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, **chosen, **OPTIONS)
+        _recorded.append(wanted)
+    if _launching:
+        wanted.run()
 
 
 def float32_precision(device: torch.device) -> str:
@@ -65,9 +74,12 @@ def float32_precision(device: torch.device) -> str:
 
     NVIDIA's matrix units reach it with three products in tf32, AMD's have float32.
     """
-    if torch.get_float32_matmul_precision() != "highest":
+    target = _target or architecture(device)
+    if not target.startswith(("sm_", "gfx942")):  # other AMD GPUs have no tf32
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # whichever of its interfaces torch was told by
         return "tf32"
-    return "tf32x3" if (_target or architecture(device)).startswith("sm_") else "ieee"
+    return "tf32x3" if target.startswith("sm_") else "ieee"
 
 
 def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Configuration:
@@ -82,7 +94,7 @@ def configuration(kernel: str, architecture: str, key: str) -> Configuration:
 def entry(kernel: str, architecture: str, key: str) -> str:
     """The name under which the file has the configuration."""
     names, words = _configurations()[kernel], key.split()
-    candidates = [f"{architecture} {key}", *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
+    candidates = [" ".join([architecture, *words]), *(" ".join(words[:n]) for n in range(len(words), 0, -1)), "default"]
     return next(name for name in candidates if name in names)
 
 
@@ -96,15 +108,15 @@ def digest(operator: str) -> str:
 
 
 @contextlib.contextmanager
-def recording(target: str | None = None) -> Iterator[list[Launch]]:
-    """Nothing is launched inside: the launches are listed, as for `target` ("sm_90") or else for the device of the tensors."""
-    global _recorded, _target  # noqa: PLW0603
-    before = _recorded, _target
-    _recorded, _target = [], target
+def recording(target: str | None = None, launching: bool = False) -> Iterator[list[Launch]]:
+    """Launches inside are listed, as for `target` ("sm_90") or else for the device of the tensors, and only done if `launching`."""
+    global _recorded, _launching, _target  # noqa: PLW0603
+    before = _recorded, _launching, _target
+    _recorded, _launching, _target = [], launching, target
     try:
         yield _recorded
     finally:
-        _recorded, _target = before
+        _recorded, _launching, _target = before
 
 
 @contextlib.contextmanager
@@ -129,7 +141,9 @@ def add_configurations(found: dict[str, dict[str, Configuration]]) -> None:
     for kernel, entries in sorted(table.items()):
         lines = [f"  {json.dumps(key)}: {json.dumps(chosen)}" for key, chosen in entries.items()]
         kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
-    CONFIGURATIONS.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    written = CONFIGURATIONS.with_suffix(".tmp")
+    written.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    written.replace(CONFIGURATIONS)
     _configurations.cache_clear()
 
 

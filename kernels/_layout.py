@@ -10,6 +10,11 @@ def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def too_large(*counts: int) -> str | None:
+    """Why kernels cannot take a sample of which they count so much in 32 bits, as a clause; None where they can."""
+    return None if max(counts) < 2**31 else "a sample spans 2³¹ elements or more"
+
+
 def span(maps: Tensor) -> int:
-    """Elements between the first and the last of one sample in memory; kernels that count them in 32 bits need it below 2³¹."""
+    """Elements between the first and the last of one sample in memory."""
     return sum((length - 1) * stride for length, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True))

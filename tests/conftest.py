@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 # Read when triton is imported. With a GPU the same tests run the kernels on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    torch.backends.cudnn.allow_tf32 = False  # what kernels are compared with computes in float32
+    settings.register_profile("gpu", phases=(Phase.explicit, Phase.generate))  # shrinking a failure would compile kernels for minutes
+    settings.load_profile("gpu")
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 torch.manual_seed(0)  # for what is built while tests are collected
 

@@ -1,6 +1,7 @@
 """Kernels on the device at hand: tuned, and measured beside their rivals and against the floors of the hardware."""
 import multiprocessing
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from zoo.kernels._launch import Configuration, overridden, recording
 
 PASSES = ("forward", "forward + backward")
 ROUNDS = 3  # that both sides take turns
+GAIN = 0.03  # by which a configuration must be faster to be taken
 TOLERANCE = 0.02  # of a tuned kernel's results, relative to the norm of those before
 
 
@@ -45,12 +47,13 @@ class Ceilings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A case in one pass. Seconds and bytes of memory of every side by name, None where it ran out of memory."""
+    """A case in one pass. By the names of sides: seconds and bytes of memory, or why there are none."""
 
     case: str
     kind: str
-    seconds: dict[str, float | None]
-    memory: dict[str, int | None]
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    failures: dict[str, str]
     floors: tuple[float, float]  # seconds to move the bytes, and to do the operations
 
 
@@ -64,8 +67,12 @@ class Deadline:
         self.end = time.monotonic() + seconds
 
     @property
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+    @property
     def over(self) -> bool:
-        return time.monotonic() > self.end
+        return self.left == 0
 
 
 def ceilings(device: str, dtype: torch.dtype, small: bool) -> Ceilings:
@@ -91,16 +98,30 @@ def measure(case: Case, device: str, limits: Ceilings) -> list[Row]:
     sides = {"ours": case.ours} | case.rivals
     rows = []
     for kind, moved, operations in zip(PASSES, case.moved, case.operations, strict=True):
-        runs = {name: _pass(side, kind) for name, side in sides.items()}
-        memory = {name: _peak_memory(runs[name], device, side.leaves) for name, side in sides.items()}
-        fitting = [name for name in sides if memory[name] is not None]
-        times = {name: [] for name in fitting}
+        runs, memory, failures = {}, {}, {}
+        for name, side in sides.items():
+            try:
+                runs[name] = _pass(side, kind)
+                memory[name] = _peak_memory(runs[name], device, side.leaves)
+            except Exception as error:  # compilers, drivers and memory fail in many types; the other sides are still worth measuring
+                failures[name] = reason(error)
+                if device != "cpu":
+                    torch.cuda.empty_cache()
+        times = {name: [] for name in memory}
         for _ in range(ROUNDS if device != "cpu" else 1):
-            for name in fitting:
+            for name in times:
                 times[name].append(seconds(runs[name], device, sides[name].leaves))
-        medians = {name: statistics.median(times[name]) if name in times else None for name in sides}
-        rows.append(Row(f"{case.operator}, {case.name}", kind, medians, memory, (moved / limits.bandwidth, operations / limits.operations)))
+        medians = {name: statistics.median(times[name]) for name in times}
+        floors = moved / limits.bandwidth, operations / limits.operations
+        rows.append(Row(f"{case.operator}, {case.name}", kind, medians, memory, failures, floors))
     return rows
+
+
+def reason(error: Exception) -> str:
+    """Why there is no number, for a cell of a table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return textwrap.shorten(f"failed: {type(error).__name__}: {error}".replace("|", "/"), 120, placeholder=" …")
 
 
 def _pass(side: Side, kind: str) -> Callable[[], object]:
@@ -111,51 +132,45 @@ def _pass(side: Side, kind: str) -> Callable[[], object]:
     return lambda: side.run().backward(cotangent)
 
 
-def _peak_memory(run: Callable[[], object], device: str, leaves: tuple[Tensor, ...]) -> int | None:
+def _peak_memory(run: Callable[[], object], device: str, leaves: tuple[Tensor, ...]) -> int:
     """Above what is held between passes, in bytes; also the first run, which compiles."""
     if device == "cpu":
         run()
         return 0
-    try:
-        run()
-        for leaf in leaves:
-            leaf.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
+    run()
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
 
 
 def table(rows: list[Row], limits: Ceilings) -> str:
-    """As Markdown."""
+    """As Markdown. Times are those of eager calls, with what Python and launches take where the device has to wait for them."""
     lines = [f"Copies move {limits.bandwidth / 1e12:.2f} TB/s here and matrix products do {limits.operations / 1e12:.0f} TFLOP/s; "
              "the floors are the times of the fewest bytes and operations at these rates.", "",
              "| case | pass | side | ms | side / ours | peak MiB | floors: bytes, operations, ms | side / higher floor |",
              "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         floors = ", ".join(f"{floor * 1e3:.3f}" for floor in row.floors)
+        lines += [f"| {row.case} | {row.kind} | {name} | {why} | | | {floors} | |" for name, why in row.failures.items()]
         for name, time_taken in row.seconds.items():
-            if time_taken is None:
-                lines.append(f"| {row.case} | {row.kind} | {name} | out of memory | | | {floors} | |")
-                continue
-            ours = row.seconds["ours"]
-            ratio = f"{time_taken / ours:.2f}" if ours is not None else ""
+            ratio = f"{time_taken / row.seconds['ours']:.2f}" if "ours" in row.seconds else ""
             lines.append(f"| {row.case} | {row.kind} | {name} | {time_taken * 1e3:.3f} | {ratio} | {row.memory[name] / 2**20:.1f} "
                          f"| {floors} | {time_taken / max(row.floors):.1f} |")
     return "\n".join(lines)
 
 
 def tune(cases: list[Case], device: str, deadline: Deadline, compile_ahead: Callable[[list[tuple[int, str, Configuration]]], None],
-         progress: Callable[[str], None] = lambda step: None) -> dict[str, dict[str, Configuration]]:
-    """The fastest configuration near the present one for every kernel and key in `cases`: kernel → "architecture key" → it.
+         keep: Callable[[str, str, Configuration], None], progress: Callable[[str], None] = lambda step: None) -> None:
+    """Finds the fastest configuration near the present one for every kernel and key in `cases`.
 
-    `compile_ahead` is given (place of the case, kernel, configuration) of what is going to be timed.
+    `compile_ahead` is given (place of the case, kernel, configuration) of what is going to be timed; `keep` is given kernel,
+    "architecture key" and configuration of each that is faster than the present one, as it is found.
     """
     kernels = {}  # (kernel, key) → the largest case, its pass and the present configuration
     for place, case in sorted(enumerate(cases), key=lambda entry: -entry[1].operations[0]):
@@ -165,17 +180,15 @@ def tune(cases: list[Case], device: str, deadline: Deadline, compile_ahead: Call
             for launch in launches:
                 kernels.setdefault((launch.name, launch.key), (place, kind, launch.configuration))
     compile_ahead([(place, name, chosen) for (name, _), (place, _, present) in kernels.items() for chosen in neighbours(present)])
-    found = {}
     architecture = _launch.architecture(torch.device(device))
     for (name, key), (place, kind, present) in kernels.items():
         if deadline.over:
             progress("no time left to tune the rest")
             break
-        best = _fastest(cases[place].ours, kind, name, present, device)
+        best = _fastest(cases[place].ours, kind, name, key, present, device)
         progress(f"{name} {key}: {best}")
         if best != present:
-            found.setdefault(name, {})[f"{architecture} {key}".strip()] = best
-    return found
+            keep(name, f"{architecture} {key}".strip(), best)
 
 
 def neighbours(chosen: Configuration) -> list[Configuration]:
@@ -187,23 +200,31 @@ def neighbours(chosen: Configuration) -> list[Configuration]:
     return changed
 
 
-def _fastest(side: Side, kind: str, kernel: str, present: Configuration, device: str) -> Configuration:
-    """The fastest of `present` and its neighbours that runs and gives the same results."""
+def _fastest(side: Side, kind: str, kernel: str, key: str, present: Configuration, device: str) -> Configuration:
+    """Of `present` and its neighbours that run and give the same results, the fastest; `present` unless one gains more than GAIN."""
     def run() -> tuple[Tensor, ...]:
         out = side.run()
         return (out,) if kind == "forward" else (out, *torch.autograd.grad(out.float().square().sum(), side.leaves))
 
-    expected = run()
-    times = [(seconds(run, device), present)]
+    with recording(launching=True) as launches:
+        expected = run()
+    launch = next(launch for launch in launches if (launch.name, launch.key) == (kernel, key))
+    candidates = [present]
     for chosen in neighbours(present):
         with overridden(kernel, chosen):
             try:
                 results = run()
             except Exception:  # what compilers and drivers refuse has many types
                 continue
-            if all(torch.dist(x.float(), y.float()) <= TOLERANCE * y.float().norm() for x, y in zip(results, expected, strict=True)):
-                times.append((seconds(run, device), chosen))
-    return min(times, key=lambda entry: entry[0])[1]
+        if all(torch.dist(x.float(), y.float()) <= TOLERANCE * y.float().norm() for x, y in zip(results, expected, strict=True)):
+            candidates.append(chosen)
+    times = [[] for _ in candidates]
+    for _ in range(ROUNDS):
+        for chosen, taken in zip(candidates, times, strict=True):
+            taken.append(seconds(launch._replace(configuration=chosen).run, device))
+    medians = [statistics.median(taken) for taken in times]
+    best = min(range(len(candidates)), key=medians.__getitem__)
+    return candidates[best] if medians[best] < (1 - GAIN) * medians[0] else present
 
 
 def compile_in_processes(
@@ -213,7 +234,7 @@ def compile_in_processes(
     def compile_ahead(wanted: list[tuple[int, str, Configuration]]) -> None:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(_compile, cases, wanted[i::workers], deadline) for i in range(workers)]:
-                done.result()
+                done.exception()  # a compiler that takes its process down: what is missing is compiled when it is timed
 
     return compile_ahead
 
@@ -230,8 +251,8 @@ def _compile(cases: Callable[[], list[Case]], wanted: list[tuple[int, str, Confi
                 continue
 
 
-def training_throughput(model: str, backend: str | None, device: str, batch: int, size: int | None, steps: int) -> float | None:
-    """Images per second through forward, backward and an SGD step under bfloat16 autocast; None: out of memory.
+def training_throughput(model: str, backend: str | None, device: str, batch: int, size: int | None, steps: int) -> float:
+    """Images per second through forward, backward and an SGD step under bfloat16 autocast.
 
     `backend` is that of the operators, see `zoo.kernels.default_backend`.
     """
@@ -250,14 +271,11 @@ def training_throughput(model: str, backend: str | None, device: str, batch: int
 
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     with zoo.kernels.default_backend(backend):
-        try:
-            for _ in range(min(steps, 3)):
-                step()
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            synchronize()
-        except torch.OutOfMemoryError:
-            return None
+        for _ in range(min(steps, 3)):
+            step()
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize()
     return steps * batch / (time.perf_counter() - start)

@@ -8,7 +8,7 @@ from torchvision import ops
 
 from .._backends import Backend, use_triton
 from .._exporting import is_exporting
-from .._layout import span
+from .._layout import span, too_large
 from . import blocked, reference
 
 __all__ = ["deform_conv2d", "spelled_out_in_exports"]
@@ -59,20 +59,24 @@ def deform_conv2d(
         (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset,
         weight, bias and mask.
 
-    The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x, and again in the backward
-    pass, whose only sums in no fixed order are those of the gradient of x, and not even they under
-    `torch.use_deterministic_algorithms`. The reference on the CPU holds the samples of some images or rows at a time, fastest in
-    channels-last memory where there is one group of each kind; on other devices it is torchvision's operator. So it is in exported
-    graphs, which ONNX then shows as `DeformConv` (opset 19), unless exported within `spelled_out_in_exports`.
+    The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x (under autocast in its dtype,
+    as convolutions do, where the reference has float32), and again in the backward pass, whose only sums in no fixed order are
+    those of the gradient of x, and not even they under `torch.use_deterministic_algorithms`. The reference on the CPU holds the
+    samples of some images or rows at a time, fastest in channels-last memory where there is one group of each kind; on other
+    devices it is torchvision's operator. So it is in exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless
+    exported within `spelled_out_in_exports`.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
     stride, padding, dilation = (tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
     _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    largest = max(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])
-    if use_triton("deform_conv2d", backend, x, None if largest < 2**31 else "an image spans 2³¹ elements or more"):
+    if use_triton("deform_conv2d", backend, x,
+                  lambda: too_large(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])):
         from .triton import deform_conv2d as compute
+        if torch.is_autocast_enabled(x.device.type):
+            samples = x.to(torch.get_autocast_dtype(x.device.type))
+            return compute(samples, offset, weight, bias, mask, stride, padding, dilation).to(x.dtype)
     elif is_exporting():
         compute = reference.deform_conv2d if _spelled_out.get() else _torchvision
     else:

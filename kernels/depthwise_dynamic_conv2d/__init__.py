@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from .._backends import Backend, use_triton
-from .._layout import span
+from .._layout import span, too_large
 from . import reference
 
 __all__ = ["depthwise_dynamic_conv2d"]
@@ -44,8 +44,7 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
         raise TypeError(f"depthwise_dynamic_conv2d: kernels must have the dtype of x ({x.dtype}), got {kernels.dtype}")
     if theta is not None and theta.shape != x.shape[1:2]:
         raise ValueError(f"depthwise_dynamic_conv2d: theta must be (C,) = ({x.shape[1]},), got {tuple(theta.shape)}")
-    unsupported = None if span(x) < 2**31 else "a sample spans 2³¹ elements or more"
-    if use_triton("depthwise_dynamic_conv2d", backend, x, unsupported):
+    if use_triton("depthwise_dynamic_conv2d", backend, x, lambda: too_large(span(x))):
         from .triton import depthwise_dynamic_conv2d as compute
         return compute(x, kernels, theta, transposed=False)
     if theta is not None:

@@ -2,6 +2,7 @@ from torch import Tensor
 
 from .._backends import Backend, use_triton
 from .._exporting import is_exporting
+from .._layout import span, too_large
 from . import blocked, reference
 
 MOST_CHANNELS = 128
@@ -53,17 +54,19 @@ def halo_attention(
     _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = q, k, v, rel_h, rel_w, block_size, halo_size, scale
-    if use_triton("halo_attention", backend, q, _unsupported(q, v)):
+    if use_triton("halo_attention", backend, q, lambda: _unsupported(q, k, v, rel_h)):
         from . import triton
         return triton.halo_attention(*arguments)[0]
     compute = reference.halo_attention if is_exporting() else blocked.halo_attention
     return compute(*arguments)
 
 
-def _unsupported(q: Tensor, v: Tensor) -> str | None:
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:
     """What the kernels cannot do, as a clause."""
     widest = max(q.shape[4], v.shape[4])
-    return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}" if widest > MOST_CHANNELS else None
+    if widest > MOST_CHANNELS:
+        return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}"
+    return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(2 * table.shape[0], v.shape[4]))
 
 
 def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:

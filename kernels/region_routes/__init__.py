@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import Backend, use_triton
+from .._layout import span, too_large
 from .._regions import check_map, check_regions, region_size
 from . import reference
 
@@ -24,7 +25,7 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: Backend | None = 
     """
     check_map("x", "region_means", x)
     check_regions("region_means", regions)
-    if use_triton("region_means", backend, x):
+    if use_triton("region_means", backend, x, lambda: too_large(span(x))):
         from . import triton
         return triton.region_means(x, list(regions))
     return reference.region_means(x, regions, region_size(*x.shape[1:3], regions))
@@ -62,7 +63,7 @@ def region_routes(
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
     count = regions[0] * regions[1]
     too_many = None if count <= MOST_REGIONS else f"the kernel takes at most {MOST_REGIONS} regions, not {count}"
-    if use_triton("region_routes", backend, q_means, too_many):
+    if use_triton("region_routes", backend, q_means, lambda: too_many):
         from . import triton
         scores, routes = triton.region_routes(q_means, k_means, list(k.shape[1:3]), list(regions), topk)
         return routes, scores

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import Backend, use_triton
+from .._layout import span, too_large
 from .._regions import check_map, check_regions, region_size
 from . import reference
 
@@ -36,7 +37,8 @@ def routing_attention(
         scale: default (C / num_heads)^-0.5.
         weights: (B, rows·columns, n), the factors w of the routed keys and values; default 1.
         backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The Triton kernels take float32,
-            float16 and bfloat16, heads of at most 128 channels, q, k and v of one dtype, and at most 2^20 routed or own positions.
+            float16 and bfloat16, heads of at most 128 channels, q, k and v of one dtype, and at most 2^20 routes, routed positions
+            and positions of the map.
 
     Returns:
         (B, H, W, Cv). Differentiable once in q, k, v and weights.
@@ -66,20 +68,22 @@ def routing_attention(
         kv_size = region_size(*k.shape[1:3], regions)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
-    if use_triton("routing_attention", backend, q, _unsupported(q, k, v, num_heads, routes.shape[-1] * kv_size[0] * kv_size[1])):
+    if use_triton("routing_attention", backend, q, lambda: _unsupported(q, k, v, routes, regions, num_heads, kv_size)):
         from . import triton
         return triton.routing_attention(q, k, v, routes, list(regions), num_heads, list(kv_size), scale, weights)[0]
     return reference.routing_attention(q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights)
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, num_heads: int, routed: int) -> str | None:
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int]
+                 ) -> str | None:
     """What the Triton kernels cannot do with these arguments."""
     if not q.dtype == k.dtype == v.dtype:
         return f"the kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     widest = max(q.shape[-1], v.shape[-1]) // num_heads
     if widest > WIDEST_HEAD:
         return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {widest}"
-    most = max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2], routed)
+    (_, height, width, _), (_, count, slots), own = q.shape, routes.shape, region_size(*q.shape[1:3], regions)
+    most = max(k.shape[1] * k.shape[2], count * own[0] * own[1], count * slots, slots * kv_size[0] * kv_size[1])
     if most > MOST_POSITIONS:
         return f"the kernels take at most {MOST_POSITIONS} positions, not {most}"
-    return None
+    return too_large(span(q), span(k), span(v), height * width * v.shape[3])

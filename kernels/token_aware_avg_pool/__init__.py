@@ -3,7 +3,7 @@ from torch import Tensor
 
 from .._backends import Backend, use_triton
 from .._exporting import is_exporting
-from .._layout import span
+from .._layout import span, too_large
 from . import reference
 
 __all__ = ["token_aware_avg_pool"]
@@ -35,7 +35,7 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = N
                          f"{tuple(x.shape)} and K at least 1, got {tuple(weights.shape)}")
     if not weights.is_floating_point() or (weights.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"token_aware_avg_pool: weights must have the dtype of x ({x.dtype}), got {weights.dtype}")
-    if use_triton("token_aware_avg_pool", backend, x, None if span(x) < 2**31 else "a sample spans 2³¹ elements or more"):
+    if use_triton("token_aware_avg_pool", backend, x, lambda: too_large(span(x))):
         from .triton import token_aware_avg_pool as compute
         return compute(x, weights)
     compute = reference.token_aware_avg_pool if is_exporting() else reference.recomputed

@@ -16,7 +16,7 @@ def test_cuda_tensors_take_the_kernels_where_they_fit():
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
         assert _backends.use_triton("operator", None, x)
-        assert not _backends.use_triton("operator", None, x, unsupported="that")
+        assert not _backends.use_triton("operator", None, x, lambda: "that")
         assert not _backends.use_triton("operator", None, x.double())
         assert not _backends.use_triton("operator", "reference", x)
         with kernels.default_backend("reference"):
@@ -31,7 +31,22 @@ def test_what_cannot_run_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="region_means: backend 'triton' cannot run here: the kernels take .* not float64"):
         region_means(x.double(), (2, 2), backend="triton")
     with pytest.raises(ValueError, match="operator: backend 'triton' cannot run here: too wide"):
-        _backends.use_triton("operator", "triton", x, unsupported="too wide")
+        _backends.use_triton("operator", "triton", x, lambda: "too wide")
+    with pytest.raises(ValueError, match="cannot run here: the kernels take at most 65535 samples, not 65536"):
+        region_means(torch.zeros(65536, 1, 1, 1), (1, 1), backend="triton")
+
+
+def test_samples_beyond_32_bits_are_refused(kernel_device):
+    with FakeTensorMode(), torch.device(kernel_device):
+        x, routes = torch.empty(1, 1 << 10, 1 << 10, 2052), torch.empty(1, 1, 1, dtype=torch.int64)
+        halo, table = torch.empty(1, 1 << 12, 1 << 12, 4, 16), torch.empty(21, 16)
+        for run in (
+            lambda: region_means(x, (1, 1), backend="triton"),
+            lambda: kernels.routing_attention(x[:, :512], *[x[:, :, :512]] * 2, routes, (1, 1), 2052, backend="triton"),
+            lambda: kernels.halo_attention(halo, halo, halo, table, table, 8, 3, backend="triton"),
+        ):
+            with pytest.raises(ValueError, match="2³¹"):
+                run()
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
@@ -61,9 +76,9 @@ def test_kernels_are_imported_when_they_run():
 
 
 def test_machine_is_described(monkeypatch):
-    assert "region_routes, float32, float16, bfloat16: reference, unless asked for" in describe("cpu")
+    assert "region_routes, float32, float16, bfloat16: reference, unless asked for" in describe(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    text = describe("cpu")
+    text = describe(torch.device("cpu"))
     for operator in _backends.operators_with_kernels():
         assert f"{operator}, float32, float16, bfloat16: reference, because on the CPU" in text
 
@@ -75,6 +90,25 @@ def test_the_most_specific_configuration_is_taken(monkeypatch):
     assert chosen == [1, 2, 3]
     with overridden("kernel", {"A": 4}):
         assert configuration("kernel", "sm_90", "bfloat16") == {"A": 4}
+    table["kernel"]["sm_90"] = {"A": 5}
+    assert configuration("kernel", "sm_90", "") == {"A": 5}
+
+
+@pytest.mark.parametrize(("told", "expected"), [
+    ("", "tf32x3 ieee ieee ieee"),
+    ("torch.set_float32_matmul_precision('high')", "tf32 tf32 ieee ieee"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32 tf32 ieee ieee"),
+])
+def test_precision_of_products_is_what_torch_was_told(told, expected):
+    code = f"""
+import torch
+from zoo.kernels._launch import float32_precision, recording
+{told}
+for target in ("sm_90", "gfx942", "gfx90a", "cpu"):
+    with recording(target):
+        print(float32_precision(torch.device("cpu")))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == expected.split()
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -140,9 +140,11 @@ def test_autocast_mixes_dtypes_and_returns_that_of_x(kernel_device):
     x, offset, weight, *rest, stride, padding, dilation = problem(kernel_device, size=(3, 4), kernel=(1, 2), padding=(0, 0), masked=False)
     weight.requires_grad_()
     with torch.autocast(kernel_device, torch.bfloat16):
-        out = deform_conv2d(x.bfloat16(), offset.bfloat16(), weight, *rest[:1], stride, padding, dilation, backend="triton")
-    assert out.dtype == torch.bfloat16
-    assert torch.autograd.grad(out.float().sum(), weight)[0].dtype == torch.float32
+        out, rounded = (deform_conv2d(maps, offset.bfloat16(), weight, *rest[:1], stride, padding, dilation, backend="triton")
+                        for maps in (x, x.bfloat16()))
+    assert out.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert torch.equal(out.bfloat16(), rounded)
+    assert torch.autograd.grad(out.sum(), weight)[0].dtype == torch.float32
 
 
 def test_layer_runs_the_kernels(kernel_device):

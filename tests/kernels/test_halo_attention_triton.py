@@ -85,7 +85,7 @@ def test_layer_under_autocast_and_checkpointing(kernel_device):
     """Trains the same with its kernels as without them."""
     torch.manual_seed(0)
     layer = HaloAttention(16, num_heads=1, stride=2, block_size=4, halo_size=1).to(kernel_device)
-    x = torch.randn(1, 16, 5, 4, device=kernel_device)
+    x = torch.randn(1, 16, 5, 4).to(kernel_device)
     results = []
     for backend in ("triton", "reference"):
         layer.zero_grad()
@@ -103,8 +103,8 @@ def test_the_widest_heads(kernel_device, dtype):
     check(((q.detach() / 8).requires_grad_(), *others, 0.4))  # scores of ordinary size, of positions too
 
 
-def test_what_the_kernels_cannot_do_is_named():
-    wide, table = torch.zeros(1, 2, 2, 1, 160), torch.zeros(3, 160)
+def test_what_the_kernels_cannot_do_is_named(kernel_device):
+    wide, table = torch.zeros(1, 2, 2, 1, 160, device=kernel_device), torch.zeros(3, 160, device=kernel_device)
     with pytest.raises(ValueError, match="backend 'triton' cannot run here: .* at most 128 channels a head, not 160"):
         halo_attention(wide, wide, wide, table, table, 2, 0, backend="triton")
     assert halo_attention(wide, wide, wide, table, table, 2, 0).shape == wide.shape

@@ -4,6 +4,7 @@ import torch
 
 from benchmarks import kernel_cases
 from zoo import kernel_benchmark, kernels
+from zoo.kernels import _launch
 
 
 @pytest.mark.parametrize("operator", kernel_cases.CASES)
@@ -27,20 +28,34 @@ def test_flex_attention_computes_the_same():
     torch.testing.assert_close(out.transpose(1, 2).reshape(leaves[0].shape), kernels.halo_attention(*leaves, 8, 3))
 
 
-def test_tuning_finds_keys_and_keeps_what_is_right(monkeypatch):
+@pytest.mark.parametrize("gain", [True, False])
+def test_tuning_finds_keys_and_keeps_what_is_faster_and_right(monkeypatch, gain):
     cases = list(kernel_cases.region_routes("cpu", torch.float32, True))
-    times = iter(range(1000, 0, -1))  # every configuration is faster than the one before
-    monkeypatch.setattr(kernel_benchmark, "seconds", lambda run, device: (run(), next(times))[1])
-    monkeypatch.setattr(kernel_benchmark, "neighbours", lambda present: [present | {"num_warps": 2}, present | {"num_stages": 3}])
-    wanted = []
+    wanted, found, run_launch = [], {}, _launch.Launch.run
+    times = {5: 0.5 if gain else 0.98, 6: 0.1}  # by stages
+
+    def seconds(run, device):
+        run()
+        return times.get(run.__self__.configuration["num_stages"], 1.0)
+
+    def refused_with_six_stages(launch):
+        if launch.configuration["num_stages"] == 6:
+            raise RuntimeError("out of resources")
+        run_launch(launch)
+
+    def keep(kernel, key, chosen):
+        found[kernel, key] = chosen["num_stages"]
+
+    monkeypatch.setattr(_launch.Launch, "run", refused_with_six_stages)
+    monkeypatch.setattr(kernel_benchmark, "seconds", seconds)
+    monkeypatch.setattr(kernel_benchmark, "neighbours", lambda present: [present | {"num_stages": n} for n in (5, 6)])
     with kernels.default_backend("triton"):
-        found = kernel_benchmark.tune(cases, "cpu", kernel_benchmark.Deadline(1000), wanted.extend)
-    assert set(found) == {name for _, name, _ in wanted} == {"region_means_forward", "region_means_backward", "region_routes_forward"}
-    for entries in found.values():
-        (chosen,) = entries.values()
-        assert chosen["num_stages"] == 3
+        kernel_benchmark.tune(cases, "cpu", kernel_benchmark.Deadline(1000), wanted.extend, keep)
+    assert {name for _, name, _ in wanted} == {"region_means_forward", "region_means_backward", "region_routes_forward"}
+    keys = ("region_means_forward", "cpu"), ("region_means_backward", "cpu"), ("region_routes_forward", "cpu regions16")
+    assert found == (dict.fromkeys(keys, 5) if gain else {})
     with kernels.default_backend("triton"):
-        assert kernel_benchmark.tune(cases, "cpu", kernel_benchmark.Deadline(0), wanted.extend) == {}
+        kernel_benchmark.tune(cases, "cpu", kernel_benchmark.Deadline(0), wanted.extend, pytest.fail)
 
 
 def test_neighbours_change_one_entry():
@@ -49,7 +64,7 @@ def test_neighbours_change_one_entry():
 
 
 def test_table_says_what_ran_out_of_memory():
-    row = kernel_benchmark.Row("case", "forward", {"ours": 0.002, "theirs": None}, {"ours": 2**20, "theirs": None}, (0.001, 0.0005))
+    row = kernel_benchmark.Row("case", "forward", {"ours": 0.002}, {"ours": 2**20}, {"theirs": "out of memory"}, (0.001, 0.0005))
     lines = kernel_benchmark.table([row], kernel_benchmark.Ceilings(1e12, 1e15)).splitlines()
-    assert lines[-2:] == ["| case | forward | ours | 2.000 | 1.00 | 1.0 | 1.000, 0.500 | 2.0 |",
-                          "| case | forward | theirs | out of memory | | | 1.000, 0.500 | |"]
+    assert lines[-2:] == ["| case | forward | theirs | out of memory | | | 1.000, 0.500 | |",
+                          "| case | forward | ours | 2.000 | 1.00 | 1.0 | 1.000, 0.500 | 2.0 |"]

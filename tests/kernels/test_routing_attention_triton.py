@@ -157,7 +157,7 @@ def test_layer_under_autocast_and_checkpointing(kernel_device):
     """Trains the same with its kernels as without them."""
     torch.manual_seed(0)
     layer = BiLevelRoutingAttention(16, num_heads=1, regions=2, topk=2, soft_routing=True).to(kernel_device)
-    x = torch.randn(1, 5, 6, 16, device=kernel_device)
+    x = torch.randn(1, 5, 6, 16).to(kernel_device)
     results = []
     for backend in ("triton", "reference"):
         layer.zero_grad()
@@ -169,8 +169,8 @@ def test_layer_under_autocast_and_checkpointing(kernel_device):
         torch.testing.assert_close(ours, theirs, atol=0.03 * theirs.abs().max().item(), rtol=0)
 
 
-def test_what_the_kernels_cannot_do_is_named():
-    x, routes = torch.zeros(1, 4, 4, 160), torch.zeros(1, 4, 1, dtype=torch.int64)
+def test_what_the_kernels_cannot_do_is_named(kernel_device):
+    x, routes = torch.zeros(1, 4, 4, 160, device=kernel_device), torch.zeros(1, 4, 1, dtype=torch.int64, device=kernel_device)
     with pytest.raises(ValueError, match="routing_attention: backend 'triton' cannot run here: .* at most 128 channels, not 160"):
         routing_attention(x, x, x, routes, (2, 2), 1, backend="triton")
     with pytest.raises(ValueError, match="one dtype, not torch.float32, torch.float32 and torch.float16"):
