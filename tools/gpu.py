@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -60,6 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     steps = [step for step in STEPS if not args.steps or step in args.steps]
     if len(steps) > 1:
         failed = [step for step, left in remaining(steps, args.seconds) if not run_alone(step, left, args)]
@@ -121,8 +124,10 @@ def tune(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) ->
         add_configurations({kernel: {key: chosen}})
         copy(CONFIGURATIONS, args)
 
-    dry = args.dry_run
-    benchmark.tune(cases(), device, deadline, (lambda _: None) if dry else ahead, (lambda *_: None) if dry else keep, say)
+    if args.dry_run:  # the interpreter would take minutes
+        benchmark.tune(cases(), device, benchmark.Deadline(20), lambda wanted: None, lambda *found: None, say)
+    else:
+        benchmark.tune(cases(), device, deadline, ahead, keep, say)
 
 
 def measure(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
