@@ -1,4 +1,5 @@
 """The problems that `make gpu` measures, operator by operator, each with its rivals: CASES."""
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -55,12 +56,16 @@ def routing_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[
         if topk == 1:  # one program then goes over all queries of the image for a tile of keys
             ways[", all to one region"] = torch.zeros_like(by_affinity)
         for way, routes in ways.items():
-            yield Case(
-                "routing_attention", f"BiFormer-{name} stage {stage}, {size[0]}×{size[1]}, batch {batch}{way}",
-                side(lambda x, r=routes, g=regions, m=heads, s=scale: kernels.routing_attention(*x.chunk(3, -1), r, (g, g), m, scale=s), qkv),
-                {"authors": side(lambda x, r=routes, g=regions, m=heads, s=scale: _gathered(x, r, g, m, s), qkv),
-                 "dense sdpa": side(F.scaled_dot_product_attention, *dense)},
-                bytes_moved, (2 * products, 7 * products))
+            given = dict(routes=routes, regions=regions, heads=heads, scale=scale)
+            yield Case("routing_attention", f"BiFormer-{name} stage {stage}, {size[0]}×{size[1]}, batch {batch}{way}",
+                       side(functools.partial(_routed, **given), qkv),
+                       {"authors": side(functools.partial(_gathered, **given), qkv),
+                        "dense sdpa": side(F.scaled_dot_product_attention, *dense)},
+                       bytes_moved, (2 * products, 7 * products))
+
+
+def _routed(qkv: Tensor, routes: Tensor, regions: int, heads: int, scale: float) -> Tensor:
+    return kernels.routing_attention(*qkv.chunk(3, -1), routes, (regions, regions), heads, scale=scale)
 
 
 def _gathered(qkv: Tensor, routes: Tensor, regions: int, heads: int, scale: float) -> Tensor:
