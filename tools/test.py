@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zoo.cli import run
 from zoo.errors import InputError
+from zoo.files import make_folder
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +57,8 @@ def corruptions(args: argparse.Namespace) -> None:
         baseline, unit = robustness.ALEXNET, "AlexNet on ImageNet-C"
     if baseline is not None:
         robustness.check_baseline(baseline)
-    robustness.check_folder_to_write(args.corruptions)
+    robustness.check_corruptible(args.config, args.cfg_options, args.imagenet_c)
+    make_folder(args.corruptions)
     found = robustness.evaluate_corruptions(
         args.config, args.checkpoint, folder=args.imagenet_c, launcher=args.launcher, cfg_options=args.cfg_options,
         progress=lambda step: print(step, file=sys.stderr, flush=True))

@@ -9,7 +9,7 @@ from .losses import AttentionDiversificationLoss
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "polarized", "sknet", "unet",
+    "halonet", "list_models", "litv2", "mechanism_of", "polarized", "sknet", "unet",
 ]
 
 MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
@@ -36,5 +36,13 @@ def list_models(pattern: str = "*", mechanism: str | None = None) -> list[str]:
     """
     if mechanism is not None and mechanism not in MECHANISMS:
         raise InputError(f"there is no mechanism {mechanism!r}; {', '.join(MECHANISMS)} are known{near_misses(mechanism, MECHANISMS)}")
-    families = {family.__name__ for name, family in MECHANISMS.items() if mechanism in (None, name)}
-    return [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__ in families]
+    families = {family.__name__ for family in MECHANISMS.values()}
+    names = [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__ in families]
+    return [name for name in names if mechanism in (None, mechanism_of(name))]
+
+
+def mechanism_of(name: str) -> str | None:
+    """The mechanism of a model of the zoo; None where its family is compared with one without, such as a U-Net without gates."""
+    module = timm.model_entrypoint(name).__module__
+    mechanism = next(mechanism for mechanism, family in MECHANISMS.items() if family.__name__ == module)
+    return None if name in getattr(MECHANISMS[mechanism], "PLAIN", ()) else mechanism

@@ -22,7 +22,7 @@ from zoo.benchmark import torch_threads
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
 from zoo.export import INPUT, ExportError, export_onnx, open_session
-from zoo.files import replacing
+from zoo.files import make_folder, replacing
 
 THREADS = 2
 PICTURES = 64
@@ -63,11 +63,9 @@ def export_all(names: Iterable[str], folder: str | Path, *, opset: int = 20, spe
     Raises InputError for a folder that cannot be written to, and for fewer jobs than one.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; exporting several models needs a folder")
     if jobs < 1:
         raise InputError(f"jobs is {jobs}; it has to be at least 1")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     records, missing, names = read_records(folder / RECORDS), {}, list(names)
     for number, name in enumerate(names, 1):
         path, found = folder / f"{name}.onnx", records.get(name)

@@ -223,7 +223,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 def _fan_cfg() -> dict[str, Any]:
     return _cfg(paper_ids="arXiv:2204.12451", paper_name="Understanding The Robustness in Vision Transformers",
-                origin_url="https://github.com/NVlabs/FAN")
+                license="nvidia-source-code-nc", origin_url="https://github.com/NVlabs/FAN")
 
 
 def _tap_cfg() -> dict[str, Any]:
@@ -235,21 +235,22 @@ default_cfgs = generate_default_cfgs({
     "fan_tiny_12_p16_224.in1k": _fan_cfg(),
     "fan_small_12_p16_224.in1k": _fan_cfg(),
     "fan_base_18_p16_224.in1k": _fan_cfg(),
-    "fan_large_24_p16_224.in1k": _fan_cfg(),
+    "fan_large_24_p16_224.untrained": _fan_cfg(),
     "fan_tiny_8_p4_hybrid.in1k": _fan_cfg(),
     "fan_small_12_p4_hybrid.in1k": _fan_cfg(),
     "fan_base_16_p4_hybrid.in1k": _fan_cfg(),
-    "fan_large_16_p4_hybrid.in1k": _fan_cfg(),
+    "fan_large_16_p4_hybrid.untrained": _fan_cfg(),
     "tap_fan_nano.untrained": _tap_cfg(),
-    "tap_fan_tiny_12_p16_224.in1k": _tap_cfg(),
-    "tap_fan_small_12_p16_224.in1k": _tap_cfg(),
-    "tap_fan_base_18_p16_224.in1k": _tap_cfg(),
-    "tap_fan_large_24_p16_224.in1k": _tap_cfg(),
-    "tap_fan_tiny_8_p4_hybrid.in1k": _tap_cfg(),
-    "tap_fan_small_12_p4_hybrid.in1k": _tap_cfg(),
+    "tap_fan_tiny_12_p16_224.untrained": _tap_cfg(),
+    "tap_fan_small_12_p16_224.untrained": _tap_cfg(),
+    "tap_fan_base_18_p16_224.untrained": _tap_cfg(),
+    "tap_fan_large_24_p16_224.untrained": _tap_cfg(),
+    "tap_fan_tiny_8_p4_hybrid.untrained": _tap_cfg(),
+    "tap_fan_small_12_p4_hybrid.untrained": _tap_cfg(),
     "tap_fan_base_16_p4_hybrid.in1k": _tap_cfg(),
-    "tap_fan_large_16_p4_hybrid.in1k": _tap_cfg(),
+    "tap_fan_large_16_p4_hybrid.untrained": _tap_cfg(),
 })
+PLAIN = [name.partition(".")[0] for name in default_cfgs if name.startswith("fan_")]  # without token-aware average pooling
 
 
 def _fan(variant: str, pretrained: bool, **kwargs: Any) -> Fan:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from zoo.errors import InputError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+IMPOSSIBLE = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # names
 
 
 @contextlib.contextmanager
-def explaining(path: str | Path) -> Iterator[None]:
+def explaining(path: str | Path, errors: tuple[int, ...] = UNWRITABLE) -> Iterator[None]:
     """Turns what the system says of a full or protected disk, while `path` is written inside, into an InputError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in errors:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
@@ -38,7 +39,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """Raises InputError if there can be no file at `path`: to be called before the work whose result goes there."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    with explaining(path, UNWRITABLE + IMPOSSIBLE):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def make_folder(path: str | Path) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises InputError where it cannot be made or written to."""
+    with explaining(path, UNWRITABLE + IMPOSSIBLE):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()

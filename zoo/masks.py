@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.files import replacing
+from zoo.files import make_folder, replacing
 from zoo.predict import PICTURE_SUFFIXES, annotate, class_name, find_pictures, open_picture, output_files, picture_tensor
 from zoo.sliding import segment
 from zoo.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
@@ -49,7 +49,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
     targets = _targets(files, Path(output), volumes)
     window = tuple(window or info.input_size[1:])
     if Path(output) not in targets:
-        Path(output).mkdir(exist_ok=True)
+        make_folder(output)
     masks = []
     for path, target in zip(files, targets, strict=True):
         def show(done: int, total: int, path: Path = path) -> None:

@@ -98,13 +98,13 @@ def whole_table(names: Iterable[str], folder: Path = MEASUREMENTS) -> str:
     heads = ("model", "mechanism", "parameters", "MACs", "size", "reported top-1", "paper", "authors' weights", "their licence",
              "CPU latency", "ONNX", "kernels")
     rows = [_row(*heads), _row("---", "---", "---:", "---:", "---:", "---:", "---", "---", "---", "---:", "---", "---")]
-    mechanisms = {family.__name__: mechanism for mechanism, family in zoo.MECHANISMS.items()}
     latency, onnx = latencies(folder), exported(folder)
     for name in names:
-        model, family = _model(name), timm.model_entrypoint(name).__module__
+        model, family, mechanism = _model(name), timm.model_entrypoint(name).__module__, zoo.mechanism_of(name)
         top1 = f"{_top1(name)}, {sys.modules[family].REPORTED_IN}" if name in zoo.REPORTED_TOP1 else NONE
+        page = f"[{mechanism}]({mechanism}.md)" if mechanism else NONE
         rows.append(_row(
-            f"`{name}`", f"[{mechanisms[family]}]({mechanisms[family]}.md)", *_counts(name, model), top1, _paper(model), *_weights(model),
+            f"`{name}`", page, *_counts(name, model), top1, _paper(model), *_weights(model),
             f"{latency[name]:.2f}" if name in latency else NONE, onnx.get(name, NONE),
             ", ".join(f"`{kernel}`" for kernel in kernels(model)) or NONE))
     return "\n".join(rows)

@@ -313,19 +313,26 @@ default_cfgs = generate_default_cfgs({
     "unet3d.untrained": _cfg_3d(),
     **{f"{name}.untrained": _cfg(first_conv=None) for name in ENCODERS},
 })
+PLAIN = ["unet", "unet3d"]  # without gates
 
 
 def _unet(variant: str, pretrained: bool, **kwargs: Any) -> UNet:
     """`pretrained` is about the encoder, where there is one and no file of weights for the whole network is named."""
     if kwargs.get("features_only"):
         raise RuntimeError(f"features_only is not implemented for {variant}: U-Nets give maps of the input's size")
-    if kwargs.get("encoder") and pretrained and not (kwargs.get("pretrained_cfg_overlay") or {}).get("file"):
+    if kwargs.get("encoder") and pretrained and not _has_weights(kwargs):
         pretrained, kwargs["encoder_args"] = False, dict(kwargs.get("encoder_args") or {}, pretrained=True)
     model = build_model_with_cfg(UNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     if model.spatial_dims == 3:
         channels, *sides = model.pretrained_cfg["input_size"]
         model.pretrained_cfg["input_size"] = (channels, sides[0], *sides)
     return model
+
+
+def _has_weights(kwargs: dict[str, Any]) -> bool:
+    """Whether weights of a whole network are named: in a file, in a saved folder or on the hub."""
+    cfgs = kwargs.get("pretrained_cfg_overlay"), kwargs.get("pretrained_cfg")
+    return any(cfg.get(source) for cfg in cfgs if isinstance(cfg, dict) for source in ("file", "hf_hub_id", "state_dict", "url"))
 
 
 @register_model

@@ -94,16 +94,20 @@ def test_pictures_with_masks_are_corrupted_and_masks_are_not():
 
 @pytest.mark.parametrize(("metrics", "error"), [
     ({"accuracy/top1": 90.0, "accuracy/top5": 99.0}, 10.0), ({"iou/background": 99.0, "iou/mean": 60.0}, 40.0), ({"dice/mean": 70.0}, 30.0),
-    ({"aAcc": 80.0, "mIoU": 30.0}, 70.0), ({"coco/bbox_mAP_50": 0.5, "coco/bbox_mAP": 0.25, "coco/segm_mAP": 0.2}, 75.0), ({}, 100.0),
+    ({"aAcc": 80.0, "mIoU": np.float32(30)}, 70.0), ({}, 100.0),
+    ({"coco/bbox_mAP_50": 0.5, "coco/bbox_mAP": 0.25, "coco/segm_mAP": 0.2}, 75.0),
 ])
 def test_errors_are_of_the_score_of_the_task(metrics, error):
-    assert corruptions._error(metrics) == error
+    found = corruptions._error(metrics)
+    assert found == error and type(found) is float
 
 
 def test_what_cannot_be_corrupted_is_known_before_it_is_evaluated(monkeypatch):
     monkeypatch.setattr(corruptions, "evaluate", None)
-    with pytest.raises(InputError, match="unknown key 'corruption'"):
+    with pytest.raises(InputError, match="attention_unet3d_mni152, of MNI152Dataset, cannot be corrupted: .* unknown key .corruption.;"):
         corruptions.evaluate_corruptions("attention_unet3d_mni152", "x.pth")
+    with pytest.raises(InputError, match="in the place of image folders, and the test data of biformer_nano_digits are of DigitsDataset"):
+        corruptions.evaluate_corruptions("biformer_nano_digits", "x.pth", folder=".")
     with pytest.raises(InputError, match="errors are of one of accuracy/top1, .*, and the config measures loss"):
         corruptions._error({"loss": 1.0})
 
@@ -138,8 +142,10 @@ def test_the_tool_prints_writes_and_draws(tiny_train, tool, tmp_path, monkeypatc
     baseline.write_text(json.dumps({"clean": 1.0, "errors": {"fog": [50.0], "contrast": [80.0]}}))
     command = ["biformer_nano_digits", folder / "epoch_1.pth", "--corruptions", tmp_path / "out", "--baseline", baseline,
                "--cfg-options", *TINY]
+    capsys.readouterr()
     assert tool(*command) in (0, None)
     done = capsys.readouterr()
+    assert "mmengine" not in done.out and done.out.count("\n") < 20
     report = json.loads((tmp_path / "out/corruptions.json").read_text())
     assert report["clean"] == pytest.approx(100 - metrics["accuracy/top1"])
     assert set(report["errors"]) == {"fog", "contrast"} and {len(errors) for errors in report["errors"].values()} == {2}
@@ -163,11 +169,12 @@ def test_curves_are_drawn_for_every_corruption(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--baseline", "x.json"], "go with --corruptions"),
-    (["--corruptions", "out", "--baseline", "nowhere.json"], "there is no baseline nowhere.json"),
+    (["--corruptions", "out", "--baseline", "nowhere.json"], "cannot read the baseline nowhere.json: No such file or directory"),
     (["--corruptions", "out", "--baseline", "list.json"], "list.json is not a corruptions.json"),
     (["--corruptions", "out", "--baseline", "part.json"], "the baseline has no error for gaussian_noise"),
-    (["--corruptions", "list.json"], "list.json is a file; the report needs a folder"),
-    (["--corruptions", "out", "--imagenet-c", "."], "is not ImageNet-C: it has no folder gaussian_noise/1"),
+    (["--corruptions", "list.json"], "cannot write list.json: File exists"),
+    (["--corruptions", "list.json/out"], "cannot write list.json/out: Not a directory"),
+    (["--corruptions", "out", "--imagenet-c", "."], "ImageNet-C is read in the place of image folders"),
 ])
 def test_what_the_tool_refuses(tool, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -182,7 +189,7 @@ def test_what_the_tool_refuses(tool, tmp_path, monkeypatch, capsys, arguments, m
 
 def test_options_read_imagenet_c_or_corrupt(tmp_path):
     options = corruptions._options("biformer_nano_digits", (), "fog", 3, "/data/c")
-    assert options[:2] == ["test_dataloader.dataset.root=/data/c", "test_dataloader.dataset.split=fog/3"]
+    assert options[:2] == ["test_dataloader.dataset.root='/data/c'", "test_dataloader.dataset.split=fog/3"]
     option, = corruptions._options("biformer_nano_digits", (), "fog", 3, None)
     assert option == "test_dataloader.dataset.corruption={'name': 'fog', 'severity': 3}"
 

@@ -11,7 +11,7 @@ from timm.models import _hub
 
 from zoo.model_table import listed
 
-LIGHT = [name for name in listed() if "_nano" in name and "3d" not in name]
+LIGHT = [*(name for name in listed() if "_nano" in name and "3d" not in name), "attention_unet_sknet_nano"]
 ELSEWHERE = """
 import sys, timm, torch, zoo
 for folder in sys.argv[1:]:

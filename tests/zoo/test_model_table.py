@@ -2,17 +2,27 @@ import json
 
 import pytest
 import timm
+import torch
 
 import zoo
 from zoo import model_table
 from zoo.errors import InputError
 
 
-def test_every_model_has_one_mechanism():
+def test_every_model_has_one_mechanism_or_is_plain():
     by_mechanism = [name for mechanism in zoo.MECHANISMS for name in zoo.list_models(mechanism=mechanism)]
-    assert sorted(by_mechanism) == sorted(zoo.list_models())
+    plain = [name for name in zoo.list_models() if zoo.mechanism_of(name) is None]
+    assert sorted(by_mechanism + plain) == sorted(zoo.list_models())
     registered = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("zoo.")}
-    assert set(by_mechanism) == registered
+    assert set(zoo.list_models()) == registered
+    assert set(plain) == {"unet", "unet3d", *timm.list_models("fan_*")}
+
+
+@pytest.mark.parametrize(("mechanism", "layer"), [("tap", zoo.layers.TokenAwareAvgPool), ("gates", zoo.layers.AttentionGate)])
+def test_models_hold_the_layer_of_their_mechanism(mechanism, layer):
+    for name in zoo.list_models(mechanism=mechanism):
+        with torch.device("meta"):
+            assert any(isinstance(module, layer) for module in timm.create_model(name).modules()), name
 
 
 def test_models_of_a_mechanism_that_match():

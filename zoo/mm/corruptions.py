@@ -14,7 +14,7 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from zoo.errors import InputError, near_misses, require
-from zoo.files import check_writable, replacing
+from zoo.files import make_folder, replacing
 from zoo.mm.config import load_config
 from zoo.mm.training import evaluate
 
@@ -101,15 +101,12 @@ def evaluate_corruptions(config: str | Path, checkpoint: str | Path, *, folder: 
 
     Also raises InputError for data that is no pictures, and for another metric.
     """
+    check_corruptible(config, cfg_options, folder)
     points = list(itertools.product(CORRUPTIONS, SEVERITIES))
-    if folder is not None:
-        _check_folder(Path(folder))
-    else:
-        _library()
-    load_config(config, [*cfg_options, *_options(config, cfg_options, *points[0], folder)])  # what does not fit is known early
 
     def error(options: Sequence[str]) -> float:
-        return _error(evaluate(config, checkpoint, launcher=launcher, cfg_options=[*cfg_options, *options]))
+        quiet = "log_level=WARNING"  # what the engine says of itself, 76 times
+        return _error(evaluate(config, checkpoint, launcher=launcher, cfg_options=[quiet, *cfg_options, *options]))
 
     progress(f"1/{len(points) + 1} clean")
     clean, errors = error(()), {name: [] for name in CORRUPTIONS}
@@ -119,20 +116,35 @@ def evaluate_corruptions(config: str | Path, checkpoint: str | Path, *, folder: 
     return Robustness(clean, errors)
 
 
+def check_corruptible(config: str | Path, cfg_options: Sequence[str] = (), folder: str | Path | None = None) -> None:
+    """Raises InputError if `evaluate_corruptions` could not read, or corrupt, the test data of the config."""
+    data = load_config(config, cfg_options).test_dataloader.dataset.type
+    if folder is None:
+        _library()
+    elif data != "ImageFolderDataset":
+        raise InputError(f"ImageNet-C is read in the place of image folders, and the test data of {config} are of {data}")
+    else:
+        _check_folder(Path(folder))
+    try:
+        load_config(config, [*cfg_options, *_options(config, cfg_options, CORRUPTIONS[0], SEVERITIES[0], folder)])
+    except InputError as error:
+        raise InputError(f"the test data of {config}, of {data}, cannot be corrupted: {error}") from error
+
+
 def _error(metrics: Mapping[str, float]) -> float:
     if not metrics:  # of a detector that finds nothing at all
         return 100.0
     score = next((name for name in SCORES if name in metrics), None)
     if score is None:
         raise InputError(f"errors are of one of {', '.join(SCORES)}, and the config measures {', '.join(metrics)}")
-    return 100 - SCORES[score] * metrics[score]
+    return float(100 - SCORES[score] * metrics[score])  # mmsegmentation's are NumPy's
 
 
 def _options(config: str | Path, cfg_options: Sequence[str], name: str, severity: int, folder: str | Path | None) -> list[str]:
     """The changes to the config that let it read corrupted images."""
     place = "test_dataloader.dataset"
     if folder is not None:  # whose images are cropped already
-        return [f"{place}.root={folder}", f"{place}.split={name}/{severity}", f"{place}.transform.crop_pct=1.0"]
+        return [f"{place}.root={str(folder)!r}", f"{place}.split={name}/{severity}", f"{place}.transform.crop_pct=1.0"]
     corruption = {"name": name, "severity": severity}
     pipeline = load_config(config, cfg_options).test_dataloader.dataset.get("pipeline")
     if pipeline is None:
@@ -150,8 +162,8 @@ def read_baseline(path: str | Path) -> dict[str, float]:
     """A baseline's errors, means over severities, from what `write_report` wrote."""
     try:
         return {name: float(np.mean(errors)) for name, errors in json.loads(Path(path).read_text())["errors"].items()}
-    except FileNotFoundError:
-        raise InputError(f"there is no baseline {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the baseline {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a corruptions.json of tools/test.py: {error}") from error
 
@@ -166,21 +178,13 @@ def check_baseline(baseline: Mapping[str, float]) -> None:
 def write_report(found: Robustness, folder: str | Path, baseline: Mapping[str, float] | None) -> list[Path]:
     """Writes `folder`/corruptions.json and the curves, corruptions.png; the baseline's means are dashed lines in them."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     numbers, curves = folder / "corruptions.json", folder / "corruptions.png"
     with replacing(numbers) as written:
         written.write_text(json.dumps(asdict(found), indent=1) + "\n")
     with replacing(curves) as written:
         _draw(found, baseline).savefig(written, dpi=120)
     return [numbers, curves]
-
-
-def check_folder_to_write(folder: str | Path) -> None:
-    """Raises InputError if `write_report` could not write to `folder`."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; the report needs a folder")
-    check_writable(folder / "corruptions.json" if folder.exists() else folder)
 
 
 def _draw(found: Robustness, baseline: Mapping[str, float] | None):

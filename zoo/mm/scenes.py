@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from zoo.errors import InputError
+from zoo.files import make_folder, replacing
 from zoo.mm.datasets import DigitsDataset
 
 INK = 0.3  # share of full black above which a pixel is of the digit
@@ -68,7 +69,7 @@ def write_digit_scenes(root: str | Path, train: int = 1000, val: int = 100, size
 
     The scenes depend on the arguments alone. `progress` is called with the split, and how many of its scenes are done.
 
-    Raises InputError for counts below 1, and for a size in which no digit has room.
+    Raises InputError for counts below 1, for a size in which no digit has room, and where nothing can be written.
     """
     if min(train, val) < 1 or size < SIDES[1]:
         raise InputError(f"{train} and {val} scenes of {size} pixels: there has to be one of each at least, of {SIDES[1]} pixels or more")
@@ -77,20 +78,22 @@ def write_digit_scenes(root: str | Path, train: int = 1000, val: int = 100, size
         digits = DigitsDataset(split, transform={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)})
         folders = root / "images" / split, root / "annotations" / split
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         coco = {"images": [], "annotations": [], "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)]}
         for index in range(scenes):
             scene = compose(digits, size, np.random.default_rng((seed, number, index)))
             name = f"{index:06d}.png"
             for folder, pixels in zip(folders, (scene.picture, scene.label_map), strict=True):
-                Image.fromarray(pixels).save(folder / name)
+                with replacing(folder / name) as written:
+                    Image.fromarray(pixels).save(written)
             coco["images"].append({"id": index, "file_name": name, "width": size, "height": size})
             for label, mask in zip(scene.labels, scene.masks, strict=True):
                 coco["annotations"].append({
                     "id": len(coco["annotations"]) + 1, "image_id": index, "category_id": label, "iscrowd": 0,
                     "area": int(mask.sum()), "bbox": box(mask), "segmentation": run_lengths(mask)})
             progress(split, index + 1, scenes)
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+        with replacing(root / "annotations" / f"instances_{split}.json") as written:
+            written.write_text(json.dumps(coco))
 
 
 def box(mask: np.ndarray) -> list[int]:
