@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 def export_one(args: argparse.Namespace) -> int:
     if args.jobs != 1:
         raise InputError("--jobs is for --all")
+    if args.pictures and args.precision == "float32":
+        raise InputError("--pictures is for a lower --precision")
     check_pictures(args.precision, args.pictures)
     model, info = load(args.model)
     try:
@@ -110,9 +112,15 @@ def report(exported: Exported) -> None:
 
 
 def report_change(precision: str, change: Change) -> None:
+    print(f"{precision} differs from float32 by {change.difference:.2e} standard deviations for a random image")
+    if not change.pictures:
+        return
     print(f"{precision} names the same class for {change.same} of {change.pictures} pictures")
-    if change.before is not None:
-        print(f"accuracy: float32 {change.before:.2f} %, {precision} {change.after:.2f} % ({change.after - change.before:+.2f})")
+    if change.before is None:
+        print("no accuracy: no picture is in a folder named after a class")
+    else:
+        pictures = "" if change.labelled == change.pictures else f" for the {change.labelled} pictures in folders named after classes"
+        print(f"accuracy{pictures}: float32 {change.before:.2f} %, {precision} {change.after:.2f} % ({change.after - change.before:+.2f})")
 
 
 def summary(record: Record) -> str:

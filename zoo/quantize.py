@@ -2,7 +2,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import timm.data
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.export import INPUT, open_session
+from zoo.export import INPUT, ExportError, open_session
 from zoo.predict import find_pictures, open_picture
 
 PRECISIONS = ("float32", "float16", "int8")
@@ -21,23 +21,27 @@ CALIBRATED = 128  # pictures at most
 
 @dataclass(frozen=True)
 class Change:
-    """On how many pictures the two files were compared, on how many they name the same class, and, where the pictures are
-    labelled, the accuracy of either, in per cent."""
+    """What a lower precision changes: the largest difference of the outputs for a random image, in standard deviations; on how many
+    pictures the two files were compared, on how many they name the same class, how many are labelled, and, where any are, the
+    accuracy of either, in per cent."""
 
-    pictures: int
-    same: int
-    before: float | None
-    after: float | None
+    difference: float
+    pictures: int = 0
+    same: int = 0
+    labelled: int = 0
+    before: float | None = None
+    after: float | None = None
 
 
 def lower_precision(path: Path, precision: str, info: ModelInfo, folder: str | Path | None,
-                    progress: Callable[[str], None] = lambda step: None) -> Change | None:
+                    progress: Callable[[str], None] = lambda step: None) -> Change:
     """Replaces the float32 file at `path` by one of `precision`, "float16" or "int8"; inputs and outputs stay float32.
 
     `folder` holds the user's pictures: every other one, up to 128, calibrates int8, which cannot do without, and the others
-    measure the change (None without a folder). Pictures in folders that are named after the model's classes are labelled.
+    measure the change. Pictures in folders that are named after the model's classes are labelled.
 
-    Raises InputError for a folder without enough pictures, or none where one is needed, or one for a network that does not name classes.
+    Raises InputError for a folder without enough pictures, or none where one is needed, or one for a network that does not name
+    classes; ExportError if ONNX Runtime does not run the file.
     """
     if folder is not None and info.task != "classification":
         raise InputError(f"pictures calibrate and measure networks that name classes, and {info.name} does not")
@@ -48,10 +52,8 @@ def lower_precision(path: Path, precision: str, info: ModelInfo, folder: str | P
         _to_float16(path, lower)
     else:
         _to_int8(path, lower, info, pictures[::2][:CALIBRATED])
-    change = None
-    if pictures:
-        progress("comparing")
-        change = _compare(path, lower, info, pictures[1::2])
+    progress("comparing")
+    change = _compare(path, lower, info, pictures[1::2])
     lower.replace(path)
     return change
 
@@ -72,7 +74,13 @@ def _to_float16(source: Path, target: Path) -> None:
     import onnx
     from onnxruntime.transformers import float16
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *FLOAT32_ONLY]
-    onnx.save(float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked), target)
+    converted = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked)
+    # Where several nodes in float32 share an input, each has got a cast of its own, all of one name.
+    distinct = {tuple(node.output): node for node in reversed(converted.graph.node)}
+    kept = [node for node in converted.graph.node if distinct[tuple(node.output)] is node]
+    del converted.graph.node[:]
+    converted.graph.node.extend(kept)
+    onnx.save(converted, target)
 
 
 def _to_int8(source: Path, target: Path, info: ModelInfo, pictures: list[Path]) -> None:
@@ -109,14 +117,28 @@ def _images(info: ModelInfo, pictures: list[Path]) -> Iterator[np.ndarray]:
 
 def _compare(before: Path, after: Path, info: ModelInfo, pictures: list[Path]) -> Change:
     sessions = [open_session(path) for path in (before, after)]
-    named = np.array([[int(session.run([info.output], {INPUT: image})[0].argmax()) for session in sessions]
-                      for image in _images(info, pictures)])
-    same = int((named[:, 0] == named[:, 1]).sum())
-    labels = [path.parent.name for path in pictures]
-    if not set(labels) <= set(info.classes):
-        return Change(len(pictures), same, None, None)
-    correct = named == np.array([info.classes.index(label) for label in labels])[:, None]
-    return Change(len(pictures), same, *(100 * correct.mean(0)).tolist())
+    expected, found = _outputs(sessions, info, _random_image(sessions[0], info))
+    difference = float(np.abs(found - expected).max() / (expected.std() or 1.0))
+    named = np.array([[out.argmax() for out in _outputs(sessions, info, image)] for image in _images(info, pictures)]).reshape(-1, 2)
+    labels = np.array([info.classes.index(name) if (name := path.parent.name) in info.classes else -1 for path in pictures])
+    change = Change(difference, len(pictures), int((named[:, 0] == named[:, 1]).sum()), int((labels >= 0).sum()))
+    if not change.labelled:
+        return change
+    accuracies = 100 * (named == labels[:, None])[labels >= 0].mean(0)
+    return replace(change, before=float(accuracies[0]), after=float(accuracies[1]))
+
+
+def _outputs(sessions: list, info: ModelInfo, image: np.ndarray) -> list[np.ndarray]:
+    try:
+        return [session.run([info.output], {INPUT: image})[0].astype(np.float64) for session in sessions]
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime does not run the converted model: {error}") from error
+
+
+def _random_image(session, info: ModelInfo) -> np.ndarray:
+    """Of the size and batch that the file takes."""
+    shape = [n if isinstance(n, int) else own for n, own in zip(session.get_inputs()[0].shape, (1, *info.input_size), strict=True)]
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 @contextlib.contextmanager

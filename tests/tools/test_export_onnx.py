@@ -102,7 +102,8 @@ def test_one_that_fails_is_exit_status_1_and_named(one_model, tmp_path, capsys, 
     (["test_resnet", "--jobs", "2"], "--jobs is for --all"),
     (["--all", "--precision", "int8"], "--precision is for one model"),
     (["test_resnet", "--precision", "int8"], "int8 has to be calibrated"),
-    (["test_resnet", "--pictures", "nowhere"], "there is no picture nowhere"),
+    (["test_resnet", "--precision", "float16", "--pictures", "nowhere"], "there is no picture nowhere"),
+    (["test_resnet", "--pictures", "nowhere"], "--pictures is for a lower --precision"),
 ])
 def test_arguments_that_do_not_go_together(main, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):

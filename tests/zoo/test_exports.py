@@ -197,8 +197,20 @@ def test_lower_precision(resnet, pictures, tmp_path, precision):
 
 def test_unlabelled_pictures_measure_agreement_only(resnet, pictures, tmp_path):
     source, info = resnet
-    change = quantize._compare(source, source, dataclasses.replace(info, classes=("a", "b")), quantize.find_pictures([pictures]))
-    assert (change.pictures, change.same, change.before, change.after) == (8, 8, None, None)
+    found = quantize.find_pictures([pictures])
+    assert quantize._compare(source, source, dataclasses.replace(info, classes=("a", "b")), found) == quantize.Change(0.0, 8, 8)
+    some = quantize._compare(source, source, dataclasses.replace(info, classes=(CLASSES[0], "b")), found)
+    assert some.labelled == 4 and some.before == some.after is not None
+
+
+@pytest.mark.parametrize("name", ["biformer_nano", "attention_unet_nano"])
+def test_float16_runs_where_nodes_in_float32_share_an_input(tmp_path, name):
+    model, info = load_model(name, **({"widths": (4, 6, 8)} if "unet" in name else SHALLOW[name]))
+    path = export_onnx(model, info, tmp_path / "x.onnx", size=(48, 64), free_size=False).path
+    expected = run(path, image := torch.randn(1, 3, 48, 64).numpy())
+    change = quantize.lower_precision(path, "float16", info, None)
+    assert 0 < change.difference < 0.05 and change.pictures == 0
+    assert np.abs(run(path, image) - expected).max() < 0.05 * expected.std()
 
 
 def test_pictures_that_do_not_suffice(pictures, tmp_path):
