@@ -64,10 +64,13 @@ def full_disk():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Every reference vector by name, whatever the verbosity."""
+    """Every reference vector by name, and what tests record as "said", whatever the verbosity."""
     reports = [report for outcome in ("passed", "failed", "error", "skipped") for report in terminalreporter.stats.get(outcome, [])]
     vectors = {re.search(r"test_reference_vector\[(.+)\]", report.nodeid): report.outcome for report in reports}
     lines = sorted(f"{match.group(1)}: {outcome}" for match, outcome in vectors.items() if match)
     if lines:
         terminalreporter.section("reference vectors")
         terminalreporter.write_line("\n".join(lines))
+    for report in terminalreporter.stats.get("passed", []):
+        for line in (value for name, value in report.user_properties if name == "said"):
+            terminalreporter.write_line(line)

@@ -99,7 +99,8 @@ class TimmEncoder(nn.Module):
         return [x.permute(0, 3, 1, 2) for x in maps] if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else maps
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        self.model.set_grad_checkpointing(enable)
+        network = self.model if hasattr(self.model, "set_grad_checkpointing") else self.model.model  # timm wraps some
+        network.set_grad_checkpointing(enable)
 
 
 class Up(nn.Module):

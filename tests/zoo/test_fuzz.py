@@ -14,11 +14,12 @@ import zoo
 
 ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
-LIGHT = sorted({*zoo.list_models("*_nano*")} - {*zoo.list_models(mechanism="gates")})  # those make no features and no classes
+LIGHT = zoo.list_models("*_nano*")
+UNETS = zoo.list_models("*_nano*", mechanism="gates")  # which name a class of every pixel, and have no features
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "transposed": lambda x: x.mT.contiguous().mT,
     "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
 }
@@ -43,6 +44,11 @@ def draw(seed: int) -> dict:
         case["grad_checkpointing"] = rng.random() < 0.5
     if case["way"] == "features_only":
         case["args"] = dict(out_indices=rng.choice(((0,), (1, 3), (-1,), (0, 1, 2, 3))))
+    if case["model"] in UNETS:
+        case["way"] = case["way"] if case["way"] in ("train", "autocast") else "logits"
+        case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
+        if "3d" in case["model"]:
+            case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
     return case
 
 
@@ -72,7 +78,8 @@ def run(case: dict, seed: int) -> None:
         assert [out.shape[:2] for out in outs] == [(case["batch"], number) for number in channels], [out.shape for out in outs]
         assert all(out.dtype == case["dtype"] for out in outs)
     else:
-        assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features), outs[0].shape
+        sizes = case["size"] if case["model"] in UNETS else ()
+        assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape
         assert case["way"] == "autocast" or outs[0].dtype == case["dtype"]
 
 
@@ -82,7 +89,7 @@ def is_ours(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError)) and (ROOT in last.parents or "timm" in last.parts)
 
 
-def test_random_combinations():
+def test_random_combinations(record_property):
     refused = 0
     for seed in range(SEED, SEED + DRAWS):
         case = draw(seed)
@@ -91,5 +98,5 @@ def test_random_combinations():
         except Exception as error:
             assert is_ours(error), f"ZOO_FUZZ=1 ZOO_FUZZ_SEED={seed}: {case} ends in {type(error).__name__}: {error}"
             refused += 1
-    print(f"{DRAWS} combinations from seed {SEED}: {DRAWS - refused} work, {refused} are refused in a sentence")
+    record_property("said", f"{DRAWS} random combinations from seed {SEED}: {DRAWS - refused} work, {refused} are refused in a sentence")
     assert refused < DRAWS / 4
