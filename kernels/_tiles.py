@@ -1,6 +1,12 @@
-"""What the attention kernels share: rows of heads, read and written, and the products of rows."""
+"""What kernels share: how they are compiled, and for attention rows of heads, read and written, and the products of rows."""
 import triton
 import triton.language as tl
+
+# A map of another size compiles nothing anew, as it would if 16 divided one of its sizes and not the other's.
+kernel = triton.jit(do_not_specialize=[
+    "height", "width", "h", "w", "rows", "columns",
+    "kv_height", "kv_width", "kv_h", "kv_w", "q_height", "q_width", "out_height", "out_width",
+])
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelParam
 
 from ._launch import OPTIONS, Launch, recording
 
@@ -67,11 +68,12 @@ def table(compiled: list[MachineCode]) -> str:
 def _compile(launch: Launch, variant: str, target: Target) -> MachineCode:
     kernel = launch.kernel
     values = [(launch.arguments | launch.configuration)[name] for name in kernel.arg_names]
-    types = [_type(value, parameter.is_constexpr) for value, parameter in zip(values, kernel.params, strict=True)]
+    types = [_type(value, parameter) for value, parameter in zip(values, kernel.params, strict=True)]
+    aligned = [i for i, value in enumerate(values) if types[i] != "constexpr" and _aligned(value, kernel.params[i])]
     source = ASTSource(
         kernel, dict(zip(kernel.arg_names, types, strict=True)),
         constexprs={(i,): value for i, (value, kind) in enumerate(zip(values, types, strict=True)) if kind == "constexpr"},
-        attrs={(i,): [["tt.divisibility", 16]] for i, value in enumerate(values) if types[i] != "constexpr" and _aligned(value)},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = OPTIONS | {name: value for name, value in launch.configuration.items() if name not in kernel.arg_names}
     compiled = triton.compile(source, target=target.gpu, options=options)
@@ -79,9 +81,9 @@ def _compile(launch: Launch, variant: str, target: Target) -> MachineCode:
     return MachineCode(launch.name, variant, target, launch.configuration, registers, spilled, compiled.metadata.shared)
 
 
-def _type(value: Any, constexpr: bool) -> str:
+def _type(value: Any, parameter: KernelParam) -> str:
     """Of a kernel's argument, as Triton specializes on it when it launches."""
-    if constexpr or value is None or (type(value) is int and value == 1):
+    if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
         return "constexpr"
     if isinstance(value, Tensor):
         return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
@@ -92,8 +94,8 @@ def _type(value: Any, constexpr: bool) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _aligned(value: Any) -> bool:
-    return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+def _aligned(value: Any, parameter: KernelParam) -> bool:
+    return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0 and not parameter.do_not_specialize)
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:

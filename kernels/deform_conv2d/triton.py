@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._backends import name_of
 from .._launch import float32_precision, launch
+from .._tiles import kernel
 from .blocked import flops
 
 WEIGHT_PROGRAMS = 1024  # the gradient of the weight is split over positions until there are about as many
@@ -81,7 +82,7 @@ def _tile(index, out_height, out_width, POSITIONS: tl.constexpr):
     return (index // tiles).to(tl.int64), place // out_width, place % out_width, place < out_height * out_width
 
 
-@triton.jit
+@kernel
 def deform_conv2d_forward(
     x, offset, mask, weight, bias, out, height, width, out_height, out_width,
     x_batch, x_channel, x_row, x_column, offset_batch, offset_channel, offset_row, offset_column,
@@ -121,7 +122,7 @@ def deform_conv2d_forward(
     tl.store(out, total, mask=(o < OUT_GROUP)[:, None] & on)
 
 
-@triton.jit
+@kernel
 def deform_conv2d_backward_samples(
     grad, x, offset, mask, weight, scale, grad_x, grad_offset, grad_mask, height, width, out_height, out_width,
     grad_batch, grad_channel, grad_row, grad_column, x_batch, x_channel, x_row, x_column,
@@ -191,7 +192,7 @@ def _scatter(at, values, wanted):
     tl.atomic_add(at, values.to(at.dtype.element_ty), mask=wanted, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def deform_conv2d_backward_weight(
     grad, x, offset, mask, partial, height, width, out_height, out_width, images,
     grad_batch, grad_channel, grad_row, grad_column, x_batch, x_channel, x_row, x_column,

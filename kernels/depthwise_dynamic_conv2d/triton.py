@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._backends import name_of
 from .._launch import launch
+from .._tiles import kernel
 from .reference import inhibited
 
 PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
@@ -28,7 +29,7 @@ def _position(p, u, v, height, width, KH: tl.constexpr, KW: tl.constexpr, SIGN: 
     return i, j, (p < height * width) & (i >= 0) & (i < height) & (j >= 0) & (j < width)
 
 
-@triton.jit
+@kernel
 def depthwise_dynamic_conv2d_forward(
     x, kernels, theta, out, channels, height, width, x_batch, x_channel, x_row, x_column, kernels_batch, kernels_channel, kernels_row,
     kernels_column, out_batch, out_channel, out_row, out_column, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr,
@@ -56,7 +57,7 @@ def depthwise_dynamic_conv2d_forward(
     tl.store(out, total, mask=(p < height * width) & (c < channels))
 
 
-@triton.jit
+@kernel
 def depthwise_dynamic_conv2d_backward_kernels(
     x, grad, partial, samples, channels, height, width, x_batch, x_channel, x_row, x_column, grad_batch, grad_channel, grad_row,
     grad_column, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._backends import DTYPES, name_of
 from .._launch import float32_precision, launch
 from .._regions import region_size
+from .._tiles import kernel
 
 SMALLEST_TILE = 16  # of what matrix units multiply
 
@@ -24,7 +25,7 @@ def _on_map(region, columns, h, w, height, width):
     return row, column, tl.maximum(tl.minimum(h, height - row), 0), tl.maximum(tl.minimum(w, width - column), 0)
 
 
-@triton.jit
+@kernel
 def region_means_forward(
     x, means, columns, h, w, height, width, channels, x_batch, x_row, x_column, x_channel, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -43,7 +44,7 @@ def region_means_forward(
     tl.store(means + c, total / tl.maximum(rows_on * columns_on, 1), mask=c < channels)
 
 
-@triton.jit
+@kernel
 def region_means_backward(
     grad, grad_x, columns, h, w, height, width, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -109,7 +110,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
 region_means.register_autograd(_backward, setup_context=_setup_context)
 
 
-@triton.jit
+@kernel
 def region_routes_forward(
     q_means, k_means, routes, scores, regions, columns, h, w, height, width, channels, topk,
     PRECISION: tl.constexpr, REGIONS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,

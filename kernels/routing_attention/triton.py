@@ -20,7 +20,7 @@ from torch import Tensor
 from .._backends import name_of
 from .._launch import configuration_of, float32_precision, launch
 from .._regions import region_size
-from .._tiles import load_rows, products, store_rows
+from .._tiles import kernel, load_rows, products, store_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
@@ -77,7 +77,7 @@ def _routed_keys(first, routes, slots, columns, h, w, height, width, KEYS: tl.co
     return position, on & (slot < slots), slot
 
 
-@triton.jit
+@kernel
 def routing_attention_forward(
     q, k, v, routes, bits, weights, out, logsumexp, scale, heads, slots, regions, columns,
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,
@@ -134,7 +134,7 @@ def routing_attention_forward(
     tl.store(logsumexp + (batch * heads + head) * height * width + position, tl.where(nothing, 0.0, highest + tl.log2(total)), mask=on)
 
 
-@triton.jit
+@kernel
 def routing_attention_backward_queries(
     grad, q, k, v, routes, bits, weights, out, logsumexp, shares, grad_q, grad_weights, scale, heads, slots, regions, columns,
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,
@@ -201,7 +201,7 @@ def routing_attention_backward_queries(
                  mask=slot < slots)
 
 
-@triton.jit
+@kernel
 def routing_attention_backward_keys(
     grad, q, k, v, order, starts, bits, weights, logsumexp, shares, grad_k, grad_v, scale, heads, slots, regions, columns,
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,

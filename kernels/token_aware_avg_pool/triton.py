@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._backends import name_of
 from .._launch import launch
+from .._tiles import kernel
 
 
 @triton.jit
@@ -17,7 +18,7 @@ def _moved(i, j, place, dilation, height, width):
     return i, j, (i >= 0) & (i < height) & (j >= 0) & (j < width)
 
 
-@triton.jit
+@kernel
 def token_aware_avg_pool_forward(
     x, weights, out, height, width, channels, x_batch, x_row, x_column, x_channel, weights_batch, weights_row, weights_column,
     weights_pool, POOLS: tl.constexpr, TRANSPOSED: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -51,7 +52,7 @@ def token_aware_avg_pool_forward(
     tl.store(out + (batch * height * width + p) * channels + c, total, mask=on & (c < channels))
 
 
-@triton.jit
+@kernel
 def token_aware_avg_pool_backward_weights(
     grad, x, grad_weights, height, width, channels, grad_batch, grad_row, grad_column, grad_channel, x_batch, x_row, x_column, x_channel,
     POOLS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
