@@ -5,9 +5,10 @@ recomputes the attention from its logarithmic denominator, once for the gradient
 values: there a program holds a patch of keys and goes over the queries of the blocks whose windows reach it, so that nothing is
 added atomically.
 
-The scores of relative positions are those of a query and an offset: a product of queries and tables, L = w + s − 1 numbers for
-the rows and as many for the columns of a query, which the kernels read. What reaches them in the backward pass is summed per
-query, and the tables' gradients are again products.
+The score of a relative position is the sum of one for its row and one for its column, products of the query and the tables. A
+block of keys is some rows of the window, each padded to a power of two. So the scores of columns are the same in every block
+and those of rows are a number per row: a program makes both once, of its queries, and reads nothing per query and key. What
+reaches them in the backward pass is summed per query and offset, and the tables' gradients are again products.
 """
 import itertools
 import math
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .._backends import name_of
 from .._launch import float32_precision, launch
-from .._tiles import load_rows, products, store_rows
+from .._tiles import kernel, load_rows, products, store_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries that a program holds; matrix units take 16
@@ -38,81 +39,132 @@ def _queries_of(tile, columns, q_height, q_width, SIDE: tl.constexpr, QUERIES: t
 
 
 @triton.jit
-def _keys_of(first, row, column, height, width, BLOCK: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr):
-    """Some keys of a block's window: row and column in it, where they lie, whether on the map, and whether within the border."""
+def _keys_of(i, j, row, column, height, width, BLOCK: tl.constexpr, HALO: tl.constexpr):
+    """Keys at rows i and columns j of a block's window: where they lie, whether on the map, and whether within the border."""
     window: tl.constexpr = BLOCK + 2 * HALO
-    place = first + tl.arange(0, KEYS)
-    i, j = place // window, place % window
     y, x = row * BLOCK + i - HALO, column * BLOCK + j - HALO
-    seen = (place < window * window) & (y < height + HALO) & (x < width + HALO)
-    return i, j, y * width + x, seen & (y >= 0) & (y < height) & (x >= 0) & (x < width), seen
+    seen = (i < window) & (j < window) & (y < height + HALO) & (x < width + HALO)
+    return y * width + x, seen & (y >= 0) & (y < height) & (x >= 0) & (x < width), seen
 
 
 @triton.jit
+def _plus_products(scores, queries, table, PRECISION: tl.constexpr):
+    """scores + queries table. The table is in float32: two parts of 16 bits, where the queries have as many."""
+    if queries.dtype == tl.float32:
+        return tl.dot(queries, table, scores, input_precision=PRECISION)
+    high = table.to(queries.dtype)
+    low = (table - high.to(tl.float32)).to(queries.dtype)
+    return tl.dot(queries, high, tl.dot(queries, low, scores))
+
+
+@triton.jit
+def _offset_scores(
+    q, table, position, on, stride_position, stride_channel, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, OFFSET_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
+):
+    """Scores of queries and offsets of rows, and of columns, to base 2: twice (queries, OFFSET_TILE), float32."""
+    some: tl.constexpr = min(WIDTH_TILE, 32)  # channels at a time: products of all, in float32, take too many registers
+    offset = tl.arange(0, OFFSET_TILE)
+    by_row = tl.zeros((position.shape[0], OFFSET_TILE), tl.float32)
+    by_column = tl.zeros((position.shape[0], OFFSET_TILE), tl.float32)
+    for first in tl.range(0, WIDTH_TILE, some, num_stages=1):
+        c = first + tl.arange(0, some)
+        queries = tl.load(q + position[:, None] * stride_position + c * stride_channel, mask=on[:, None] & (c < WIDTH), other=0.0)
+        entry, mask = table + offset * WIDTH + c[:, None], (offset < OFFSETS) & (c[:, None] < WIDTH)
+        by_row = _plus_products(by_row, queries, tl.load(entry, mask=mask, other=0.0), PRECISION)
+        entry += OFFSETS * WIDTH
+        by_column = _plus_products(by_column, queries, tl.load(entry, mask=mask, other=0.0), PRECISION)
+    return by_row * LOG2_E, by_column * LOG2_E
+
+
+@triton.jit
+def _taken(scores, offsets, TILE: tl.constexpr):
+    """Of every query the scores of these offsets, (queries, n); of offsets beyond the tile, which no key has, any."""
+    return tl.gather(scores, tl.minimum(offsets, TILE - 1), 1)
+
+
+@triton.jit
+def _of_rows(scores, start, first, within, ROWS: tl.constexpr):
+    """Scores of ROWS rows of the window from the first, each for the keys that `within` counts to it: (queries, keys).
+
+    A query's score of row 0 is at `start`. Picked by sums: they stay in the layout of products, where a gather is slow.
+    """
+    result = tl.zeros((scores.shape[0], within.shape[0]), tl.float32)
+    for n in tl.static_range(ROWS):
+        here = tl.arange(0, scores.shape[1]) == (start + first + n)[:, None]
+        result = tl.where(within == n, tl.sum(tl.where(here, scores, 0.0), 1)[:, None], result)
+    return result
+
+
+@kernel
 def halo_attention_forward(
-    q, k, v, logits, out, logsumexp, scale, heads, columns, height, width, q_height, q_width,
+    q, k, v, table, out, logsumexp, scale, heads, columns, height, width, q_height, q_width,
     q_batch, q_position, q_head, q_channel, k_batch, k_position, k_head, k_channel, v_batch, v_position, v_head, v_channel,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_TILE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW_TILE: tl.constexpr, OFFSET_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """One program per tile of queries and head, and batch."""
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     window: tl.constexpr = BLOCK + 2 * HALO
     offsets: tl.constexpr = window + SIDE - 1
+    across: tl.constexpr = min(WINDOW_TILE, KEYS)  # keys of a row in a block of keys
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     per_query = batch * q_height * q_width * heads
-    logits += per_query * (2 * offsets)
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
     own = position * heads + head
-    by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
     queries = load_rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
 
+    lane, start = tl.arange(0, KEYS), SIDE - 1 - i
+    row_scores, all_column_scores = _offset_scores(
+        q, table, position, on, q_position, q_channel, PRECISION, offsets, OFFSET_TILE, WIDTH, WIDTH_TILE)
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, VALUE_TILE), tl.float32)
-    for first in range(0, window * window, KEYS):
-        key_i, key_j, there, exists, seen = _keys_of(first, row, column, height, width, BLOCK, HALO, KEYS)
-        scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE), PRECISION)
-        pairs = on[:, None] & seen
-        scores = scores * (scale * LOG2_E) + tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
-        scores = tl.where(seen, scores + tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0), -float("inf"))
-        above = tl.maximum(highest, tl.max(scores, 1))
-        exponentials = tl.exp2(scores - above[:, None])
-        fade = tl.exp2(highest - above)
-        highest, total = above, total * fade + tl.sum(exponentials, 1)
-        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
-        sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
+    for left in range(0, window, across):  # once, but for large windows
+        key_j = left + lane % across
+        column_scores = _taken(all_column_scores, SIDE - 1 - j[:, None] + key_j, OFFSET_TILE)
+        for top in range(0, window, KEYS // across):
+            there, exists, seen = _keys_of(top + lane // across, key_j, row, column, height, width, BLOCK, HALO)
+            keys = load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
+            scores = products(queries, keys, PRECISION) * (scale * LOG2_E) + column_scores
+            scores += _of_rows(row_scores, start, top, lane // across, KEYS // across)
+            scores = tl.where(seen, scores, -float("inf"))
+            above = tl.maximum(highest, tl.max(scores, 1))
+            exponentials = tl.exp2(scores - above[:, None])
+            fade = tl.exp2(highest - above)
+            highest, total = above, total * fade + tl.sum(exponentials, 1)
+            values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
+            sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
     store_rows(out, sums / total[:, None], position, on, heads * VALUE_WIDTH, VALUE_WIDTH, VALUE_TILE)
     tl.store(logsumexp + per_query + own, highest + tl.log2(total), mask=on)
 
 
-@triton.jit
+@kernel
 def halo_attention_backward_queries(
-    grad, q, k, v, logits, out, logsumexp, shares, grad_q, grad_logits, scale, heads, columns, height, width, q_height, q_width,
+    grad, q, k, v, table, out, logsumexp, shares, grad_q, grad_logits, scale, heads, columns, height, width, q_height, q_width,
     grad_batch, grad_position, grad_head, grad_channel,
     q_batch, q_position, q_head, q_channel, k_batch, k_position, k_head, k_channel, v_batch, v_position, v_head, v_channel,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_TILE: tl.constexpr,
-    WINDOW_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW_TILE: tl.constexpr, OFFSET_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """As the forward kernel. Also keeps every query's share, the sum of its gradient times its output."""
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     window: tl.constexpr = BLOCK + 2 * HALO
     offsets: tl.constexpr = window + SIDE - 1
+    across: tl.constexpr = min(WINDOW_TILE, KEYS)
     grad += batch * grad_batch + head * grad_head
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     per_query = batch * q_height * q_width * heads
-    logits += per_query * (2 * offsets)
     row, column, i, j, position, on = _queries_of(tile, columns, q_height, q_width, SIDE, QUERIES)
     own = position * heads + head
-    by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
     queries = load_rows(q, position, on, q_position, q_channel, WIDTH, WIDTH_TILE)
     above = load_rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
     out += batch * q_height * q_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
@@ -121,31 +173,40 @@ def halo_attention_backward_queries(
     tl.store(shares + per_query + own, share, mask=on)
     denominator = tl.load(logsumexp + per_query + own, mask=on, other=0.0)
 
-    line = tl.arange(0, 2 * WINDOW_TILE)  # of the window: its rows, then its columns
+    grad_logits += per_query * (2 * offsets) + own[:, None] * (2 * offsets)
+    lane, start = tl.arange(0, KEYS), SIDE - 1 - i
+    row_scores, all_column_scores = _offset_scores(
+        q, table, position, on, q_position, q_channel, PRECISION, offsets, OFFSET_TILE, WIDTH, WIDTH_TILE)
+    offset = tl.arange(0, OFFSET_TILE)
     sums = tl.zeros((QUERIES, WIDTH_TILE), tl.float32)
-    line_sums = tl.zeros((QUERIES, 2 * WINDOW_TILE), tl.float32)
-    for first in range(0, window * window, KEYS):
-        key_i, key_j, there, exists, seen = _keys_of(first, row, column, height, width, BLOCK, HALO, KEYS)
-        key_rows = load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
-        values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
-        pairs = on[:, None] & seen
-        scores = products(queries, key_rows, PRECISION) * (scale * LOG2_E)
-        scores += tl.load(logits + (by_row[:, None] + key_i), mask=pairs, other=0.0)
-        scores += tl.load(logits + (by_column[:, None] + key_j), mask=pairs, other=0.0)
-        attention = tl.exp2(tl.where(pairs, scores - denominator[:, None], -float("inf")))
-        grad_scores = attention * (products(above, values, PRECISION) - share[:, None])
-        grad_scores = grad_scores.to(key_rows.dtype)
-        sums = tl.dot(grad_scores, key_rows, sums, input_precision=PRECISION)
-        on_line = tl.where((key_i[:, None] == line) | (key_j[:, None] == line - WINDOW_TILE), 1.0, 0.0)
-        line_sums = tl.dot(grad_scores, on_line.to(key_rows.dtype), line_sums, input_precision=PRECISION)
+    row_sums = tl.zeros((QUERIES, OFFSET_TILE), tl.float32)
+    for left in range(0, window, across):
+        key_j = left + lane % across
+        column_scores = _taken(all_column_scores, SIDE - 1 - j[:, None] + key_j, OFFSET_TILE) - denominator[:, None]
+        column_sums = tl.zeros((QUERIES, KEYS), tl.float32)
+        for top in range(0, window, KEYS // across):
+            there, exists, seen = _keys_of(top + lane // across, key_j, row, column, height, width, BLOCK, HALO)
+            keys = load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
+            values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
+            scores = products(queries, keys, PRECISION) * (scale * LOG2_E) + column_scores
+            scores += _of_rows(row_scores, start, top, lane // across, KEYS // across)
+            attention = tl.exp2(tl.where(seen, scores, -float("inf")))
+            grad_scores = attention * (products(above, values, PRECISION) - share[:, None])
+            sums = tl.dot(grad_scores.to(keys.dtype), keys, sums, input_precision=PRECISION)
+            column_sums += grad_scores
+            for n in tl.static_range(KEYS // across):
+                of_row = tl.sum(tl.where(lane // across == n, grad_scores, 0.0), 1)
+                row_sums += tl.where(offset == (start + top + n)[:, None], of_row[:, None], 0.0)
+        place = left + tl.arange(0, across)
+        column_sums = tl.sum(tl.reshape(column_sums, (QUERIES, KEYS // across, across)), 1)
+        tl.store(grad_logits + (offsets + SIDE - 1 - j[:, None] + place), column_sums, mask=on[:, None] & (place < window))
 
+    tl.store(grad_logits + offset, row_sums, mask=on[:, None] & (offset < offsets))
     grad_q += batch * q_height * q_width * heads * WIDTH + head * WIDTH
     store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
-    place = tl.where(line < WINDOW_TILE, by_row[:, None] + line, by_column[:, None] + line - WINDOW_TILE)
-    tl.store(grad_logits + per_query * (2 * offsets) + place, line_sums, mask=on[:, None] & (line % WINDOW_TILE < window))
 
 
-@triton.jit
+@kernel
 def halo_attention_backward_keys(
     grad, q, k, v, logits, logsumexp, shares, grad_k, grad_v, scale, heads, rows, columns, height, width, q_height, q_width,
     grad_batch, grad_position, grad_head, grad_channel,
@@ -165,10 +226,11 @@ def halo_attention_backward_keys(
     v += batch * v_batch + head * v_head
     per_query = batch * q_height * q_width * heads
     logits += per_query * (2 * offsets)
-    patches, place = tl.cdiv(width, PATCH), tl.arange(0, keys)
+    patches, place, side = tl.cdiv(width, PATCH), tl.arange(0, keys), tl.arange(0, PATCH)[:, None]
     top, left = tile // patches * PATCH, tile % patches * PATCH
     y, x = top + place // PATCH, left + place % PATCH
     position, on = y * width + x, (y < height) & (x < width)
+    on_row, on_column = top + side < height, left + side < width
     key_rows = load_rows(k, position, on, k_position, k_channel, WIDTH, WIDTH_TILE)
     values = load_rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
 
@@ -187,17 +249,20 @@ def halo_attention_backward_keys(
         exists = (entry < count) & (query_y < q_height) & (query_x < q_width)
         there = query_y * q_width + query_x
         own = there * heads + head
-        key_i, key_j = y[:, None] - (row * BLOCK - HALO), x[:, None] - (column * BLOCK - HALO)
-        pairs = exists & on[:, None] & (key_i >= 0) & (key_i < window) & (key_j >= 0) & (key_j < window)
+        # Of rows and columns of the patch. Those outside the window or the map do not count.
+        key_i, key_j = top + side - (row * BLOCK - HALO), left + side - (column * BLOCK - HALO)
+        by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
+        row_on, column_on = on_row & (key_i >= 0) & (key_i < window), on_column & (key_j >= 0) & (key_j < window)
+        row_scores = tl.load(logits + (by_row + key_i), mask=exists & row_on, other=-float("inf"))
+        column_scores = tl.load(logits + (by_column + key_j), mask=exists & column_on, other=-float("inf"))
+        of_positions = tl.reshape(row_scores[:, None, :] + column_scores[None, :, :], (keys, QUERIES))
 
         queries = load_rows(q, there, exists, q_position, q_channel, WIDTH, WIDTH_TILE)
         above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
         denominator = tl.load(logsumexp + per_query + own, mask=exists, other=0.0)
         share = tl.load(shares + per_query + own, mask=exists, other=0.0)
-        scores = products(key_rows, queries, PRECISION) * (scale * LOG2_E)
-        scores += tl.load(logits + (own * (2 * offsets) + SIDE - 1 - i + key_i), mask=pairs, other=0.0)
-        scores += tl.load(logits + (own * (2 * offsets) + offsets + SIDE - 1 - j + key_j), mask=pairs, other=0.0)
-        attention = tl.exp2(tl.where(pairs, scores - denominator, -float("inf")))
+        scores = products(key_rows, queries, PRECISION) * (scale * LOG2_E) + of_positions
+        attention = tl.exp2(scores - denominator)
         grad_scores = attention * (products(values, above, PRECISION) - share)
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
@@ -219,10 +284,12 @@ class _Problem:
         self.table = torch.cat((rel_h, rel_w)).float()
         tiles = [max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width, value_width)]
         self.arguments = dict(
-            logits=q.float() @ (self.table * LOG2_E.value).t(), scale=scale, heads=self.heads, columns=self.columns,
-            height=height, width=map_width, q_height=q_height, q_width=q_width, **_maps(q=q, k=k, v=v), BLOCK=block, HALO=halo,
-            SIDE=self.side, PRECISION=float32_precision(q.device), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width,
-            VALUE_TILE=tiles[1])
+            scale=scale, heads=self.heads, columns=self.columns, height=height, width=map_width, q_height=q_height, q_width=q_width,
+            **_maps(q=q, k=k, v=v), BLOCK=block, HALO=halo, SIDE=self.side, PRECISION=float32_precision(q.device),
+            WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width, VALUE_TILE=tiles[1])
+        self.query_arguments = self.arguments | dict(
+            table=self.table, WINDOW_TILE=max(8, triton.next_power_of_2(self.window)),
+            OFFSET_TILE=max(SMALLEST_TILE, triton.next_power_of_2(rel_h.shape[0])))
         held = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(self.side**2)))
         self.key = f"queries{held} {8 * q.itemsize}-bit {max(tiles)}"
 
@@ -251,7 +318,7 @@ def halo_attention(
     out, logsumexp = _empty_results(q, v)
     with torch.autocast(q.device.type, enabled=False):
         problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
-    launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.arguments)
+    launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.query_arguments)
     return out, logsumexp
 
 
@@ -279,15 +346,17 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
-    shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=torch.empty_like(logsumexp))
-    grad_logits = torch.zeros_like(shared["logits"])
-    launch(halo_attention_backward_queries, problem.query_grid, problem.key, **shared, out=out, grad_q=grad_q, grad_logits=grad_logits,
-           WINDOW_TILE=max(SMALLEST_TILE, triton.next_power_of_2(problem.window)))
-    launch(halo_attention_backward_keys, problem.key_grid, problem.key, **shared, rows=problem.rows, grad_k=grad_k, grad_v=grad_v)
+    rows = q.reshape(-1, q.shape[4]).float()
+    logits = rows @ (problem.table * LOG2_E.value).t()
+    grad_logits = torch.zeros_like(logits)
+    shared = _maps(grad=grad) | dict(logsumexp=logsumexp, shares=torch.empty_like(logsumexp))
+    launch(halo_attention_backward_queries, problem.query_grid, problem.key, **problem.query_arguments, **shared, out=out, grad_q=grad_q,
+           grad_logits=grad_logits)
+    launch(halo_attention_backward_keys, problem.key_grid, problem.key, **problem.arguments, **shared, logits=logits, rows=problem.rows,
+           grad_k=grad_k, grad_v=grad_v)
 
-    grad_logits = grad_logits.flatten(0, 3)
-    grad_q.view(-1, q.shape[4]).addmm_(grad_logits, problem.table)
-    grad_table = grad_logits.t() @ q.float().flatten(0, 3)
+    grad_q.view_as(rows).addmm_(grad_logits, problem.table)
+    grad_table = grad_logits.t() @ rows
     return grad_q.to(q.dtype), grad_k, grad_v, *(x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
 
 

@@ -60,6 +60,11 @@ def test_several_tiles_of_queries_and_patches_of_keys(kernel_device, dtype):
     check(problem(kernel_device, (10, 9), 10, 3, widths=(16, 16), dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_wider_than_a_block_of_keys(kernel_device, dtype):
+    check(problem(kernel_device, (10, 9), 10, 12, widths=(16, 16), dtype=dtype))
+
+
 def test_images_and_heads_stay_apart_and_runs_are_equal(kernel_device):
     arguments = problem(kernel_device, (4, 6), 4, 1, 2, heads=2, batch=2)
     check(arguments)
