@@ -1,11 +1,14 @@
 """Reading checkpoints without ever running code from them, and models from names or checkpoints."""
 import contextlib
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Self
+from typing import Any, Self
 
 import safetensors.torch
 import timm
@@ -19,6 +22,10 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 TASKS = ("classification", "segmentation")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
+# Arguments of timm.create_model that say which weights training started from. Those of a checkpoint take their place, so that
+# loading it neither opens the files that they name nor downloads anything.
+SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 class Ignored:
@@ -135,31 +142,92 @@ def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
     if not timm.is_model(name):
         raise InputError(f"{path} holds a model {name!r} that is not registered here{near_misses(name, timm.list_models())}")
     classes = tuple(record.get("classes") or ())
-    recorded_args = dict(record.get("model_args") or {})
+    recorded_args = without(record.get("model_args") or {}, SOURCES)
     if classes:
         recorded_args.setdefault("num_classes", len(classes))
     model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
         model = timm.create_model(name, **model_args)
-    except TypeError as error:
-        raise InputError(f"{path} records arguments that {name} does not take: {error}") from error
+    except Exception as error:  # every model stumbles in its own way over an argument out of place
+        raise InputError(f"{path} records arguments that {name} does not take: {one_line(error)}") from error
+    sizes, dims = record.get("input_size"), getattr(model, "spatial_dims", 2)
+    if sizes is not None and len(sizes) != 1 + dims:
+        raise InputError(f"{path} records input_size={tuple(sizes)}, and {name} takes channels and {dims} sizes")
     _check_keys(path, name, model.state_dict(), weights)
     model.load_state_dict(weights)
     return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
 
 
+def without(value: Any, keys: Container[str]) -> Any:
+    """A recorded value of dicts and lists without what is under `keys`, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without(item, keys) for key, item in value.items() if key not in keys}
+    if isinstance(value, list | tuple):
+        return type(value)(without(item, keys) for item in value)
+    return value
+
+
+def one_line(error: Exception) -> str:
+    """What the error of a library says, or its kind if it says nothing, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(
+        isinstance(item, Real) and not isinstance(item, bool) and abs(item) < math.inf for item in value)
+
+
+def are_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str | int) for item in value)
+
+
+# By field of a record: what is sound, and how it is called. Fields may be missing or None.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str), "a model's name"),
+    "model_args": (lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value), "a dict of arguments by name"),
+    "classes": (are_names, "a list of names"),
+    "input_size": (lambda value: _are_numbers(value) and all(isinstance(item, int) for item in value) and len(value) in (3, 4)
+                   and min(value) > 0, "a list of 3 or 4 whole numbers above 0"),
+    "mean": (_are_numbers, "a list of numbers"),
+    "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of numbers above 0"),
+    "interpolation": (lambda value: isinstance(value, str) and value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "crop_pct": (lambda value: _are_numbers([value]) and 0.01 <= value <= 1, "a number from 0.01 to 1"),
+    "spacing": (lambda value: _are_numbers(value) and len(value) == 3 and min(value) > 0, "3 numbers above 0"),
+    "clip": (lambda value: _are_numbers(value) and len(value) == 2 and value[0] < value[1], "a number and a greater one"),
+}
+
+
+def check_record(path: str | Path, record: Mapping, fields: Mapping[str, tuple[Callable[[Any], bool], str]] = FIELDS,
+                 needed: Container[str] = ("model",)) -> None:
+    """Raises InputError for the first field of the `record` in the checkpoint at `path` that is not as `fields` say.
+
+    Those in `needed` have to be there.
+    """
+    for field, (sound, called) in fields.items():
+        value = record.get(field)
+        if value is None and field in needed:
+            raise InputError(f"{path} does not record {field!r}, where {called} is needed")
+        if value is not None and not sound(value):
+            raise InputError(f"{path} records {field}={' '.join(reprlib.repr(value).split())}, where {called} is needed")
+
+
 def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
-    """The record `zoo` of a checkpoint that training wrote, and the model's weights by the model's own names."""
+    """The record `zoo` of a checkpoint that training wrote, sound, and the model's weights by the model's own names."""
     record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or not isinstance(state, dict) or not isinstance(record.get("model"), str):
+    if not isinstance(record, dict) or not isinstance(state, dict):
         found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise InputError(f"{path} is not a checkpoint of tools/train.py: it holds {found or 'nothing'}, "
                          "where 'zoo' and 'state_dict' are needed")
-    if record.get("task") not in TASKS:
-        raise InputError(f"{path} holds a model for {record.get('task')!r}, not for {' or '.join(map(repr, TASKS))}")
+    task = record.get("task")
+    if task in TOOLBOX_TASKS:
+        kind = "detector of mmdetection" if task == "mmdet" else "segmentor of mmsegmentation"
+        raise InputError(f"{path} holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does not")
+    if task not in TASKS:
+        raise InputError(f"{path} holds a model for {task!r}, not for {' or '.join(map(repr, TASKS))}")
+    check_record(path, record)
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items()
-               if str(key).startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
+               if isinstance(key, str) and key.startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
     return record, weights
 
 

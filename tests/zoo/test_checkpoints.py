@@ -171,6 +171,64 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     torch.save(trained(weights, model_args={"depht": 3}), path)
     with pytest.raises(InputError, match="arguments that test_resnet does not take: .*depht"):
         checkpoints.load_model(path)
+    for task, kind in [("mmseg", "segmentor of mmsegmentation"), ("mmdet", "detector of mmdetection")]:
+        torch.save({"zoo": {"task": task, "model": {"type": "X"}}, "state_dict": {}}, path)
+        with pytest.raises(InputError, match=f"x.pth holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does"):
+            checkpoints.load_model(path)
+
+
+@pytest.mark.parametrize(("field", "value", "needed"), [
+    ("model", 3, "a model's name is"), ("model", None, "a model's name is"), ("model", ["test_resnet"], "a model's name is"),
+    ("classes", 5, "a list of names is"), ("classes", "ab", "a list of names is"), ("classes", [["a"], ["b"]], "a list of names is"),
+    ("model_args", [1, 2], "a dict of arguments by name is"), ("model_args", {1: 2}, "a dict of arguments by name is"),
+    *(("input_size", value, "a list of 3 or 4 whole numbers above 0 is") for value in ("abc", (1,), (1, 0, 0), (1, 8.5, 8))),
+    ("mean", ["a"], "a list of numbers is"), ("mean", [], "a list of numbers is"), ("mean", [float("nan")], "a list of numbers is"),
+    ("std", [0.0], "a list of numbers above 0 is"), ("std", 1, "a list of numbers above 0 is"),
+    ("interpolation", "foo", "one of nearest, bilinear, .* is"), ("interpolation", ["nearest"], "one of nearest, bilinear, .* is"),
+    ("crop_pct", "a", "a number from 0.01 to 1 is"), ("crop_pct", 0.0, "a number from 0.01 to 1 is"),
+    ("spacing", (1, 1), "3 numbers above 0 is"), ("clip", (40, 40), "a number and a greater one is"),
+])
+def test_damaged_records_are_one_sentence(tmp_path, weights, field, value, needed):
+    torch.save(trained(weights, **{field: value}), tmp_path / "x.pth")
+    with pytest.raises(InputError, match=rf"x.pth (records {field}=|does not record '{field}').*, where {needed} needed$"):
+        checkpoints.load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_args": {"in_chans": -1}}, {"model_args": {"in_chans": "one"}}, {"model_args": {"num_classes": [2]}}, {"model": "test_resnet.x"},
+    {"model": "attention_unet", "model_args": {"encoder": "nothing"}},
+], ids=str)
+def test_arguments_that_no_model_can_be_made_of_are_one_sentence(tmp_path, weights, changes):
+    torch.save(trained(weights, **changes), tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"x.pth records arguments that \S+ does not take: .+"):
+        checkpoints.load_model(tmp_path / "x.pth")
+
+
+def test_sizes_of_other_dimensions_than_the_models_are_one_sentence(tmp_path, weights):
+    torch.save(trained(weights, input_size=(1, 32, 32, 32)), tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"records input_size=\(1, 32, 32, 32\), and test_resnet takes channels and 2 sizes"):
+        checkpoints.load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_recorded_arguments_open_no_other_file_and_download_nothing(tmp_path, weights, monkeypatch, nested):
+    """Training may have started from them; the weights that are loaded are the checkpoint's."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights from elsewhere")
+
+    for name in ("load_pretrained", "load_state_dict", "load_state_dict_from_hf", "load_state_dict_from_url"):
+        monkeypatch.setattr(timm.models._builder, name, refuse)
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", refuse)
+    sources = {"pretrained": True, "pretrained_cfg": {"file": "a.pth"}, "pretrained_cfg_overlay": {"file": "a.pth"}, "cache_dir": "a"}
+    if nested:
+        args = {"encoder": "test_resnet", "norm": "group"}
+        state = timm.create_model("attention_unet", num_classes=2, in_chans=1, **args).state_dict()
+        record = {"model": "attention_unet", "task": "segmentation", "model_args": {"in_chans": 1, **args, "encoder_args": sources}}
+    else:
+        state, record = weights, {"model_args": {"in_chans": 1, "checkpoint_path": "a.pth", **sources}}
+    torch.save(trained(state, **record), tmp_path / "x.pth")
+    model, _ = checkpoints.load_model(tmp_path / "x.pth")
+    assert all(value.equal(state[key]) for key, value in model.state_dict().items())
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path, weights):
