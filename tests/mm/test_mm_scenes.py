@@ -1,5 +1,7 @@
-"""Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw."""
+"""Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw; and what checkpoints must not do."""
+import copy
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +9,18 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from PIL import Image
 from pycocotools.coco import COCO
 
+from zoo.checkpoints import without
 from zoo.errors import InputError
 from zoo.mm import corruptions, evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
-from zoo.mm.config import load_config
-from zoo.mm.downstream import Scene, SceneInfo, draw, load_scene_model, predict_scenes
+from zoo.mm.config import load_config, scope
+from zoo.mm.downstream import SOURCES, Scene, SceneInfo, check_parts, draw, load_scene_model, predict_scenes, prepare, registered_only
+from zoo.mm.networks import plain
 from zoo.mm.scenes import box, run_lengths, write_digit_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +142,110 @@ def test_drawings(tmp_path):
     classes = np.zeros((30, 40), int)
     assert tuple(np.asarray(draw(Scene(tmp_path / "a.png", classes=classes), info))[0, 0]) == (127, 0, 0)
     assert Scene(Path(), classes=classes).described(info.classes) == ["cat  100.0%"]
+
+
+def _record(toolbox: str) -> dict:
+    name = {"mmdet": "mask-rcnn_biformer-nano_fpn_digits", "mmseg": "upernet_biformer-nano_digits"}[toolbox]
+    return {"task": toolbox, "model": plain(load_config(name).model), "steps": [], "classes": ["a"], "palette": None}
+
+
+def _changed(record: dict, place: str, value: object) -> dict:
+    """The record with `value` at a place like "model.backbone.name"."""
+    changed = copy.deepcopy(record)
+    *parents, last = place.split(".")
+    node = changed
+    for name in parents:
+        node = node[int(name)] if isinstance(node, list) else node[name]
+    node[last] = value
+    return changed
+
+
+POPEN = {"type": "subprocess.Popen", "args": ["touch", "pwned"]}
+
+
+@pytest.mark.parametrize(("toolbox", "place", "value", "message"), [
+    ("mmseg", "model", POPEN, "would run 'subprocess.Popen' on loading and is refused: mmseg has no such part"),
+    ("mmdet", "model", POPEN, "would run 'subprocess.Popen' on loading"),
+    ("mmseg", "model.backbone", POPEN, "would run 'subprocess.Popen'"),
+    ("mmseg", "model.decode_head.loss_decode", [({"losses": [POPEN]},)], "would run 'subprocess.Popen'"),
+    ("mmseg", "steps", [POPEN], "would run 'subprocess.Popen'"),
+    ("mmseg", "steps", [{"type": "Compose", "transforms": [POPEN]}], "would run 'subprocess.Popen'"),
+    ("mmseg", "steps", [{"type": "RandomResize", "scale": 8, "resize_type": "subprocess.Popen"}],
+     "would open, download or run 'subprocess.Popen' on loading and is refused: it is the value of 'resize_type'"),
+    ("mmdet", "model.test_cfg.rpn.nms.type", "__import__('os').mkdir('pwned')", "would run .* mmdet has no such part"),
+    ("mmdet", "model.rpn_head", {"type": "CameraMotionCompensation", "warp_mode": "open('pwned', 'w')"}, "is the value of 'warp_mode'"),
+    ("mmdet", "model", {"type": "LAD", "teacher_config": "evil.py"}, "or run 'evil.py' on .* value of 'teacher_config'"),
+    ("mmseg", "model.decode_head.loss_decode.class_weight", "http://nowhere/x.pkl", "is the value of 'class_weight'"),
+    ("mmseg", "model.decode_head.loss_decode.class_weight", "weights.pkl", "is the value of 'class_weight'"),
+    ("mmseg", "model.backbone.name", "hf-hub:some/body", "is the value of 'name'"),
+    ("mmseg", "model.backbone._scope_", "evil", "would import 'evil' on loading and is refused: only parts of mmseg are built"),
+    ("mmseg", "model.backbone.type", "evil", "would run 'evil'"),
+    ("mmseg", "model.backbone.type", "evil.TimmBackbone", "would run 'evil.TimmBackbone'"),
+    ("mmseg", "model.backbone.type", "mmdet.subprocess", "would run 'mmdet.subprocess'"),
+    ("mmseg", "model.backbone.type", 3, "would run 3 "),
+    ("mmseg", "model.backbone.type", None, "would run None "),
+    ("mmseg", "model.backbone.args", {"act_layer": {1, 2}}, "records a set as 'act_layer'"),
+    ("mmseg", "model", 3, "records model=3, where a dict of parts is needed"),
+    ("mmseg", "model", {}, "records a model that mmseg cannot build: "),
+    ("mmseg", "model", {"type": "ReLU"}, "records a ReLU, which is neither a detector nor a segmentor"),
+    ("mmseg", "model.backbone.args", {"depht": 3}, "records a model that mmseg cannot build: .*depht"),
+    ("mmseg", "steps", None, "does not record 'steps', where a list of dicts is needed"),
+    ("mmseg", "steps", [3], r"records steps=\[3\], where a list of dicts is needed"),
+    ("mmseg", "classes", 5, "records classes=5, where a list of names is needed"),
+    ("mmseg", "palette", [[0, 0, 256]], "records palette=.*, where a list of colours"),
+])
+def test_records_that_would_run_or_read_something_else_are_refused(tmp_path, monkeypatch, toolbox, place, value, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("evil.py", "evil/registry.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("open('pwned', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"zoo": _changed(_record(toolbox), place, value), "state_dict": {}}, "x.pth")
+    with pytest.raises(InputError, match=f"x.pth .*{message}"):
+        load_scene_model("x.pth")
+    assert not Path("pwned").exists() and "evil" not in sys.modules
+
+
+def test_the_tools_refuse_code_in_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"zoo": _changed(_record("mmseg"), "model", POPEN), "state_dict": {}}, "x.pth")
+    Image.new("RGB", (9, 9)).save("a.png")
+    for tool, arguments in [("predict", ["a.png", "-o", "o.png"]), ("export_onnx", ["-o", "o.onnx"])]:
+        with pytest.raises(InputError, match="would run"):
+            runpy.run_path(str(ROOT / f"tools/{tool}.py"))["main"](["x.pth", *arguments])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "x.pth"]
+
+
+def test_nothing_is_imported_for_names_that_are_not_registered(tmp_path, monkeypatch):
+    """Also where the toolbox makes a `type` of another argument."""
+    (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    step = {"type": "RandomResize", "scale": (8, 8), "resize_type": "evil"}
+    info = SceneInfo("mmseg", (), np.zeros((0, 3), np.uint8), [step])
+    with pytest.raises(InputError, match="the recorded step 'RandomResize' cannot be built: .*evil is not in the mmseg::transform"):
+        prepare(info, Image.new("RGB", (8, 8)))
+    with registered_only("mmseg"), pytest.raises(KeyError, match=r"torch.nn.ReLU is not in"):
+        MODELS.build({"type": "torch.nn.ReLU"})
+    assert isinstance(MODELS.build({"type": "torch.nn.ReLU"}), torch.nn.ReLU)
+
+
+def test_what_training_started_from_is_not_read_again(tmp_path, monkeypatch):
+    """The files may be gone, or somebody else's; the weights are the checkpoint's."""
+    config = load_config("upernet_biformer-nano_digits")
+    with scope(config):
+        state = MODELS.build(config.model).state_dict()
+    record = _record("mmseg")
+    record["model"].update(pretrained="http://nowhere/a.pth", init_cfg={"type": "Pretrained", "checkpoint": "http://nowhere/a.pth"})
+    record["model"]["backbone"].update(checkpoint="gone.pth", args={"pretrained": True, "checkpoint_path": "gone.pth"})
+    torch.save({"zoo": record, "state_dict": state}, tmp_path / "x.pth")
+    model, _ = load_scene_model(tmp_path / "x.pth")
+    assert model.backbone.checkpoint is None and all(value.equal(state[key]) for key, value in model.state_dict().items())
+
+
+def test_parts_of_every_config_are_let_through():
+    for path in sorted([*(ROOT / "configs/detection").glob("*.py"), *(ROOT / "configs/segmentation").glob("*.py")]):
+        config = Config.fromfile(path)
+        toolbox = config.get("default_scope")
+        if toolbox in ("mmdet", "mmseg"):
+            steps = [step for step in config.val_dataloader.dataset.pipeline if not step.type.startswith(("Load", "Pack"))]
+            check_parts(path, toolbox, without([plain(config.model), *plain(steps)], SOURCES))

@@ -1,14 +1,19 @@
 """Detectors and segmentors of mmdetection and mmsegmentation: what their checkpoints record, and how they are used without a config."""
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS, TRANSFORMS, DefaultScope
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS, MODELS, TASK_UTILS, TRANSFORMS, DefaultScope, registry
 from mmengine.runner import Runner
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -22,6 +27,22 @@ from zoo.predict import contact_sheet, open_picture, output_files
 
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
+# Keys that say which weights training started from. Those of a checkpoint take their place, so that loading it reads no other file.
+SOURCES = (*checkpoints.SOURCES, "init_cfg", "checkpoint", "teacher_ckpt")
+# What the toolboxes name by `type` without registering it: operators of mmcv, and words that one of their classes tells apart.
+UNREGISTERED = frozenset((
+    "nms", "soft_nms", "RoIAlign", "RoIPool", "SimpleRoIAlign", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack",
+    "conv", "interpolation_conv", "last_conv", "dilation", "offset",
+))
+# A file, an address, a name to import or a call: the toolboxes import, open, download and even `eval` texts of their arguments.
+FOREIGN = re.compile(r"[/\\:()~]|\.[^\W\d]")
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, dict), "a dict of parts"),
+    "steps": (lambda value: isinstance(value, list | tuple) and all(isinstance(step, dict) for step in value), "a list of dicts"),
+    "classes": (checkpoints.are_names, "a list of names"),
+    "palette": (lambda value: isinstance(value, list | tuple) and all(_is_colour(colour) for colour in value),
+                "a list of colours, each 3 whole numbers from 0 to 255,"),
+}
 COLOURS = np.random.default_rng(3).integers(40, 256, (256, 3), dtype=np.uint8)  # of classes that bring none
 
 
@@ -86,16 +107,88 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
         importlib.import_module(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
-    with DefaultScope.overwrite_default_scope(toolbox):
-        model = MODELS.build(ConfigDict(without_sync(record["model"])))
+    if not isinstance(state := checkpoint.get("state_dict"), dict):
+        raise InputError(f"{path} is no detector or segmentor of tools/train.py: it holds no 'state_dict'")
+    checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
+    parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
+    check_parts(path, toolbox, [parts, *steps])
     try:
-        model.load_state_dict(checkpoint["state_dict"])
+        with registered_only(toolbox):
+            model = MODELS.build(ConfigDict(without_sync(parts)))
+    except Exception as error:  # every part stumbles in its own way over an argument out of place
+        raise InputError(f"{path} records a model that {toolbox} cannot build: {checkpoints.one_line(error)}") from error
+    if not isinstance(model, BaseModel):
+        raise InputError(f"{path} records a {type(model).__name__}, which is neither a detector nor a segmentor")
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"the weights in {path} do not fit: {error}") from error
-    classes = tuple(record["classes"])
-    palette = record["palette"]
+    classes, palette = tuple(map(str, record["classes"])), record.get("palette")
     colours = np.asarray(palette, np.uint8) if palette else COLOURS[:len(classes)]
-    return model.eval(), SceneInfo(toolbox, classes, colours, record["steps"])
+    return model.eval(), SceneInfo(toolbox, classes, colours, steps)
+
+
+def check_parts(path: str | Path, toolbox: str, value: object, key: str = "") -> None:
+    """Raises InputError unless building what the checkpoint at `path` records takes parts of the toolbox only.
+
+    The engine's registries import and call whatever a `type` names, and parts of the toolboxes read files, download, and
+    evaluate texts. So every `type`, at any depth, has to be a registered name, of another toolbox only with its scope before it,
+    and no other text may name a file, an address, an object to import, or a call.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name == "type":
+                _check_type(path, toolbox, item)
+            elif name == "_scope_" and item != toolbox:
+                raise InputError(f"{path} would import {item!r} on loading and is refused: only parts of {toolbox} are built")
+            else:
+                check_parts(path, toolbox, item, str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_parts(path, toolbox, item, key)
+    elif isinstance(value, str):
+        # timm's names have dots before what their weights were trained on; which is not read
+        text = value.replace(".", "") if key in ("name", "model_name") else value
+        if FOREIGN.search(text):
+            raise InputError(f"{path} would open, download or run {reprlib.repr(value)} on loading and is refused: it is the value "
+                             f"of {key!r}, where plain words are needed")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise InputError(f"{path} records a {type(value).__name__} as {key!r}, where text, numbers, lists and dicts are needed")
+
+
+def _check_type(path: str | Path, toolbox: str, name: object) -> None:
+    if isinstance(name, str):
+        scope, dot, part = name.rpartition(".")
+        if part in _registered(scope) if scope in checkpoints.TOOLBOX_TASKS else not dot and (
+                name in UNREGISTERED or name in _registered("mmengine") or name in _registered(toolbox)):
+            return
+    raise InputError(f"{path} would run {reprlib.repr(name)} on loading and is refused: {toolbox} has no such part")
+
+
+def _registered(scope: str) -> set[str]:
+    """The names of the models, their parts and the transforms of a toolbox or the engine."""
+    names: set[str] = set()
+    for kind in (MODELS, TASK_UTILS, TRANSFORMS):
+        with kind.switch_scope_and_registry(scope) as found:
+            found.import_from_location()
+            names |= found.module_dict.keys()
+    return names
+
+
+@contextlib.contextmanager
+def registered_only(toolbox: str) -> Iterator[None]:
+    """Inside, registries look names up in the toolbox first, and import none that is not registered."""
+    fallback = registry.get_object_from_string
+    registry.get_object_from_string = lambda name: None
+    try:
+        with DefaultScope.overwrite_default_scope(toolbox):
+            yield
+    finally:
+        registry.get_object_from_string = fallback
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(part, int) and 0 <= part <= 255 for part in value)
 
 
 def without_sync(value: object) -> object:
@@ -112,10 +205,14 @@ def prepare(info: SceneInfo, picture: Image.Image) -> dict:
     pixels = np.ascontiguousarray(np.asarray(picture.convert("RGB"))[..., ::-1])  # the toolboxes read pictures as BGR
     height, width = pixels.shape[:2]
     results = {"img": pixels, "img_shape": (height, width), "ori_shape": (height, width), "img_path": "", "img_id": 0}
-    with DefaultScope.overwrite_default_scope(info.toolbox):
+    with registered_only(info.toolbox):
         keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
         for step in [*info.steps, {"type": PACKERS[info.toolbox], "meta_keys": keys}]:
-            results = TRANSFORMS.build(step)(results)
+            try:
+                transform = TRANSFORMS.build(step)
+            except Exception as error:  # as for parts of models
+                raise InputError(f"the recorded step {step.get('type')!r} cannot be built: {checkpoints.one_line(error)}") from error
+            results = transform(results)
     return {"inputs": [results["inputs"]], "data_samples": [results["data_samples"]]}
 
 
