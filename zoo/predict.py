@@ -48,20 +48,31 @@ def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
 def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
     """The picture at `path`, turned upright as its EXIF data say, in 8 bits: RGB, or grey for one channel.
 
-    Raises InputError for a file that is not a picture or a damaged one.
+    Integers of more than 8 bits count as 16 bits, 65535 being white; of floats, 1 is white.
+
+    Raises InputError for a file that is not a picture, a damaged one, and one with values beyond these.
     """
     if channels not in (1, 3):
         raise InputError(f"the model takes images of {channels} channels; pictures have 1 or 3")
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode == "I" or picture.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+            if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow would clip to 255
+                picture = _in_8_bits(picture)
             return picture.convert("RGB" if channels == 3 else "L")
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that can be read") from None
     except Exception as error:  # a damaged file surfaces as whatever its decoder stumbles over
         raise InputError(f"the picture {path} cannot be read: {error}") from error
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey, of integers of 16 bits or floats from 0 to 1. Raises ValueError for other values: nothing says which of them is white."""
+    values, white = np.asarray(picture), 1 if picture.mode == "F" else 65535
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):  # written so that NaN is refused
+        raise ValueError(f"its values go from {low:g} to {high:g}, where integers of 8 or 16 bits or floats from 0 to 1 are needed")
+    return Image.fromarray(((values * 255).round() if white == 1 else values // 257).astype(np.uint8))
 
 
 def picture_tensor(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:

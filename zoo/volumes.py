@@ -21,7 +21,7 @@ def is_volume(path: str | Path) -> bool:
 
 
 def open_volume(path: str | Path) -> Any:
-    """The nibabel image at `path`, three-dimensional. Raises InputError if it is none, or damaged."""
+    """The nibabel image at `path`, three-dimensional. Raises InputError if it is none, or its header is damaged."""
     nibabel = _nibabel()
     path = Path(path)
     if not path.is_file():
@@ -68,9 +68,8 @@ class Grid:
         return cls(*(tuple(value) if (value := config.get(name)) is not None else None for name in ("spacing", "clip")))
 
     def prepare(self, image: Any) -> Tensor:
-        """(1, X, Y, Z) float32."""
-        volume = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
-        volume = self.normalize(volume)
+        """(1, X, Y, Z) float32. Raises InputError if the file's data are damaged."""
+        volume = self.normalize(_voxels(image))
         if self.spacing is not None:
             volume = F.interpolate(volume[None], self.size(image), mode="trilinear")[0]
         return volume
@@ -84,8 +83,8 @@ class Grid:
         return volume.sub_(mean).div_(std.clamp(min=1e-8))
 
     def prepare_mask(self, image: Any, classes: int, path: str | Path) -> Tensor:
-        """(1, X, Y, Z) uint8. Raises InputError for labels that are not whole numbers below `classes`."""
-        labels = torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
+        """(1, X, Y, Z) uint8. Raises InputError for damaged data and for labels that are not whole numbers below `classes`."""
+        labels = _voxels(image)
         check_labels(labels, classes, path)
         labels = labels.to(torch.uint8)
         return labels if self.spacing is None else _nearest(labels, self.size(image))
@@ -122,6 +121,14 @@ def check_labels(labels: Tensor, classes: int, path: str | Path) -> None:
 
 def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     return F.interpolate(labels[None], tuple(size), mode="nearest-exact")[0]
+
+
+def _voxels(image: Any) -> Tensor:
+    """(1, X, Y, Z) float32: only here the file is read beyond its header."""
+    try:
+        return torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
+    except Exception as error:  # a damaged file surfaces as whatever its reader stumbles over
+        raise InputError(f"the volume {image.get_filename()} cannot be read: {error}") from error
 
 
 def _canonical(image: Any) -> Any:

@@ -183,9 +183,8 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(main, checkpo
 
 
 def test_odd_pictures_are_predicted_or_refused_in_a_sentence(main, checkpoint, tmp_path, capsys):
-    """A picture of one pixel, a very flat one, floats, a truncated one, and one that says it is huge."""
-    for name, picture in [("one.png", Image.new("P", (1, 1))), ("flat.png", Image.new("CMYK", (300, 1)).convert("RGB")),
-                          ("floats.tiff", Image.new("F", (9, 5), 17.5))]:
+    """A picture of one pixel, a very flat one, a truncated one, and one that says it is huge."""
+    for name, picture in [("one.png", Image.new("P", (1, 1))), ("flat.png", Image.new("CMYK", (300, 1)).convert("RGB"))]:
         picture.save(tmp_path / name)
         assert main([str(checkpoint), str(tmp_path / name)]) == 0
     Image.new("RGB", (500, 400), "red").save(tmp_path / "cut.jpg")
@@ -196,3 +195,22 @@ def test_odd_pictures_are_predicted_or_refused_in_a_sentence(main, checkpoint, t
     (tmp_path / "huge.pgm").write_bytes(header + bytes(100))
     with pytest.raises(InputError, match=r"the picture .*huge.pgm cannot be read: Image size"):
         main([str(checkpoint), str(tmp_path / "huge.pgm")])
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (np.array([[0, 0.2, 1]], np.float32), [[0, 51, 255]]),
+    (np.array([[0, 257, 65535]], np.int32), [[0, 1, 255]]),
+    (np.array([[0, 257, 65535]], np.uint16), [[0, 1, 255]]),
+    (np.array([[0, 17.5]], np.float32), r"from 0 to 17.5, where integers of 8 or 16 bits or floats from 0 to 1 are needed"),
+    (np.array([[-0.5, 1]], np.float32), r"from -0.5 to 1, where"),
+    (np.array([[0, np.nan]], np.float32), r"from nan to nan, where"),
+    (np.array([[0, 65536]], np.int32), r"from 0 to 65536, where"),
+    (np.array([[-1, 255]], np.int32), r"from -1 to 255, where"),
+], ids=str)
+def test_floats_and_many_bits_are_read_rightly_or_refused(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    if isinstance(expected, list):
+        assert np.asarray(prediction.open_picture(tmp_path / "x.tiff", 1)).tolist() == expected
+    else:
+        with pytest.raises(InputError, match=f"the picture .*x.tiff cannot be read: its values go {expected}"):
+            prediction.open_picture(tmp_path / "x.tiff")

@@ -56,13 +56,20 @@ def test_bad_volumes_are_one_sentence(tmp_path):
     image = volume(tmp_path / "x.nii.gz", np.zeros((4, 5, 6), np.uint8))
     (tmp_path / "text.nii").write_text("no volume")
     (tmp_path / "half.nii.gz").write_bytes((tmp_path / "x.nii.gz").read_bytes()[:40])
+    noise = np.random.default_rng(0).integers(0, 255, (20, 21, 22), dtype=np.uint8)
+    for suffix in (".nii", ".nii.gz"):
+        volume(tmp_path / f"noise{suffix}", noise)
+        (tmp_path / f"cut{suffix}").write_bytes((tmp_path / f"noise{suffix}").read_bytes()[:5000])  # the header is whole
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6, 2), np.float32), np.eye(4)), tmp_path / "time.nii")
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5), np.float32), np.eye(4)), tmp_path / "flat.nii")
     for name, message in [("text.nii", "text.nii cannot be read"), ("half.nii.gz", "half.nii.gz cannot be read"),
+                          ("cut.nii", "the volume .*cut.nii cannot be read"), ("cut.nii.gz", "the volume .*cut.nii.gz cannot be read"),
                           ("y.nii.gz", "there is no volume .*y.nii.gz; did you mean x.nii.gz"),
                           ("time.nii", "of shape 4×5×6×2, where a volume of three dimensions"), ("flat.nii", "of shape 4×5, where")]:
         with pytest.raises(InputError, match=message):
             Grid().prepare(open_volume(tmp_path / name))
+    with pytest.raises(InputError, match="the volume .*cut.nii.gz cannot be read"):
+        Grid().prepare_mask(open_volume(tmp_path / "cut.nii.gz"), 3, tmp_path / "cut.nii.gz")
     other = volume(tmp_path / "m.nii", np.zeros((4, 5, 6), np.uint8), TURNED + 0.5)
     with pytest.raises(InputError, match="the affine of the mask m differs from that of x by 0.5; resample"):
         check_same_grid("x", image, "m", other)
