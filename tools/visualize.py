@@ -7,12 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from zoo.attributions import ATTRIBUTIONS
 from zoo.checkpoints import load_model
 from zoo.cli import run
 from zoo.errors import InputError
 from zoo.gates import picture_gates
 from zoo.predict import find_pictures, open_picture
-from zoo.visualize import ATTRIBUTIONS, attribution, mechanisms, write
+from zoo.visualize import attribution, mechanisms, write
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Pictures of what a model attends to: one that explains its mechanism for every stage, and attributions of its answer.
 
-matplotlib draws; captum and grad-cam compute the attributions (`pip install "zoo-attention[visualize]"`).
+matplotlib draws (`pip install "zoo-attention[visualize]"`).
 """
 import base64
 import contextlib
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo.layers
+from zoo.attributions import check_method, heat, undisturbed
 from zoo.checkpoints import ModelInfo
-from zoo.errors import InputError, near_misses, require
+from zoo.errors import InputError, require
 from zoo.files import replacing
+from zoo.predict import class_name
 
 Point = tuple[float, float]
-ATTRIBUTIONS = ("gradcam", "integrated_gradients", "fullgrad")
 
 
 @dataclass(frozen=True)
@@ -87,33 +88,31 @@ def mechanisms(model: nn.Module, info: ModelInfo, picture: Image.Image, query: P
 
 
 def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method: str, target: int | None = None) -> Seen:
-    """Which pixels speak for class number `target` (default: the most probable one).
-
-    Args:
-        method: "gradcam" (arXiv 1610.02391, at the last stage), "integrated_gradients" (arXiv 1703.01365, from grey, 32 steps), or
-            "fullgrad" (arXiv 1905.00780, over the biases of 2-d convolutions and batch norms).
+    """Which pixels speak for class number `target` (default: the most probable one), by a method of `zoo.attributions.heat`.
 
     Raises:
         InputError: an unknown method or class, or a model that the method does not suit.
     """
-    if method not in ATTRIBUTIONS:
-        raise InputError(f"there is no attribution {method!r}{near_misses(method, ATTRIBUTIONS)}; {', '.join(ATTRIBUTIONS)} are known")
+    check_method(method)
     require("seeing", "visualize", "captum", "pytorch_grad_cam")
     image, shown = _prepare(info, picture)
-    with torch.inference_mode():
+    with undisturbed(model), torch.inference_mode():
         logits = model(image)[0]
     if logits.ndim != 1:
         raise InputError(f"{info.name} gives maps; attributions explain the classes of whole pictures")
     target = int(logits.argmax()) if target is None else target
-    if not 0 <= target < len(logits):
-        raise InputError(f"the target is a class number from 0 to {len(logits) - 1}, got {target}")
-    heat = _integrated_gradients(model, image, target) if method == "integrated_gradients" else _cam(model, info, image, method, target)
-    name = info.classes[target] if info.classes else f"class {target}"
-    probability = logits.softmax(0)[target]
+    check_target(target, len(logits))
     figure, (left, right) = _figure(2)
     left.imshow(shown)
-    _overlay(right, shown, heat, (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
-    return Seen(method, method.replace("_", " "), f"For {name}, predicted with probability {probability:.2f}.", _render(figure))
+    _overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
+    caption = f"For {class_name(info, target)}, predicted with probability {logits.softmax(0)[target]:.2f}."
+    return Seen(method, method.replace("_", " "), caption, _render(figure))
+
+
+def check_target(target: int, classes: int) -> None:
+    """Raises InputError unless `target` is the number of one of so many classes."""
+    if not 0 <= target < classes:
+        raise InputError(f"the target is a class number from 0 to {classes - 1}, got {target}")
 
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> str:
@@ -352,24 +351,6 @@ def _sizes(model: nn.Module):
 
 
 CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HiLoAttention, zoo.layers.TokenAwareAvgPool}
-
-
-def _integrated_gradients(model: nn.Module, image: Tensor, target: int) -> Tensor:
-    from captum.attr import IntegratedGradients
-    return IntegratedGradients(model).attribute(image, target=target, n_steps=32, internal_batch_size=8)[0].abs().sum(0).detach()
-
-
-def _cam(model: nn.Module, info: ModelInfo, image: Tensor, method: str, target: int) -> Tensor:
-    from pytorch_grad_cam import FullGrad, GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    feature_info = getattr(model, "feature_info", None)
-    if not feature_info:
-        raise InputError(f"{info.name} has no stages that {method} could look at")
-    layers = [] if method == "fullgrad" else [model.get_submodule(feature_info[-1]["module"])]
-    with contextlib.redirect_stdout(io.StringIO()):  # FullGrad says there that it chooses its layers itself
-        cam = (FullGrad if method == "fullgrad" else GradCAM)(model, layers)
-    with cam:
-        return torch.from_numpy(cam(image, [ClassifierOutputTarget(target)])[0])
 
 
 def _figure(count: int):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from zoo import visualize
+from zoo.attributions import ATTRIBUTIONS
 from zoo.checkpoints import load_model
 from zoo.errors import InputError
 from zoo.kernels import deform_conv2d
@@ -44,7 +45,7 @@ def test_the_picture_depends_on_the_query(biformer):
     assert np.any(np.asarray(middle) != np.asarray(corner))
 
 
-@pytest.mark.parametrize("method", visualize.ATTRIBUTIONS)
+@pytest.mark.parametrize("method", ATTRIBUTIONS)
 def test_attributions(biformer, method):
     model, info = biformer
     first, second = (visualize.attribution(model, info, PICTURE, method, target).picture for target in (1, 2))

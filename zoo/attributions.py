@@ -1,0 +1,243 @@
+"""Which pixels speak for a class: heat over a picture, computed by captum and grad-cam (`pip install "zoo-attention[visualize]"`)."""
+import contextlib
+from collections.abc import Iterator
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import InputError, near_misses, require
+from zoo.layers.fully_attentional import CancelledBiasLinear
+
+ATTRIBUTIONS = ("gradcam", "integrated_gradients", "fullgrad")
+STEPS = 32  # of integrated gradients
+# Norms over the last axis; other kinds of LayerNorm are given maps (B, C, H, W) and normalize their channels.
+LAST_AXIS_NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32, timm.layers.LayerNormAct,
+                   timm.layers.LayerNormActFp32)
+
+
+def check_method(method: str) -> None:
+    """Raises InputError unless `method` is one of `ATTRIBUTIONS`."""
+    if method not in ATTRIBUTIONS:
+        raise InputError(f"there is no attribution {method!r}{near_misses(method, ATTRIBUTIONS)}; {', '.join(ATTRIBUTIONS)} are known")
+
+
+def heat(model: nn.Module, image: Tensor, target: int, method: str) -> Tensor:
+    """How much every position of `image`, (1, C, H, W), speaks for class number `target`: (H, W), at least 0.
+
+    The model is left as it was: its gradients, its mode, and no hooks.
+
+    Args:
+        method: "gradcam" (arXiv 1610.02391), at what the model's head is given, the last map; in networks of tokens one block
+            before, since a head that reads the class token alone is not moved by the last block's other tokens.
+            "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780), with the biases that
+            `BiasGradients` finds.
+
+    Raises:
+        InputError: an unknown method, or a model that the method does not suit.
+    """
+    check_method(method)
+    require("seeing", "visualize", "captum", "pytorch_grad_cam")
+    with undisturbed(model), torch.enable_grad():
+        return METHODS[method](model, image.detach().clone().requires_grad_(), target)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; mode and gradients of all parts as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+class BiasGradients:
+    """A model's biases that act on maps, each with the gradient of the output at the place where it is added.
+
+    Calling it runs the model with an image (1, C, H, W); when the result has been propagated back, `biases`, each (C), and
+    `gradients`, each (1, C, h, w), are there in pairs, one for every run of a layer that moved the result, and `layers` has the
+    layers' names. The pairs are those of
+
+    - convolutions, 2-d batch norms with what their statistics subtract, group norms, and layer norms over channels;
+    - linear layers and layer norms on maps (1, H, W, C), and on all tokens (1, N, C) where the model's features are such tokens.
+
+    Norms that end in an activation count before it. Not counted are biases without a place on the picture, such as the classifier's,
+    those that layers have as parameters of their own, and those of layers that work on windows cut out of a map.
+
+    In a network of these layers, linear ones and ReLUs, and without biases elsewhere, a logit is the sum of all biases times their
+    gradients, of the input times its gradient, and of the classifier's bias.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.biases, self.gradients, self.layers = [], [], []
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.release()
+        size = tuple(image.shape[2:])
+        tokens = _tokens(self.model, _features(self.model, image), size)
+        hooks = []
+        for name, layer in self.model.named_modules():
+            if (bias := _bias(layer)) is None:
+                continue
+
+            def watch(_, given: object, output: object = None, name: str = name, layer: nn.Module = layer, bias: Tensor = bias) -> None:
+                value = given[0] if output is None else output
+                if isinstance(value, Tensor) and value.requires_grad and _as_map(value, layer, size, tokens) is not None:
+                    value.register_hook(lambda gradient: self._note(name, bias, _as_map(gradient, layer, size, tokens)))
+
+            # What comes before a norm's activation is what its next part is given.
+            after = getattr(layer, "drop", None) or getattr(layer, "act", None)
+            hooks.append(layer.register_forward_hook(watch) if after is None else after.register_forward_pre_hook(watch))
+        try:
+            return self.model(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, name: str, bias: Tensor, gradient: Tensor) -> None:
+        self.layers.append(name)
+        self.biases.append(bias.cpu().numpy())
+        self.gradients.append(gradient.detach().cpu().contiguous())
+
+    def release(self) -> None:
+        """Forgets the pairs."""
+        for found in (self.biases, self.gradients, self.layers):
+            found.clear()
+
+
+class _Split(nn.Module):
+    """The model, with a module, `features`, that what its head is given runs through."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.features = model, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.forward_head(self.features(self.model.forward_features(x)))
+
+
+def _gradcam(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    split, features = _Split(model), _features(model, image)
+    tokens = _tokens(model, features, tuple(image.shape[2:]))
+    if not tokens and not (isinstance(features, Tensor) and features.ndim == 4):
+        came = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise InputError(f"gradcam needs features that lie on the picture; those of {type(model).__name__} are {came}")
+    layer = _block_before_last(model, image) if tokens else split.features
+
+    def as_map(x: Tensor) -> Tensor:
+        if tokens:
+            x = _place(x, tokens)
+        elif getattr(model, "output_fmt", "NCHW") == "NHWC":
+            x = x.permute(0, 3, 1, 2)
+        return x.clone()  # what follows may work in place
+
+    cam = GradCAM(split, [layer], as_map)
+    try:
+        return torch.from_numpy(cam(image, [ClassifierOutputTarget(target)])[0])
+    finally:
+        cam.activations_and_grads.release()
+
+
+def _integrated_gradients(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    from captum.attr import IntegratedGradients
+    found = IntegratedGradients(model).attribute(image, target=target, n_steps=STEPS, internal_batch_size=8)
+    return found[0].abs().sum(0).detach()
+
+
+def _fullgrad(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    from pytorch_grad_cam import FullGrad
+    from pytorch_grad_cam.base_cam import BaseCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    class Paired(FullGrad):
+        """With the biases of `BiasGradients`: the library's own are in the order of construction, its gradients in that of use."""
+
+        def __init__(self, model: nn.Module):
+            BaseCAM.__init__(self, model, [], compute_input_gradient=True)
+            self.activations_and_grads = BiasGradients(model)
+            self.bias_data = self.activations_and_grads.biases
+
+    return torch.from_numpy(Paired(model)(image, [ClassifierOutputTarget(target)])[0])
+
+
+METHODS = dict(zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad), strict=True))
+
+Tokens = tuple[int, int, int]  # how many come before the patches, rows, columns
+
+
+def _features(model: nn.Module, image: Tensor) -> object:
+    with torch.no_grad():
+        return model.forward_features(image)
+
+
+def _tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
+    """How features that are tokens, (1, N, C), lie on an image of this size; None if they do not, or are something else."""
+    if not isinstance(features, Tensor) or features.ndim != 3:
+        return None
+    for first in [model.num_prefix_tokens] if hasattr(model, "num_prefix_tokens") else range(3):
+        count = features.shape[1] - first
+        for rows in range(1, count + 1):
+            if count % rows == 0 and _fits(rows, count // rows, size):
+                return first, rows, count // rows
+    return None
+
+
+def _block_before_last(model: nn.Module, image: Tensor) -> nn.Module:
+    """The last module but one of those that the model names as the sources of its features and that run on the way to its logits."""
+    ran = []
+    modules = [model.get_submodule(info["module"]) for info in getattr(model, "feature_info", [])]
+    hooks = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in modules]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(ran) < 2:
+        raise InputError(f"gradcam looks at the last block but one of a network of tokens; {type(model).__name__} has {len(ran)}")
+    return ran[-2]
+
+
+def _fits(rows: int, columns: int, size: tuple[int, int]) -> bool:
+    """Whether a map can be an image of this size divided by some stride, rounded up."""
+    return -size[0] < rows * size[1] - columns * size[0] < size[1]
+
+
+def _place(x: Tensor, tokens: Tokens) -> Tensor:
+    """(B, N, C) to (B, C, H, W), of the patches, which come last."""
+    _, rows, columns = tokens
+    return x[:, -rows * columns:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+
+
+def _as_map(x: Tensor, layer: nn.Module, size: tuple[int, int], tokens: Tokens | None) -> Tensor | None:
+    """What a layer gives, as (1, C, H, W); None if that does not lie on the image."""
+    if len(x) != 1:
+        return None
+    if not isinstance(layer, nn.Linear) and type(layer) not in LAST_AXIS_NORMS:
+        return x if x.ndim == 4 else None
+    if x.ndim == 4:
+        return x.permute(0, 3, 1, 2) if _fits(*x.shape[1:3], size) else None
+    if x.ndim == 3 and tokens and x.shape[1] == tokens[0] + tokens[1] * tokens[2]:
+        return _place(x, tokens)
+    return None
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    """What a layer adds to every position of its output, (C); None if nothing, or if it is none of those that are counted."""
+    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+        scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
+        return ((0 if layer.bias is None else layer.bias) - layer.running_mean * scale).detach()
+    if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear)) and not isinstance(layer, CancelledBiasLinear):
+        return None if layer.bias is None or layer.bias.ndim != 1 else layer.bias.detach()
+    return None
