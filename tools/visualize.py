@@ -1,19 +1,25 @@
 """Shows what a model attends to.
 
-Of classifiers: a picture of the mechanism for every stage, and attributions, as PNG files and one HTML page in a folder. Of U-Nets:
-one picture of what their attention gates let through, over a picture or a slice of a volume.
+Of classifiers: a picture of the mechanism for every stage, and attributions. Of U-Nets: what their attention gates let through, over
+a picture or a slice of a volume. PNG files and one HTML page in a folder; of one input of a U-Net, one sheet if a picture is named.
 """
 import argparse
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from zoo.attributions import ATTRIBUTIONS
-from zoo.checkpoints import load_model
+from torch import nn
+
+from zoo.attributions import ATTRIBUTIONS, check_method
+from zoo.checkpoints import ModelInfo, load_model
 from zoo.cli import run
 from zoo.errors import InputError
-from zoo.gates import picture_gates
-from zoo.predict import find_pictures, open_picture
-from zoo.visualize import attribution, mechanisms, write
+from zoo.gates import picture_gates, see_gates
+from zoo.masks import find_inputs
+from zoo.predict import PICTURE_SUFFIXES, find_pictures, open_picture, output_files
+from zoo.visualize import WITH_QUERY, Seen, attribution, check_target, folder_for_pictures, mechanisms, pictured, write
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -24,35 +30,71 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                "  python tools/visualize.py work_dirs/ct/best.pth abdomen.nii.gz --slice 60 -o gates.png")
     parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
-                        help="a picture or a folder of pictures; for U-Nets one picture, in 3-D a NIfTI volume")
+                        help="a picture or a folder of pictures; for 3-D networks NIfTI volumes")
     parser.add_argument("-o", "--output", type=Path, required=True,
-                        help="folder for the PNG files and index.html; for U-Nets the picture to write")
-    parser.add_argument("--query", type=float, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
+                        help="folder for the PNG files and index.html; for one input of a U-Net also a picture's name")
+    parser.add_argument("--query", type=float, nargs=2, metavar=("Y", "X"),
                         help="where attention is shown from, as fractions of height and width (default: the middle)")
-    parser.add_argument("--attributions", nargs="*", default=list(ATTRIBUTIONS), metavar="METHOD",
+    parser.add_argument("--attributions", nargs="*", metavar="METHOD",
                         help=f"any of {', '.join(ATTRIBUTIONS)} (default: all)")
     parser.add_argument("--target", type=int, help="class number that the attributions explain (default: the most probable)")
     parser.add_argument("--slice", type=int, metavar="N", help="axial slice of a volume (default: the middle one)")
     return parser.parse_args(arguments)
 
 
+def see_classes(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> Callable[[Path], list[Seen]]:
+    """What shows a classifier's picture; all options are checked before."""
+    refuse(args, f"is for volumes, and {info.name} takes whole pictures", "slice")
+    methods = list(dict.fromkeys(ATTRIBUTIONS if args.attributions is None else args.attributions))
+    for method in methods:
+        check_method(method)
+    if not methods:
+        refuse(args, "is for attributions, and none is asked for", "target")
+    if args.target is not None:
+        check_target(args.target, model.num_classes)
+    kinds = pictured(model)
+    if not kinds & WITH_QUERY:
+        known = ", ".join(sorted(kind.__name__ for kind in WITH_QUERY))
+        refuse(args, f"is for {known}, and {info.name} has none of these layers", "query")
+
+    def see(path: Path) -> list[Seen]:
+        picture = open_picture(path, info.input_size[0])
+        # Attributions do not need layers with pictures of their own; without either, `mechanisms` says what it needs.
+        seen = mechanisms(model, info, picture, tuple(args.query or (0.5, 0.5))) if kinds or not methods else []
+        return seen + [attribution(model, info, picture, method, args.target) for method in methods]
+    return see
+
+
+def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
+    """Raises InputError if any of these options was given."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option} {why}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     model, info = load_model(args.model)
     if info.task == "segmentation":
-        if len(args.inputs) != 1:
-            raise InputError(f"the gates of one picture or volume are shown at a time, {len(args.inputs)} were given")
-        gates = picture_gates(model, info, args.inputs[0], args.output, slice_index=args.slice)
-        print(f"wrote the maps of {gates} gates to {args.output}")
-        return 0
+        refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target")
+        paths, title = find_inputs(args.inputs, info), f"What the gates of {info.name} let through"
+        if args.output.name.lower().endswith(PICTURE_SUFFIXES) and not os.path.isdir(args.output):
+            if len(paths) != 1:
+                raise InputError(f"the gates of one input fit into one picture, and {len(paths)} were given; "
+                                 f"give a folder instead of {args.output}")
+            output_files(paths, args.output)
+            gates = picture_gates(model, info, paths[0], args.output, slice_index=args.slice)
+            print(f"wrote the maps of {gates} gates to {args.output}")
+            return 0
+        see = partial(see_gates, model, info, slice_index=args.slice)
+    else:
+        see, paths, title = see_classes(args, model, info), find_pictures(args.inputs), f"What {info.name} attends to"
     sections = []
-    for path in find_pictures(args.inputs):
-        print(f"{path} …", file=sys.stderr, flush=True)
-        picture = open_picture(path, info.input_size[0])
-        seen = mechanisms(model, info, picture, tuple(args.query))
-        seen += [attribution(model, info, picture, method, args.target) for method in args.attributions]
-        sections.append((str(path), seen))
-    files = write(args.output, f"What {info.name} attends to", sections)
+    with folder_for_pictures(args.output):
+        for path in paths:
+            print(f"{path} …", file=sys.stderr, flush=True)
+            sections.append((str(path), see(path)))
+        files = write(args.output, title, sections)
     print(f"wrote {len(files) - 1} pictures and {files[-1]}")
     return 0
 

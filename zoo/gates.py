@@ -13,39 +13,49 @@ from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
 from zoo.masks import prepare
 from zoo.predict import annotate, contact_sheet
+from zoo.visualize import Seen
 
 
 def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: str | Path, *, slice_index: int | None = None) -> int:
-    """Writes a sheet with the image and, for every gate of the U-Net `model`, its map over the image; returns how many gates.
-
-    Of a volume, the sheet shows the axial slice `slice_index` of the prepared volume (see `zoo.volumes.Grid`; default: the
-    middle one), and the network sees as many slices around it as its window has. Raises InputError if nothing can be shown.
-    """
+    """Writes a sheet with what `see_gates` shows; returns how many gates there are."""
     check_writable(output)
+    seen = see_gates(model, info, path, slice_index=slice_index)
+    with replacing(output) as written:
+        contact_sheet([annotate(shown.picture, [shown.title, shown.caption]) for shown in seen]).save(written)
+    return len(seen) - 1
+
+
+def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_index: int | None = None) -> list[Seen]:
+    """The image and, for every gate of the U-Net `model`, its map over the image.
+
+    Of a volume, they show the axial slice `slice_index` of the prepared volume (see `zoo.volumes.Grid`; default: the middle
+    one), and the network sees as many slices around it as its window has. Raises InputError if nothing can be shown.
+    """
     x, at = prepare(info, Path(path)), None
+    what = f"{x.shape[1]} x {x.shape[2]} pixels"
     if x.ndim == 4:
         at = x.shape[3] // 2 if slice_index is None else slice_index
         if not 0 <= at < x.shape[3]:
             raise InputError(f"slice {at} is not in {path}, which has slices 0 to {x.shape[3] - 1}")
+        what = f"slice {at} of {x.shape[3]}"
         first = min(max(0, at - info.input_size[3] // 2), max(0, x.shape[3] - info.input_size[3]))
         x, at = x[..., first:first + info.input_size[3]], at - first
     elif slice_index is not None:
         raise InputError(f"slice {slice_index} is asked for, but {path} is a picture")
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, AttentionGate) for module in modules.values()):
+        raise InputError(f"{info.name} has no attention gates to show")
     with capture(model) as maps, torch.inference_mode():
         model(x[None])
-    modules = dict(model.named_modules())
     gates = {name: reported["attention"][0] for name, reported in maps.items() if isinstance(modules[name], AttentionGate)}
-    if not gates:
-        raise InputError(f"{info.name} has no attention gates to show")
     padded = [-(-n // model.reduction) * model.reduction for n in x.shape[1:]]
     image = _shown(x[:1], at)
-    tiles = [annotate(_grey(image), [Path(path).name])]
+    seen = [Seen("image", Path(path).name, what, _grey(image))]
     for name, gate in gates.items():
         whole = crop(resize(gate[None], padded), x.shape[1:])[0]
-        tiles.append(annotate(_heat(image, _shown(whole, at)), [name, f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"]))
-    with replacing(output) as written:
-        contact_sheet(tiles).save(written)
-    return len(gates)
+        caption = f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"
+        seen.append(Seen(name.replace(".", "-"), name, caption, _heat(image, _shown(whole, at))))
+    return seen
 
 
 def _shown(x: Tensor, at: int | None) -> np.ndarray:

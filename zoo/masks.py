@@ -45,7 +45,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
     is segmented; for a damaged one or one smaller than the window, when its turn comes.
     """
     volumes = len(info.input_size) == 4
-    files = _find(inputs, volumes, info)
+    files = find_inputs(inputs, info)
     targets = _targets(files, Path(output), volumes)
     window = tuple(window or info.input_size[1:])
     if Path(output) not in targets:
@@ -85,8 +85,9 @@ def overlay(picture: Image.Image, labels: Tensor, names: Sequence[str]) -> Image
                     [PALETTE[(i - 1) % len(PALETTE)] for i in there])
 
 
-def _find(inputs: Iterable[str | Path], volumes: bool, info: ModelInfo) -> list[Path]:
-    found = []
+def find_inputs(inputs: Iterable[str | Path], info: ModelInfo) -> list[Path]:
+    """The files among `inputs` and those below the folders among them. Raises InputError for one that the network does not take."""
+    found, volumes = [], len(info.input_size) == 4
     for given in map(Path, inputs):
         if given.is_dir() and volumes:
             below = sorted(path for path in given.rglob("*") if is_volume(path))

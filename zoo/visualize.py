@@ -7,7 +7,9 @@ import contextlib
 import html
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import zoo.layers
 from zoo.attributions import check_method, heat, undisturbed
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, require
-from zoo.files import replacing
+from zoo.files import check_writable, explaining, make_folder
 from zoo.predict import class_name
 
 Point = tuple[float, float]
@@ -129,27 +131,52 @@ def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> str:
         parts.append("</section>")
     style = ("body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
              "section{display:flex;flex-wrap:wrap;gap:1.5rem}h2{width:100%}h3{font-size:1rem;margin:0}figure{margin:0;max-width:34rem}"
-             "img{max-width:100%}figcaption{color:#555}")
+             "img{min-width:16rem;max-width:100%}figcaption{color:#555}")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
             f"<h1>{html.escape(title)}</h1>{''.join(parts)}</html>")
 
 
-def write(folder: str | Path, title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> list[Path]:
-    """Writes every picture as a PNG file and the page `index.html` into `folder`, which is made; returns the files."""
+@contextlib.contextmanager
+def folder_for_pictures(folder: str | Path) -> Iterator[None]:
+    """Makes `folder` before the work whose pictures go there, and takes back what it made if the block ends with an error.
+
+    Raises InputError if there can be no such folder, or nothing can be written to it.
+    """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise InputError(f"cannot write to {folder}: it is a file, not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i, (_, seen) in enumerate(sections):
-        for shown in seen:
-            path = folder / f"{i + 1:03d}-{shown.name}.png"
-            with replacing(path) as written:
-                shown.picture.save(written)
-            files.append(path)
-    with replacing(folder / "index.html") as written:
-        written.write_text(page(title, sections))
-    return [*files, folder / "index.html"]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]  # Path.exists raises for some names
+    try:
+        make_folder(folder)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def write(folder: str | Path, title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> list[Path]:
+    """Writes every picture as a PNG file and the page `index.html` into `folder`, which is made; returns the files.
+
+    They are there all or, with an InputError, none: if the disk is full, or the folder cannot be written to.
+    """
+    folder = Path(folder)
+    pictures = {f"{i + 1:03d}-{shown.name}.png": shown.picture for i, (_, seen) in enumerate(sections) for shown in seen}
+    files = [folder / name for name in (*pictures, "index.html")]
+    with folder_for_pictures(folder), explaining(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pictures.") as made:
+        for name, picture in pictures.items():
+            picture.save(Path(made) / name)
+        (Path(made) / "index.html").write_text(page(title, sections), encoding="utf-8")
+        for path in files:
+            check_writable(path)
+        for path in files:
+            (Path(made) / path.name).replace(path)
+    return files
 
 
 def _routing(seen: Captured, query: Point):
@@ -293,6 +320,12 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.SelectiveKernelUnit: _selective,
     zoo.layers.TokenAwareAvgPool: _token_aware,
 }
+WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention}  # whose pictures depend on it
+
+
+def pictured(model: nn.Module) -> set[type[nn.Module]]:
+    """The kinds of layers of `model` that have a picture of their own."""
+    return {type(module) for module in model.modules()} & set(PICTURES)
 
 
 def region_of(query: Point, size: tuple[int, int], regions: tuple[int, int]) -> int:

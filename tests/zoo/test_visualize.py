@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +123,53 @@ def test_a_file_in_the_folders_place(tmp_path, biformer):
     (tmp_path / "taken").touch()
     with pytest.raises(InputError, match="it is a file, not a folder"):
         visualize.write(tmp_path / "taken", "x", [])
+
+
+def fail_at(count):
+    """In the place of Image.save: the disk is full from this call on."""
+    calls, save = [], Image.Image.save
+
+    def saves(picture, file, *args, **kwargs):
+        if isinstance(file, (str, Path)):
+            calls.append(file)
+            if len(calls) >= count:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return save(picture, file, *args, **kwargs)
+    return saves
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_all_or_nothing(tmp_path, monkeypatch, there):
+    seen = [visualize.Seen(name, name, "", PICTURE) for name in ("a", "b", "c")]
+    folder = tmp_path / "new" / "folder"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "001-a.png").write_text("older")
+    monkeypatch.setattr(Image.Image, "save", fail_at(3))
+    with pytest.raises(InputError, match="cannot write .*folder: No space left on device"):
+        visualize.write(folder, "x", [("a.png", seen)])
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "folder", "001-a.png"] if there else [])
+    assert not there or (folder / "001-a.png").read_text() == "older"
+
+
+def test_a_folder_in_a_files_place(tmp_path):
+    (tmp_path / "index.html").mkdir()
+    with pytest.raises(InputError, match="index.html: it is a folder"):
+        visualize.write(tmp_path, "x", [("a.png", [visualize.Seen("a", "a", "", PICTURE)])])
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize("name", ["taken/below", "taken/below/further", "x" * 300, "new/" + "x" * 300])
+def test_folders_that_cannot_be_are_one_sentence(tmp_path, name):
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match="cannot"), visualize.folder_for_pictures(tmp_path / name):
+        raise AssertionError("the work has begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_that_takes_no_files_is_one_sentence(tmp_path, monkeypatch):
+    def refuses(**_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuses)
+    with pytest.raises(InputError, match="cannot write to .*: Operation not permitted"), visualize.folder_for_pictures(tmp_path):
+        raise AssertionError("the work has begun")
