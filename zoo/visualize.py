@@ -143,15 +143,9 @@ def folder_for_pictures(folder: str | Path) -> Iterator[None]:
     Raises InputError if there can be no such folder, or nothing can be written to it.
     """
     folder = Path(folder)
-    if os.path.isfile(folder):
-        raise InputError(f"cannot write to {folder}: it is a file, not a folder")
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]  # Path.exists raises for some names
     try:
         make_folder(folder)
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
         yield
     except BaseException:
         for path in missing:
