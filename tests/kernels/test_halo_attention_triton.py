@@ -29,8 +29,11 @@ def problem(device, size, block, halo, stride=1, heads=1, widths=(5, 20), batch=
 
 def with_gradients(function, arguments):
     out = function(*arguments)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return out, *torch.autograd.grad(out, arguments[:5], cotangent)
+    return out, *torch.autograd.grad(out, arguments[:5], cotangent(out))
+
+
+def cotangent(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
 
 
 def kernels(*arguments):
@@ -38,11 +41,19 @@ def kernels(*arguments):
 
 
 def check(arguments):
+    """Values and all gradients are those of the definition in float64, to the rounding of the arguments' dtype.
+
+    The backward pass subtracts every query's share, the sum of its gradient times its output, which is rounded: where attention is
+    nearly all on one key, what is left is no longer large beside the share's rounding.
+    """
     exact = [x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-    for ours, theirs in zip(with_gradients(kernels, arguments), with_gradients(reference.halo_attention, exact), strict=True):
+    expected = with_gradients(reference.halo_attention, exact)
+    share = (cotangent(expected[0]) * expected[0]).abs().sum(-1).max().item()
+    for place, (ours, theirs) in enumerate(zip(with_gradients(kernels, arguments), expected, strict=True)):
         assert ours.dtype == arguments[0].dtype
         tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
-        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * max(1, theirs.abs().max().item()), rtol=0)
+        size = max(1, theirs.abs().max().item(), share if place else 0)
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * size, rtol=0)
 
 
 @given(
