@@ -36,17 +36,15 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    @property
-    def device(self) -> torch.device:
-        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
-
     def run(self) -> None:
-        if self.device.type == "cpu":
+        device = _device_of(self.arguments)
+        if device.type == "cpu":
             correct_products()
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.configuration, **OPTIONS)
 
 
+# Plain globals, as the backend is: the backward pass launches in autograd's own thread.
 _recorded: list[Launch] | None = None
 _launching = True
 _target: str | None = None
@@ -61,12 +59,15 @@ def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: 
         key: what of the problem decides on the configuration: words, the most important first.
         arguments: of the kernel, except those that the configuration holds.
     """
-    wanted = Launch(kernel, grid, key, arguments, {})
-    wanted = wanted._replace(configuration=configuration_of(kernel, wanted.device, key))
+    wanted = Launch(kernel, grid, key, arguments, configuration_of(kernel, _device_of(arguments), key))
     if _recorded is not None:
         _recorded.append(wanted)
     if _launching:
         wanted.run()
+
+
+def _device_of(arguments: dict[str, Any]) -> torch.device:
+    return next(value.device for value in arguments.values() if isinstance(value, Tensor))
 
 
 def float32_precision(device: torch.device) -> str:
@@ -110,7 +111,7 @@ def digest(operator: str) -> str:
 @contextlib.contextmanager
 def recording(target: str | None = None, launching: bool = False) -> Iterator[list[Launch]]:
     """Launches inside are listed, as for `target` ("sm_90") or else for the device of the tensors, and only done if `launching`."""
-    global _recorded, _launching, _target  # noqa: PLW0603
+    global _recorded, _launching, _target  # noqa: PLW0603  seen by every thread, see above
     before = _recorded, _launching, _target
     _recorded, _launching, _target = [], launching, target
     try:

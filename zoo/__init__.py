@@ -38,7 +38,7 @@ def list_models(pattern: str = "*", mechanism: str | None = None) -> list[str]:
         raise InputError(f"there is no mechanism {mechanism!r}; {', '.join(MECHANISMS)} are known{near_misses(mechanism, MECHANISMS)}")
     families = {family.__name__ for family in MECHANISMS.values()}
     names = [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__ in families]
-    return [name for name in names if mechanism in (None, mechanism_of(name))]
+    return [name for name in names if mechanism is None or mechanism_of(name) == mechanism]
 
 
 def mechanism_of(name: str) -> str | None:

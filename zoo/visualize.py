@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo.layers
-from zoo.attributions import check_method, heat, undisturbed
+from zoo.attributions import heat, undisturbed
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, require
 from zoo.files import check_writable, explaining, make_folder
@@ -95,8 +95,6 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     Raises:
         InputError: an unknown method or class, or a model that the method does not suit.
     """
-    check_method(method)
-    require("seeing", "visualize", "captum", "pytorch_grad_cam")
     image, shown = _prepare(info, picture)
     with undisturbed(model), torch.inference_mode():
         logits = model(image)[0]
