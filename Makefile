@@ -19,9 +19,7 @@ test: $(MM_READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	@# The rooms are top-level folders, and one package only when installed: import-linter looks at them put together.
-	@rm -rf build/rooms && mkdir -p build/rooms && cp -r zoo build/rooms/zoo && cp -r kernels layers build/rooms/zoo
-	cd build/rooms && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../setup.cfg --no-cache
+	PYTHONPATH=. $(BIN)/lint-imports --config setup.cfg --no-cache
 
 # The tables of models, from the registry and from what the next two have measured.
 models: $(READY)
@@ -30,7 +28,7 @@ models: $(READY)
 
 # The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: five minutes.
 measure: $(READY)
-	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.model_table import listed; print(*listed())") \
+	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.measuring.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
@@ -39,11 +37,9 @@ exports: $(READY)
 	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
 
 # Everything that needs a GPU, in under 9 minutes, with the python3 of a machine that has torch, triton, timm and pytest and from
-# which nothing can be downloaded: the package is put together of links, so that what is written lands in the checkout.
+# which nothing can be downloaded.
 gpu:
-	@rm -rf build/gpu && mkdir -p build/gpu/zoo
-	@ln -s $(CURDIR)/zoo/* $(CURDIR)/kernels $(CURDIR)/layers $(CURDIR)/configs build/gpu/zoo/
-	PYTHONPATH=$(CURDIR)/build/gpu PYTHONSAFEPATH=1 $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
+	PYTHONPATH=$(CURDIR) $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB, once."

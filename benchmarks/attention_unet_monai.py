@@ -17,8 +17,8 @@ from timm.models import register_model
 from torch import nn
 
 import zoo  # noqa: F401  registers the models
-from zoo.benchmark import benchmark
-from zoo.cli import run
+from zoo.measuring.benchmark import benchmark
+from zoo.tools._cli import run
 
 WIDTHS = (16, 32, 64, 128)
 RUNS = {  # what differs from the config

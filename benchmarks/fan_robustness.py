@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.cli import run
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.corruptions import CORRUPTIONS, Robustness, evaluate_corruptions, write_report
+from zoo.tools._cli import run
 
 CONFIG, SIDE, SEEDS = "tap_fan_nano_digits", 96, (0, 1, 2)
 NETWORKS = {  # what differs from the config

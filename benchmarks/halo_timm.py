@@ -10,8 +10,8 @@ from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 import zoo  # noqa: F401  registers the models
-from zoo.benchmark import Report, _compare, _facts, _forward, _forward_backward
 from zoo.layers import HaloAttention
+from zoo.measuring.benchmark import Report, _compare, _facts, _forward, _forward_backward
 
 # Every halo attention of timm's halonet26t at 256×256: channels, side of the map, options. Then the stages of halonet_h0_256.
 TIMM, OURS = dict(block_size=8, halo_size=2), dict(block_size=8, halo_size=3)

@@ -11,8 +11,8 @@ from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 from zoo import kernels
-from zoo.kernel_benchmark import Case, Cases, Side
 from zoo.layers._positions_first import positions_first
+from zoo.measuring.kernel_benchmark import Case, Cases, Side
 
 from .biformer_authors import _cut, _paste
 

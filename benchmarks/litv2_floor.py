@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo  # noqa: F401  registers the models
-from zoo.benchmark import keep_freed_memory
 from zoo.layers import DeformableTokenMerging
+from zoo.measuring.benchmark import keep_freed_memory
 
 BATCH, ROUNDS = 4, 9
 

@@ -11,8 +11,8 @@ from zoo.checkpoints import load_trained
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
-from zoo.mm.masks import DigitScenesDataset
-from zoo.visualize import mechanisms
+from zoo.mm.mask_datasets import DigitScenesDataset
+from zoo.seeing.mechanism_pictures import mechanisms
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"

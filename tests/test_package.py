@@ -15,7 +15,7 @@ NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", "build", "work_dirs", "dat
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCES)
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=NOT_SOURCES)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))

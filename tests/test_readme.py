@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import zoo
-from zoo import model_table
+from zoo.measuring import model_table
 from zoo.mm.config import find_config, load_config
 
 ROOT = Path(__file__).parents[1]

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from zoo.benchmark import DTYPES, FORWARD, PASSES, benchmark, load_callable
-from zoo.cli import run
 from zoo.files import check_writable, replacing
+from zoo.measuring.benchmark import DTYPES, FORWARD, PASSES, benchmark, load_callable
+from zoo.tools._cli import run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

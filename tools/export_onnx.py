@@ -7,12 +7,12 @@ from torch import nn
 
 from zoo import list_models
 from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOX_TASKS, ModelInfo, load_model, recorded_task
-from zoo.cli import run
 from zoo.errors import InputError
-from zoo.export import AXES, Exported, ExportError, export_onnx
-from zoo.exports import TABLE, Record, export_all
+from zoo.exporting.all_models import TABLE, Record, export_all
+from zoo.exporting.precision import PRECISIONS, Change, check_pictures, lower_precision
+from zoo.exporting.single import AXES, Exported, ExportError, export_onnx
 from zoo.files import replacing
-from zoo.quantize import PRECISIONS, Change, check_pictures, lower_precision
+from zoo.tools._cli import run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -25,14 +25,14 @@ import timm
 import torch
 
 import zoo  # noqa: F401  registers the models
-from zoo import kernel_benchmark as benchmark
-from zoo.cli import run
 from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.kernels import default_backend
 from zoo.kernels._launch import CONFIGURATIONS, Configuration, add_configurations
+from zoo.measuring import kernel_benchmark as benchmark
+from zoo.tools._cli import run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for benchmarks; not first, where its folder zoo would hide the package
 SHARES = {"check": 150, "tune": 130, "measure": 150, "train": 90}  # of the time; what a step leaves is the next ones'
 STEPS = tuple(SHARES)

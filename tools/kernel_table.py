@@ -4,14 +4,14 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from zoo.cli import run
 from zoo.errors import InputError, near_misses
 from zoo.files import check_writable, replacing
 from zoo.kernels._backends import operators_with_kernels
 from zoo.kernels._launch import digest
 from zoo.kernels.machine_code import TARGETS, compile_operator, table
+from zoo.tools._cli import run
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "kernels_machine_code.md"
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels_machine_code.md"
 HEAD = """# The kernels' machine code
 
 Written by `python tools/kernel_table.py`: every kernel in its default configurations, compiled for NVIDIA's A100 (sm_80) and

@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
-from zoo.cli import run
-from zoo.model_table import listed, replace_table, table, whole_table
+from zoo.measuring.model_table import listed, replace_table, table, whole_table
+from zoo.tools._cli import run
 
 
 def main() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from zoo.checkpoints import TOOLBOX_TASKS, ModelInfo, load_trained, recorded_task
-from zoo.cli import run
 from zoo.errors import InputError
-from zoo.masks import write_masks
-from zoo.predict import Prediction, find_pictures, output_files, predict, write_annotated
+from zoo.predicting.classes import Prediction, predict, write_annotated
+from zoo.predicting.masks import write_masks
+from zoo.predicting.sheets import output_files
+from zoo.reading.pictures import find_pictures
+from zoo.tools._cli import run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from zoo.cli import run
+from zoo.tools._cli import run
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from zoo.cli import run
 from zoo.errors import InputError
 from zoo.files import make_folder
+from zoo.tools._cli import run
 
 
 def parse() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 import argparse
 import os
 
-from zoo.cli import run
+from zoo.tools._cli import run
 
 
 def main() -> None:

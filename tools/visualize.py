@@ -12,14 +12,15 @@ from pathlib import Path
 
 from torch import nn
 
-from zoo.attributions import ATTRIBUTIONS, check_method
 from zoo.checkpoints import ModelInfo, load_model
-from zoo.cli import run
 from zoo.errors import InputError
-from zoo.gates import picture_gates, see_gates
-from zoo.masks import find_inputs
-from zoo.predict import PICTURE_SUFFIXES, find_pictures, open_picture, output_files
-from zoo.visualize import WITH_QUERY, Seen, attribution, check_target, folder_for_pictures, mechanisms, pictured, write
+from zoo.predicting.masks import find_inputs
+from zoo.predicting.sheets import output_files
+from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture
+from zoo.seeing.attributions import ATTRIBUTIONS, check_method
+from zoo.seeing.gate_pictures import picture_gates, see_gates
+from zoo.seeing.mechanism_pictures import WITH_QUERY, Seen, attribution, check_target, folder_for_pictures, mechanisms, pictured, write
+from zoo.tools._cli import run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,48 +1,27 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
-import timm
-
-from . import attnet, biformer, das, deit, fan, halonet, litv2, polarized, sknet, unet
 from .attach import attach
-from .errors import InputError, near_misses
 from .layers import capture
 from .losses import AttentionDiversificationLoss
+from .models import (
+    MECHANISMS,
+    REPORTED_TOP1,
+    attnet,
+    biformer,
+    das,
+    deit,
+    fan,
+    halonet,
+    list_models,
+    litv2,
+    mechanism_of,
+    polarized,
+    sknet,
+    unet,
+)
+
+__version__ = "0.2.0"
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
     "halonet", "list_models", "litv2", "mechanism_of", "polarized", "sknet", "unet",
 ]
-
-MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
-    "atconv": attnet,
-    "broadcast": deit,
-    "das": das,
-    "gates": unet,
-    "halo": halonet,
-    "hilo": litv2,
-    "polarized": polarized,
-    "routing": biformer,
-    "sk": sknet,
-    "tap": fan,
-}
-REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
-    name: top1 for family in MECHANISMS.values() for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
-}
-
-
-def list_models(pattern: str = "*", mechanism: str | None = None) -> list[str]:
-    """Names of the zoo's registered models that match a shell-style pattern, of one mechanism or all.
-
-    Raises InputError for a mechanism that is none of `MECHANISMS`.
-    """
-    if mechanism is not None and mechanism not in MECHANISMS:
-        raise InputError(f"there is no mechanism {mechanism!r}; {', '.join(MECHANISMS)} are known{near_misses(mechanism, MECHANISMS)}")
-    families = {family.__name__ for family in MECHANISMS.values()}
-    names = [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__ in families]
-    return [name for name in names if mechanism is None or mechanism_of(name) == mechanism]
-
-
-def mechanism_of(name: str) -> str | None:
-    """The mechanism of a model of the zoo; None where its family is compared with one without, such as a U-Net without gates."""
-    module = timm.model_entrypoint(name).__module__
-    mechanism = next(mechanism for mechanism, family in MECHANISMS.items() if family.__name__ == module)
-    return None if name in getattr(MECHANISMS[mechanism], "PLAIN", ()) else mechanism

@@ -1,7 +1,6 @@
 """Reading checkpoints without ever running code from them, and models from names or checkpoints."""
 import contextlib
 import math
-import re
 import reprlib
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class ModelInfo:
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`. For
     segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what
-    `zoo.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
+    `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
     """
 
     name: str
@@ -69,6 +68,9 @@ class ModelInfo:
     @property
     def input_size(self) -> tuple[int, ...]:
         return tuple(self.data_config["input_size"])
+
+    def class_name(self, index: int) -> str:
+        return str(self.classes[index]) if index < len(self.classes) else f"class {index}"
 
 
 def read(path: str | Path, map_location: str | torch.device = "cpu",
@@ -100,13 +102,6 @@ def read(path: str | Path, map_location: str | torch.device = "cpu",
         raise InputError(f"{path} cannot be read: permission denied") from None
     except Exception as error:  # damaged bytes surface as almost any exception of the unpickler and the zip reader
         raise InputError(_why_unreadable(path, error, allow)) from error
-
-
-def renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
-    """A parameter's name after all of `renames`, pairs of a pattern and what takes its place, one after the other."""
-    for pattern, ours in renames:
-        name = re.sub(pattern, ours, name)
-    return name
 
 
 def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence that says what came and what to do.
 
-    Tools print it and exit with status 2 (`zoo.cli.run`); libraries can catch it as a `ValueError`.
+    Tools print it and exit with status 2 (`zoo.tools._cli.run`); libraries can catch it as a `ValueError`.
     """
 
 

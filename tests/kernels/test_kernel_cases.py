@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases
-from zoo import kernel_benchmark, kernels
+from zoo import kernels
 from zoo.kernels import _launch
+from zoo.measuring import kernel_benchmark
 
 
 @pytest.mark.parametrize("operator", kernel_cases.CASES)

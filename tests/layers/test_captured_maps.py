@@ -131,7 +131,7 @@ def test_similarity_to_the_context():
 
 
 def test_models_report_every_block_by_name_and_nothing_afterwards():
-    model = zoo.biformer.biformer_nano().eval()
+    model = zoo.models.biformer.biformer_nano().eval()
     with torch.no_grad(), zoo.capture(model) as maps:
         model(torch.randn(1, 3, 64, 64))
     routing = [name for name, module in model.named_modules() if isinstance(module, BiLevelRoutingAttention)]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from zoo.biformer import GlobalAttention
 from zoo.layers import (
     DAS,
     ATConv,
@@ -25,6 +24,7 @@ from zoo.layers import (
     TokenAwareAvgPool,
 )
 from zoo.layers.fully_attentional import ChannelProcessing, TokenMixing
+from zoo.models.biformer import GlobalAttention
 
 C = 16
 POLARIZED_CHANNELS = """

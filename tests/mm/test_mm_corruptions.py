@@ -16,7 +16,7 @@ from zoo.errors import InputError
 from zoo.mm import corruptions
 from zoo.mm.corruptions import ALEXNET, CORRUPTIONS, CorruptImage, Robustness
 from zoo.mm.datasets import DigitsDataset, ImageFolderDataset, Sample, seeded
-from zoo.mm.masks import DigitScenesDataset
+from zoo.mm.mask_datasets import DigitScenesDataset
 from zoo.mm.metrics import Accuracy
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from reduced import reduced
 from torch import nn
 
 from zoo.errors import InputError
-from zoo.export import export_onnx
+from zoo.exporting.single import export_onnx
 from zoo.mm.config import load_config, scope
 from zoo.mm.deploy import AdaptiveAvgPool, deployable, detections
 from zoo.mm.downstream import SceneInfo, predict_scenes

@@ -13,15 +13,15 @@ from PIL import Image
 
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
-from zoo.gates import picture_gates
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
 from zoo.mm.datasets import Sample
-from zoo.mm.masks import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
+from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
 from zoo.mm.segmentor import Segmentor
-from zoo.sliding import segment
+from zoo.predicting.sliding import segment
+from zoo.seeing.gate_pictures import picture_gates
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for folder in ("volumes", "segmentation") for path in (ROOT / "configs" / folder).glob("*unet*.py"))

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from benchmarks import resnet50
-from zoo import benchmark as measuring
-from zoo.benchmark import Comparison, Side, benchmark
 from zoo.errors import InputError
+from zoo.measuring import benchmark as measuring
+from zoo.measuring.benchmark import Comparison, Side, benchmark
 
 SIZE = ["--size", "32", "32", "--batch", "2", "--threads", "1", "--rounds", "3"]
 

@@ -5,8 +5,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from zoo import export
 from zoo.errors import InputError
+from zoo.exporting import single as export
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import timm
 import torch
 from PIL import Image
 
-from zoo import predict as prediction
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
+from zoo.predicting import classes as prediction
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.attnet import GatedMlp
 from zoo.layers import ATConv
+from zoo.models.attnet import GatedMlp
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 

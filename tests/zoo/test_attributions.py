@@ -8,10 +8,10 @@ from timm.layers import BatchNormAct2d
 from timm.models.hrnet import cfg_cls
 from torch import nn
 
-from zoo import attributions
-from zoo.attributions import ATTRIBUTIONS, BiasGradients, heat
 from zoo.errors import InputError
-from zoo.polarized import PolarizedHRNet
+from zoo.models.polarized import PolarizedHRNet
+from zoo.seeing import attributions
+from zoo.seeing.attributions import ATTRIBUTIONS, BiasGradients, heat
 
 SIZE = (64, 96)
 FAMILIES = {  # one of each, the last three of timm's; HRNet with fewer blocks than registered ones have

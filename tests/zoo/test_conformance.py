@@ -19,7 +19,6 @@ from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
-from zoo import attnet, biformer, fan, litv2, polarized, sknet, unet
 from zoo.kernels import attention_similarity
 from zoo.layers import (
     ATConv,
@@ -32,7 +31,8 @@ from zoo.layers import (
     TokenAwareAvgPool,
     TokenMixing,
 )
-from zoo.staged import named
+from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.models.staged import named
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.das import DASMobileNet, DASResNet, GatedBlock, checkpoint_filter_fn
+from zoo.models.das import DASMobileNet, DASResNet, GatedBlock, checkpoint_filter_fn
 
 ORIGIN = {name: name.removeprefix("das_") for name in zoo.list_models("das_*") if "nano" not in name}
 

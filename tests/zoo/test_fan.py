@@ -9,8 +9,8 @@ from torch import nn
 
 import zoo
 from zoo.checkpoints import load_model
-from zoo.export import export_onnx
-from zoo.fan import UnbiasedLayerNorm2d
+from zoo.exporting.single import export_onnx
+from zoo.models.fan import UnbiasedLayerNorm2d
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 PLAIN = zoo.list_models("fan_*")

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models import _hub
 
-from zoo.model_table import listed
+from zoo.measuring.model_table import listed
 
 LIGHT = [*(name for name in listed() if "_nano" in name and "3d" not in name), "attention_unet_sknet_nano"]
 ELSEWHERE = """

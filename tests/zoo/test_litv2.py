@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from zoo.checkpoints import load_model
-from zoo.export import export_onnx
+from zoo.exporting.single import export_onnx
 from zoo.layers import DeformableTokenMerging, HiLoAttention
-from zoo.litv2 import ConvMlp
+from zoo.models.litv2 import ConvMlp
 
 
 def test_sizes_are_rounded_up_and_nothing_of_an_image_is_lost():

@@ -7,10 +7,10 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 import zoo
-from zoo.benchmark import _peak_memory
-from zoo.biformer import GlobalAttention
 from zoo.kernels.attention_similarity.reference import row_similarity
 from zoo.layers import TokenMixing
+from zoo.measuring.benchmark import _peak_memory
+from zoo.models.biformer import GlobalAttention
 
 THRESHOLD = 0.9
 NETWORKS = {  # with the number of their layers

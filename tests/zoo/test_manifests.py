@@ -9,8 +9,8 @@ import timm
 import torch
 
 import zoo
-from zoo import attnet, biformer, fan, litv2, sknet, unet
-from zoo.model_table import macs
+from zoo.measuring.model_table import macs
+from zoo.models import attnet, biformer, fan, litv2, sknet, unet
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
 FAMILIES = {"attention_unet3d": unet, "attnet*": attnet, "biformer*": biformer, "litv2*": litv2, "sk_resnet*": sknet, "tap_fan*": fan}

@@ -5,8 +5,8 @@ import timm
 import torch
 
 import zoo
-from zoo import model_table
 from zoo.errors import InputError
+from zoo.measuring import model_table
 
 
 def test_every_model_has_one_mechanism_or_is_plain():

@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from zoo import sknet
+from zoo.models import sknet
 
 PAPER = {"sknet50": (27.5e6, 4.47e9), "sknet101": (48.9e6, 8.46e9)}  # table 2
 PYTORCH = {"sk_resnet50": (26.15e6, 4147222784), "sk_resnet101": (45.68e6, 7921068288)}  # the authors' repository; the manifests

@@ -4,9 +4,10 @@ import timm
 import torch
 from torch import nn
 
-from zoo import model_table, unet
 from zoo.errors import InputError
 from zoo.layers import AttentionGate, MultiAttentionGate
+from zoo.measuring import model_table
+from zoo.models import unet
 
 WIDTHS = (4, 6, 8)
 

@@ -9,9 +9,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import zoo
-from zoo import unet
+from zoo.models import unet
 
-MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ == "zoo.unet"]
+MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ == "zoo.models.unet"]
 LIGHT = ["attention_unet_nano", "attention_unet3d_nano"]
 SIZE = {2: (32, 32), 3: (8, 8, 8)}
 light = pytest.mark.parametrize("name", LIGHT)
@@ -29,7 +29,7 @@ def images(model: nn.Module, size=None, batch=2) -> torch.Tensor:
 
 
 def test_every_hierarchical_network_of_the_zoo_is_an_encoder():
-    """Families join by a line in zoo.unet; what decides is their light models' own feature maps."""
+    """Families join by a line in zoo.models.unet; what decides is their light models' own feature maps."""
     for name in zoo.list_models("*_nano"):
         if name in MODELS:
             continue

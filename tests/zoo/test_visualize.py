@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo import visualize
-from zoo.attributions import ATTRIBUTIONS
 from zoo.checkpoints import load_model
 from zoo.errors import InputError
 from zoo.kernels import deform_conv2d
+from zoo.seeing import mechanism_pictures as visualize
+from zoo.seeing.attributions import ATTRIBUTIONS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
 STAGES = {

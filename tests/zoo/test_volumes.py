@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from zoo import sliding
 from zoo.errors import InputError
-from zoo.sliding import segment
-from zoo.volumes import Grid, check_same_grid, open_volume
+from zoo.predicting import sliding
+from zoo.predicting.sliding import segment
+from zoo.reading.volumes import Grid, check_same_grid, open_volume
 
 TURNED = np.array([[0, -2.0, 0, 5], [0, 0, 1.5, 7], [1.0, 0, 0, -3], [0, 0, 0, 1]])  # axes: superior, left, anterior
 

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
 
 from zoo.errors import InputError, near_misses
-from zoo.predict import open_picture
+from zoo.reading.masks import check_split
+from zoo.reading.pictures import open_picture
 
 
 class Sample(NamedTuple):
@@ -214,8 +215,3 @@ def _known_classes(name: str) -> list[str]:
         return ImageNetInfo(name).label_names()
     except AssertionError as error:
         raise InputError(f"classes={name!r} is no list of timm's; imagenet-1k is one") from error
-
-
-def check_split(split: str) -> None:
-    if split not in ("train", "val"):
-        raise InputError(f"split={split!r}: it is 'train' or 'val'")

@@ -23,7 +23,8 @@ from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.mm.config import INSTALL, TOOLBOXES
 from zoo.mm.networks import plain
-from zoo.predict import contact_sheet, open_picture, output_files
+from zoo.predicting.sheets import contact_sheet, output_files
+from zoo.reading.pictures import open_picture
 
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
@@ -254,7 +255,7 @@ def draw(scene: Scene, info: SceneInfo) -> Image.Image:
 
 
 def write_scenes(scenes: list[Scene], info: SceneInfo, output: str | Path) -> list[Path]:
-    """Draws the scenes into the files that `zoo.predict.output_files` names, several in one file side by side; their paths."""
+    """Draws the scenes into the files that `zoo.predicting.sheets.output_files` names, several in one file side by side; their paths."""
     targets = output_files([scene.path for scene in scenes], output)
     drawn = [draw(scene, info) for scene in scenes]
     if len(targets) < len(drawn):

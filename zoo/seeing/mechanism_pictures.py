@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo.layers
-from zoo.attributions import heat, undisturbed
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, require
 from zoo.files import check_writable, explaining, make_folder
-from zoo.predict import class_name
+from zoo.seeing.attributions import heat, undisturbed
 
 Point = tuple[float, float]
 
@@ -90,7 +89,7 @@ def mechanisms(model: nn.Module, info: ModelInfo, picture: Image.Image, query: P
 
 
 def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method: str, target: int | None = None) -> Seen:
-    """Which pixels speak for class number `target` (default: the most probable one), by a method of `zoo.attributions.heat`.
+    """Which pixels speak for class number `target` (default: the most probable one), by a method of `zoo.seeing.attributions.heat`.
 
     Raises:
         InputError: an unknown method or class, or a model that the method does not suit.
@@ -105,7 +104,7 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     figure, (left, right) = _figure(2)
     left.imshow(shown)
     _overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
-    caption = f"For {class_name(info, target)}, predicted with probability {logits.softmax(0)[target]:.2f}."
+    caption = f"For {info.class_name(target)}, predicted with probability {logits.softmax(0)[target]:.2f}."
     return Seen(method, method.replace("_", " "), caption, _render(figure))
 
 

@@ -11,9 +11,9 @@ from zoo.errors import InputError
 from zoo.files import check_writable, replacing
 from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
-from zoo.masks import prepare
-from zoo.predict import annotate, contact_sheet
-from zoo.visualize import Seen
+from zoo.predicting.masks import prepare
+from zoo.predicting.sheets import annotate, contact_sheet
+from zoo.seeing.mechanism_pictures import Seen
 
 
 def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: str | Path, *, slice_index: int | None = None) -> int:
@@ -28,7 +28,7 @@ def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: s
 def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_index: int | None = None) -> list[Seen]:
     """The image and, for every gate of the U-Net `model`, its map over the image.
 
-    Of a volume, they show the axial slice `slice_index` of the prepared volume (see `zoo.volumes.Grid`; default: the middle
+    Of a volume, they show the axial slice `slice_index` of the prepared volume (see `zoo.reading.volumes.Grid`; default: the middle
     one), and the network sees as many slices around it as its window has. Raises InputError if nothing can be shown.
     """
     x, at = prepare(info, Path(path)), None

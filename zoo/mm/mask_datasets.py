@@ -3,25 +3,24 @@
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
 drawn under the sample's seed (see `zoo.mm.datasets`).
 """
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.registry import DATASETS, TRANSFORMS
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from zoo.errors import InputError, near_misses, require
-from zoo.mm.datasets import DigitsDataset, Sample, check_split, seeded
+from zoo.errors import InputError, require
+from zoo.mm.datasets import DigitsDataset, Sample, seeded
 from zoo.mm.monai import monai_part
-from zoo.predict import PICTURE_SUFFIXES, open_picture, picture_tensor
-from zoo.volumes import VOLUME_SUFFIXES, Grid, check_labels, check_same_grid, open_volume
+from zoo.reading.masks import check_split, paired_files, read_decathlon, read_picture_mask
+from zoo.reading.pictures import PICTURE_SUFFIXES, open_picture, picture_tensor
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, check_labels, check_same_grid, open_volume
 
 KEYS = ("inputs", "targets")
 
@@ -112,7 +111,7 @@ class Volumes(MaskedImages):
 
     Args:
         window: what the network looks at in one go when it predicts, recorded in checkpoints.
-        spacing, clip: see `zoo.volumes.Grid`; recorded too.
+        spacing, clip: see `zoo.reading.volumes.Grid`; recorded too.
     """
 
     files: list[tuple[Path, Path]]
@@ -184,21 +183,9 @@ class DecathlonDataset(Volumes):
 
     def __init__(self, root: str, split: str, window: Sequence[int], folds: int = 5, file: str = "dataset.json", **args):
         check_split(split)
-        described = _read_json(Path(root) / file)
-        try:
-            labels = {int(label): name for label, name in described["labels"].items()}
-            training = [(entry["image"], entry["label"]) for entry in described["training"]]
-            held_out = [(entry["image"], entry["label"]) for entry in described.get("validation", ()) if isinstance(entry, dict)]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{Path(root) / file} is not a description of the Decathlon's kind: {error!r}") from error
-        if sorted(labels) != list(range(len(labels))):
-            raise InputError(f"{Path(root) / file} has labels {sorted(labels)}, where they have to run from 0")
-        super().__init__([labels[i] for i in range(len(labels))], window, **args)
-        held_out = held_out or training[::folds]
-        chosen = held_out if split == "val" else [pair for pair in training if pair not in held_out]
-        self.files = [(Path(root) / image, Path(root) / mask) for image, mask in chosen]
-        if not self.files:
-            raise InputError(f"{Path(root) / file} names no volumes for {split}")
+        classes, files = read_decathlon(Path(root) / file, split, folds)
+        super().__init__(classes, window, **args)
+        self.files = files
 
 
 @DATASETS.register_module()
@@ -216,7 +203,7 @@ class VolumeFolderDataset(Volumes):
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], **args):
         super().__init__(classes, window, **args)
-        self.files = _pairs(Path(root), split, "labels", VOLUME_SUFFIXES)
+        self.files = paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
 
 
 @DATASETS.register_module()
@@ -237,7 +224,7 @@ class PictureMaskDataset(MaskedPictures):
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
                  mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD, **args):
         super().__init__(classes, **args)
-        self.files = _pairs(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.files = paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 
@@ -245,11 +232,7 @@ class PictureMaskDataset(MaskedPictures):
         image_path, mask_path = self.files[index]
         config = self.data_config
         inputs = picture_tensor(open_picture(image_path, config["input_size"][0]), config["mean"], config["std"])
-        try:
-            with Image.open(mask_path) as mask:
-                labels = torch.from_numpy(np.array(mask))
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"the mask {mask_path} cannot be read as a picture: {error}") from None
+        labels = read_picture_mask(mask_path)
         if labels.shape != inputs.shape[1:]:
             raise InputError(f"the mask {mask_path} is of shape {_times(labels.shape)}, its picture {image_path} of "
                              f"{_times(inputs.shape[1:])}")
@@ -298,32 +281,6 @@ class DigitScenesDataset(MaskedPictures):
             labels[place] = np.where(ink > self.INK, digit + 1, 0)
         mean, std = self.data_config["mean"][0], self.data_config["std"][0]
         return torch.from_numpy((scene.clip(0, 1) - mean) / std).float()[None], torch.from_numpy(labels)[None]
-
-
-def _pairs(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
-    """The files of root/split/images, each with that of the same place in root/split/masks."""
-    check_split(split)
-    if not root.is_dir():
-        raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
-    lists = []
-    for name in ("images", masks):
-        folder = root / split / name
-        if not folder.is_dir():
-            near = near_misses(name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
-            raise InputError(f"there is no folder {folder}{near}")
-        lists.append(sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes)))
-    if not lists[0] or len(lists[0]) != len(lists[1]):
-        raise InputError(f"{root / split} has {len(lists[0])} files in images and {len(lists[1])} in {masks}, where pairs are needed")
-    return list(zip(*lists, strict=True))
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"there is no {path}; set data_root to the folder that holds {path.name}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
 
 
 def _times(sizes: Sequence[int]) -> str:

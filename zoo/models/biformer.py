@@ -16,10 +16,10 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.checkpoints import renamed
 from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
 from zoo.layers._attention import attend
-from zoo.staged import StagedNetwork, init_weights, named
+from zoo.models.conversion import renamed
+from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.benchmark import torch_threads
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.export import INPUT, ExportError, export_onnx, open_session
+from zoo.exporting.single import INPUT, ExportError, export_onnx, open_session
 from zoo.files import make_folder, replacing
+from zoo.threads import torch_threads
 
 THREADS = 2
 PICTURES = 64

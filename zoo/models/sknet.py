@@ -21,8 +21,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from zoo.checkpoints import renamed
 from zoo.layers import SelectiveKernelUnit
+from zoo.models.conversion import renamed
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
 

@@ -15,13 +15,13 @@ from timm.layers import create_act_layer, get_act_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
-from zoo.checkpoints import renamed
 from zoo.errors import InputError, near_misses
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
-from zoo.staged import named
+from zoo.models import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
+from zoo.models.conversion import renamed
+from zoo.models.staged import named
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 

@@ -14,10 +14,10 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHe
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.checkpoints import renamed
 from zoo.layers import ATConv
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
-from zoo.staged import StagedNetwork, init_weights, named
+from zoo.models.conversion import renamed
+from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.files import make_folder, replacing
-from zoo.predict import PICTURE_SUFFIXES, annotate, class_name, find_pictures, open_picture, output_files, picture_tensor
-from zoo.sliding import segment
-from zoo.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
+from zoo.predicting.sheets import annotate, output_files
+from zoo.predicting.sliding import segment
+from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_tensor
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
 
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60),
            (250, 190, 212), (0, 128, 128), (220, 190, 255), (170, 110, 40), (128, 0, 0), (128, 128, 0), (0, 0, 128))
@@ -62,7 +63,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
             raise InputError(f"{path}: {error}") from error
         _write(info, path, labels, target)
         counts = torch.bincount(labels.flatten(), minlength=model.num_classes) / labels.numel()
-        masks.append(Mask(path, target, tuple((class_name(info, i), share) for i, share in enumerate(counts.tolist()))))
+        masks.append(Mask(path, target, tuple((info.class_name(i), share) for i, share in enumerate(counts.tolist()))))
     return masks
 
 
@@ -120,6 +121,6 @@ def _write(info: ModelInfo, path: Path, labels: Tensor, target: Path) -> None:
     if len(info.input_size) == 4:
         Grid.of(info.data_config).write_mask(labels, open_volume(path), target)
         return
-    names = [class_name(info, i) for i in range(int(labels.max()) + 1)]
+    names = [info.class_name(i) for i in range(int(labels.max()) + 1)]
     with replacing(target) as written:
         overlay(open_picture(path), labels, names).save(written)

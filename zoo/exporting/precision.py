@@ -10,8 +10,8 @@ import timm.data
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.export import INPUT, ExportError, open_session
-from zoo.predict import find_pictures, open_picture
+from zoo.exporting.single import INPUT, ExportError, open_session
+from zoo.reading.pictures import find_pictures, open_picture
 
 PRECISIONS = ("float32", "float16", "int8")
 FLOAT32_ONLY = ("DeformConv", "GridSample")  # ONNX Runtime has no other kernels of them on the CPU

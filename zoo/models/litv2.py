@@ -14,10 +14,10 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.checkpoints import renamed
 from zoo.layers import DeformableTokenMerging, HiLoAttention, PointwiseLinear
 from zoo.layers._spatial import pad_to_multiple
-from zoo.staged import StagedNetwork, init_weights
+from zoo.models.conversion import renamed
+from zoo.models.staged import StagedNetwork, init_weights
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 

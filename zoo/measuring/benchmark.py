@@ -5,7 +5,6 @@ taken within rounds. What is freed stays with the process, as in a long training
 allocator: activations, gradients, copies) above what is held between passes, in one pass of its own; scratch space inside
 libraries is not counted.
 """
-import contextlib
 import ctypes
 import datetime
 import importlib
@@ -14,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from zoo.checkpoints import load_model
 from zoo.errors import InputError, near_misses
+from zoo.threads import torch_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORWARD = "forward"
@@ -114,17 +114,6 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
                 progress(f"{info.name}, {kind}")
                 comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))
         return Report(_facts(batch, sizes, dtype, rounds, device, against is not None), comparisons)
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def load_callable(spec: str) -> Callable[[str], nn.Module]:

@@ -19,10 +19,10 @@ from timm.models.convnext import ConvNeXtStage
 from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
-from zoo.checkpoints import renamed
 from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
-from zoo.staged import StagedNetwork, init_weights, named
+from zoo.models.conversion import renamed
+from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 

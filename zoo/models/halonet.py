@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from zoo.layers import HaloAttention
-from zoo.staged import StagedNetwork, named
+from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["HaloNet"]
 

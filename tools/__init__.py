@@ -1,0 +1,1 @@
+"""The programs: arguments and printing, nothing else."""

@@ -1,0 +1,1 @@
+"""Time, memory and multiply-accumulates of models and kernels."""

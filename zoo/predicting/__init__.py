@@ -1,0 +1,1 @@
+"""What trained networks say of files: classes, masks, and sheets of pictures with both."""

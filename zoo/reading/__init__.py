@@ -1,0 +1,1 @@
+"""Files of other people: pictures, volumes, masks, and which belong together."""

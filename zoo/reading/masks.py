@@ -1,0 +1,75 @@
+"""Which mask belongs to which picture or volume, and masks in pictures."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from zoo.errors import InputError, near_misses
+
+
+def paired_files(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """The files of root/split/images, each with that of the same place in root/split/masks."""
+    check_split(split)
+    if not root.is_dir():
+        raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
+    lists = []
+    for name in ("images", masks):
+        folder = root / split / name
+        if not folder.is_dir():
+            near = near_misses(name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
+            raise InputError(f"there is no folder {folder}{near}")
+        lists.append(sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes)))
+    if not lists[0] or len(lists[0]) != len(lists[1]):
+        raise InputError(f"{root / split} has {len(lists[0])} files in images and {len(lists[1])} in {masks}, where pairs are needed")
+    return list(zip(*lists, strict=True))
+
+
+def read_decathlon(path: Path, split: str, folds: int = 5) -> tuple[list[str], list[tuple[Path, Path]]]:
+    """The classes in a `dataset.json` of the Medical Segmentation Decathlon, and pairs of a volume and its mask for "train" or "val".
+
+    The file's `validation` list is the "val" part; without one, every `folds`-th of its `training` list, the rest being "train".
+    Raises InputError for a file that is missing, no such description, or names nothing for the split.
+    """
+    check_split(split)
+    described = _read_json(path)
+    try:
+        labels = {int(label): name for label, name in described["labels"].items()}
+        training = [(entry["image"], entry["label"]) for entry in described["training"]]
+        held_out = [(entry["image"], entry["label"]) for entry in described.get("validation", ()) if isinstance(entry, dict)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a description of the Decathlon's kind: {error!r}") from error
+    if sorted(labels) != list(range(len(labels))):
+        raise InputError(f"{path} has labels {sorted(labels)}, where they have to run from 0")
+    held_out = held_out or training[::folds]
+    chosen = held_out if split == "val" else [pair for pair in training if pair not in held_out]
+    files = [(path.parent / image, path.parent / mask) for image, mask in chosen]
+    if not files:
+        raise InputError(f"{path} names no volumes for {split}")
+    return [labels[i] for i in range(len(labels))], files
+
+
+def read_picture_mask(path: Path) -> Tensor:
+    """The values of the pixels of a mask, (H, W). Raises InputError for a file that is no picture."""
+    try:
+        with Image.open(path) as mask:
+            return torch.from_numpy(np.array(mask))
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"the mask {path} cannot be read as a picture: {error}") from None
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"there is no {path}; set data_root to the folder that holds {path.name}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def check_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise InputError(f"split={split!r}: it is 'train' or 'val'")

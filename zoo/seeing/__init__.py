@@ -1,0 +1,1 @@
+"""Pictures of what models attend to, and of which pixels speak for a class."""
