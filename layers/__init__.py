@@ -1,5 +1,6 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from ._capture import capture
+from ._scripting import refuse_scripting
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
@@ -19,3 +20,7 @@ __all__ = [
     "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
     "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
+
+for _layer in [globals()[name] for name in __all__]:
+    if isinstance(_layer, type):
+        _layer.__prepare_scriptable__ = refuse_scripting

@@ -41,8 +41,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class PointwiseConv(nn.Conv2d):
     """1×1 convolution as a module."""
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, **where: Any):
-        super().__init__(in_channels, out_channels, 1, bias=bias, **where)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, **dd: Any):
+        super().__init__(in_channels, out_channels, 1, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return pointwise(x, self.weight, self.bias)

@@ -51,12 +51,16 @@ class ATConv(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.dim, self.kernel_size = dim, kernel_size
-        where = dict(device=device, dtype=dtype)
-        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **where)
-        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **where)
-        self.x_proj = PointwiseConv(dim, dim, bias=bias, **where)
-        self.proj = PointwiseConv(dim, dim, bias=bias, **where)
-        self.difference_control = nn.Parameter(torch.zeros(dim, **where))
+        dd = dict(device=device, dtype=dtype)
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)
+        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **dd)
+        self.x_proj = PointwiseConv(dim, dim, bias=bias, **dd)
+        self.proj = PointwiseConv(dim, dim, bias=bias, **dd)
+        self.difference_control = nn.Parameter(torch.empty(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.difference_control)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:

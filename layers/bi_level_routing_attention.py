@@ -1,6 +1,7 @@
 """Bi-level routing attention (BiFormer, arXiv 2303.08810)."""
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class BiLevelRoutingAttention(nn.Module):
             graphs then hold for one size).
         qkv_bias: bias of the query, key and value projection.
         out_proj: False leaves the output projection out.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code (ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling of
     regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
@@ -78,6 +80,8 @@ class BiLevelRoutingAttention(nn.Module):
         mask_padding: bool = True,
         qkv_bias: bool = True,
         out_proj: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
@@ -88,10 +92,11 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing, self.differentiable_routing, self.mask_padding = soft_routing, differentiable_routing, mask_padding
         self._check(lepe_kernel, learned_routing)
 
-        self.qkv = PointwiseLinear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
-        self.router = PointwiseLinear(self.qk_dim, self.qk_dim) if learned_routing else None
-        self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim) if lepe_kernel else None
-        self.proj = PointwiseLinear(dim, dim) if out_proj else nn.Identity()
+        dd = dict(device=device, dtype=dtype)
+        self.qkv = PointwiseLinear(dim, 2 * self.qk_dim + dim, bias=qkv_bias, **dd)
+        self.router = PointwiseLinear(self.qk_dim, self.qk_dim, **dd) if learned_routing else None
+        self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd) if lepe_kernel else None
+        self.proj = PointwiseLinear(dim, dim, **dd) if out_proj else nn.Identity()
 
     def _check(self, lepe_kernel: int, learned_routing: bool) -> None:
         n_regions = self.regions[0] * self.regions[1]

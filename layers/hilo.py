@@ -31,6 +31,7 @@ class HiLoAttention(nn.Module):
         qkv_bias: bias of the query, key and value projections.
         mask_padding: where windows overhang the map, True leaves the overhang out of attention and means; False pads with zeros,
             whose projections take part, as the authors do.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code: masked padding, and no dropout.
 
@@ -40,6 +41,7 @@ class HiLoAttention(nn.Module):
 
     def __init__(
         self, dim: int, num_heads: int = 8, window: int = 2, alpha: float = 0.5, qkv_bias: bool = True, mask_padding: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -52,11 +54,12 @@ class HiLoAttention(nn.Module):
         self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)
         self.hi_heads = num_heads - self.lo_heads
         hi, lo = (heads * (dim // num_heads) for heads in (self.hi_heads, self.lo_heads))
+        dd = dict(device=device, dtype=dtype)
         if hi:
-            self.hi_qkv, self.hi_proj = PointwiseLinear(dim, 3 * hi, bias=qkv_bias), PointwiseLinear(hi, hi)
+            self.hi_qkv, self.hi_proj = PointwiseLinear(dim, 3 * hi, bias=qkv_bias, **dd), PointwiseLinear(hi, hi, **dd)
         if lo:
-            self.lo_q, self.lo_kv = PointwiseLinear(dim, lo, bias=qkv_bias), PointwiseLinear(dim, 2 * lo, bias=qkv_bias)
-            self.lo_proj = PointwiseLinear(lo, lo)
+            self.lo_q, self.lo_kv = (PointwiseLinear(dim, width, bias=qkv_bias, **dd) for width in (lo, 2 * lo))
+            self.lo_proj = PointwiseLinear(lo, lo, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[-1] != self.dim:

@@ -63,6 +63,9 @@ class PolarizedSelfAttention(nn.Module):
                 nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm((narrow, 1, 1), **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
         self.spatial_query = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.spatial_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for conv in (self.channel_query, self.channel_value, self.spatial_query, self.spatial_value):
             nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
 
