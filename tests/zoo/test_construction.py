@@ -16,6 +16,7 @@ from zoo.models import unet
 MODELS = [name for name in zoo.list_models() if name not in unet.ENCODERS or "_nano" in name]
 CLASSIFIERS = [name for name in MODELS if timm.model_entrypoint(name).__module__ != unet.__name__]
 LIGHT = [name for name in MODELS if "_nano" in name or name == "das_mobilenetv2_100"]
+FAMILIES = [name for name in LIGHT if name not in unet.ENCODERS and name != "das_mobilenetv2_100"] + ["attention_unet_sknet_nano"]
 DEVIANT = ["fan_tiny_8_p4_hybrid", "biformer_stl", "polarized_hrnet_w18_s", "deit_tiny_patch16_224_cbs", "unet", "sknet26"]
 LAYERS = {name: kind for name in zoo.layers.__all__ if isinstance(kind := getattr(zoo.layers, name), type)}
 ARGS = dict(
@@ -31,7 +32,7 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def image(model: nn.Module, dtype=torch.float32) -> torch.Tensor:
-    sizes = (8, 8, 8) if getattr(model, "spatial_dims", 2) == 3 else (64, 64)
+    sizes = (8, 8, 8) if getattr(model, "spatial_dims", 2) == 3 else (32, 32)
     return torch.randn(2, model.in_chans, *sizes, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
@@ -69,7 +70,7 @@ def check_alike(made: nn.Module, make):
             assert (value.std() - first.std()).abs() <= error, f"{name}: deviation {value.std()}, not {first.std()}"
 
 
-@pytest.mark.parametrize("name", [*LIGHT, *DEVIANT])
+@pytest.mark.parametrize("name", [*FAMILIES, "das_mobilenetv2_100", *DEVIANT])
 def test_a_model_made_without_storage_is_initialised_later(name):
     made = check_made(lambda **dd: timm.create_model(name, num_classes=5, **dd))
     made.init_weights()
@@ -78,7 +79,7 @@ def test_a_model_made_without_storage_is_initialised_later(name):
         assert made.eval()(image(made, torch.float64)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in [*LIGHT, *DEVIANT]])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in [*FAMILIES, *DEVIANT]])
 def test_every_model_is_made_on_its_device(name):
     check = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     for path, value in tensors(check).items():
@@ -93,7 +94,7 @@ def test_a_layer_made_without_storage_is_initialised_later(name):
         check_alike(made, lambda: layer(name))
 
 
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_computed_that_a_checkpoint_could_not_hold(name):
     """With a state loaded, a model from `to_empty` is the model: there are no further buffers, or they can be made again."""
     model = timm.create_model(name).eval()
@@ -134,9 +135,10 @@ def test_a_new_classifier_is_where_and_what_the_model_is(name):
     assert all(p.device.type == "meta" and p.dtype == torch.float64 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [*LIGHT, *DEVIANT])
+@pytest.mark.parametrize("name", [*FAMILIES, "unet3d", "polarized_hrnet_w18_s"])
 def test_copies_and_pickles(name):
-    model = timm.create_model(name, num_classes=3).eval()
+    args = dict(widths=(4, 8)) if name == "unet3d" else {}
+    model = timm.create_model(name, num_classes=3, **args).eval()
     model.requires_grad_(False)
     wanted = model(image(model))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -147,7 +149,7 @@ def test_copies_and_pickles(name):
     assert torch.equal(torch.load(buffer, weights_only=False)(image(model)), wanted)
 
 
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_deterministic_algorithms_and_inference_mode(name):
     model = timm.create_model(name, num_classes=3)
     torch.use_deterministic_algorithms(True)

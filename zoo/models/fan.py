@@ -93,8 +93,8 @@ class ClassAttentionHead(nn.Module):
             if pool_type.endswith("catavgmax"):
                 raise ValueError(f"global_pool must keep the width, as the norm comes after it, got {pool_type!r}")
             if pool_type != "token":
-                self.cls_token = self.blocks = None
                 self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
+                self.cls_token = self.blocks = None
         self.num_features = in_features or self.num_features
         self.fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
         self.fc.train(self.training)
