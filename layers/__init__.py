@@ -10,14 +10,13 @@ from .deformable_token_merging import DeformableTokenMerging
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hilo import HiLoAttention
-from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
+    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PolarizedSelfAttention",
     "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 

@@ -8,7 +8,7 @@ from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from ._attention import attend, attention
-from .pointwise_linear import PointwiseLinear
+from ._linear import linear
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 
@@ -31,10 +31,10 @@ class TokenMixing(nn.Module):
     def __init__(self, dim: int, num_heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.kv, self.proj = (PointwiseLinear(dim, width, device=device, dtype=dtype) for width in (dim, 2 * dim, dim))
+        self.q, self.kv, self.proj = (nn.Linear(dim, width, device=device, dtype=dtype) for width in (dim, 2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
+        return linear(self.proj, attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
 
     def attention(self, x: Tensor) -> Tensor:
         """softmax(Q Kᵀ / √d), (B, heads, H·W, H·W), for looking at: `forward` does not make it."""
@@ -44,7 +44,7 @@ class TokenMixing(nn.Module):
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, height, width, c = x.shape
         heads = (b, height * width, self.num_heads, c // self.num_heads)
-        return tuple(y.reshape(heads).transpose(1, 2) for y in (self.q(x), *self.kv(x).split(c, -1)))
+        return tuple(y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
 
 
 class DepthwiseMlp(nn.Module):
@@ -55,20 +55,20 @@ class DepthwiseMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, **dd: Any):
         super().__init__()
-        self.fc1 = PointwiseLinear(dim, hidden, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
         self.dwconv = LPI(hidden, **dd)
         self.gamma = nn.Parameter(torch.empty(hidden, **dd))
-        self.fc2 = PointwiseLinear(hidden, dim, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = linear(self.fc1, x)
         lpi = self.dwconv  # whose own forward takes tokens in a row
         local = lpi.conv2(lpi.bn(lpi.act(lpi.conv1(x.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1)
-        return self.fc2(torch.addcmul(x, self.gamma, local))
+        return linear(self.fc2, torch.addcmul(x, self.gamma, local))
 
 
 class ChannelProcessing(nn.Module):

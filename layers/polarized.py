@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._capture import report
+from ._plain import is_plain
 
 Layout = Literal["parallel", "sequential"]
 
@@ -32,7 +33,8 @@ class PolarizedSelfAttention(nn.Module):
 
     Differences from the authors' code (PSA.py, PSA_p and PSA_s): none in what is computed. Sums over positions change places
     with the convolutions beside them, which are linear: the parallel layout then costs O(NC + C²) instead of O(NC²), the
-    sequential one a third of what it did.
+    sequential one a third of what it did. Where `spatial_value` has hooks or is not what was built here (pruning, adapters), the
+    parallel layout calls it.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.
@@ -78,9 +80,11 @@ class PolarizedSelfAttention(nn.Module):
     def spatial_gate(self, x: Tensor) -> Tensor:
         """(B, 1, H, W), in (0, 1)."""
         query = self.spatial_query(x.mean((2, 3), keepdim=True)).flatten(1)
-        if self.layout == "parallel":
+        if self.layout == "parallel" and is_plain(self.spatial_value, nn.Conv2d):
             key = F.linear(query, self.spatial_value.weight.flatten(1).t())  # queryᵀ V(x) = (Vᵀ query)ᵀ x
             scores = (key.unsqueeze(1) @ x.flatten(2)).softmax(-1)
+        elif self.layout == "parallel":
+            scores = (query.unsqueeze(1) @ self.spatial_value(x).flatten(2)).softmax(-1)
         else:
             scores = query.unsqueeze(1) @ self.spatial_value(x).flatten(2).softmax(-1)
         return scores.to(x.dtype).unflatten(2, x.shape[2:]).sigmoid()

@@ -15,6 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
+from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named
@@ -52,7 +53,7 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not all(map(_is_plain, self.children())):
+        if not all(is_plain(module, nn.RMSNorm if name == "norm" else nn.Conv2d) for name, module in self.named_children()):
             gate, value = self.fc1(x).chunk(2, 1)
             y = F.gelu(self.dwconv(gate)) * value
             return self.fc2(y if self.norm is None else self.norm(y.movedim(1, -1)).movedim(-1, 1))
@@ -93,11 +94,6 @@ class GatedMlp(nn.Module):
 
     def _normalized(self, out: Tensor, squares: Tensor) -> Tensor:
         return torch.addcmul(self.fc2.bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does no more than its weights say."""
-    return type(module) in (nn.Conv2d, nn.RMSNorm) and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _squares(y: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
+from zoo.layers import BiLevelRoutingAttention
 from zoo.layers._attention import attend
+from zoo.layers._linear import linear
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named
 
@@ -49,18 +50,18 @@ class GlobalAttention(nn.Module):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         self.num_heads, self.lepe_of_values = num_heads, lepe_of_values
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=False, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         b, height, width, c = x.shape
-        qkv = self.qkv(x)
+        qkv = linear(self.qkv, x)
         heads = (b, height * width, self.num_heads, c // self.num_heads)
         q, k, v = (y.reshape(heads).transpose(1, 2) for y in qkv.split(c, -1))
         out = attend(q, k, v).transpose(1, 2).reshape(b, height, width, c)
         lepe_input = qkv[..., 2 * c :] if self.lepe_of_values else x
-        return self.proj(out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return linear(self.proj, out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Mlp(nn.Module):
@@ -68,10 +69,10 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, **dd: Any):
         super().__init__()
-        self.fc1, self.act, self.fc2 = PointwiseLinear(dim, hidden, **dd), nn.GELU(), PointwiseLinear(hidden, dim, **dd)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, **dd), nn.GELU(), nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return linear(self.fc2, self.act(linear(self.fc1, x)))
 
 
 class Block(nn.Module):

@@ -14,7 +14,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.layers import DeformableTokenMerging, HiLoAttention, PointwiseLinear
+from zoo.layers import DeformableTokenMerging, HiLoAttention
+from zoo.layers._linear import linear
+from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork
@@ -32,15 +34,15 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
-        self.fc1 = PointwiseLinear(dim, hidden, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
-        self.fc2 = PointwiseLinear(hidden, dim, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.fc2(F.gelu(x))
-        return self.fc2(torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
+        x = self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(self.dwconv, nn.Conv2d):  # hooks may have kept x
+            return linear(self.fc2, F.gelu(x))
+        return linear(self.fc2, torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
 
 
 class Block(nn.Module):
