@@ -79,7 +79,7 @@ def test_a_dataset_corrupts_what_is_cropped_before_it_is_normalised():
     foggy = DigitsDataset("val", TRANSFORM, limit=3, corruption={"name": "fog", "severity": 5})
     sample = Sample(0, 7)
     with seeded(7):
-        pixels = CorruptImage("fog", 5)(clean.images[0])
+        pixels = CorruptImage("fog", 5)(clean.read(0)[0])
     expected = (torch.from_numpy(np.array(pixels)).float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(foggy[sample]["inputs"][0], expected)
     assert not torch.equal(clean[sample]["inputs"], foggy[sample]["inputs"])

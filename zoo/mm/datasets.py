@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
 
 from zoo.errors import InputError, near_misses
-from zoo.reading.masks import check_split
+from zoo.reading.digits import CLASSES, Digits
 from zoo.reading.pictures import open_picture
 
 
@@ -124,43 +124,24 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
 
 @DATASETS.register_module()
 class DigitsDataset(LabelledImages):
-    """scikit-learn's 1797 handwritten digits, 8×8 grey pixels each, scaled up to `size`×`size` pixels.
-
-    The split is fixed: 360 digits, drawn once with equal shares of the classes, are the "val" part, the rest "train".
+    """scikit-learn's handwritten digits, `zoo.reading.digits.Digits`.
 
     Args:
-        split: "train" or "val".
+        split, size, mode, limit: see there; `size` is before the transform.
         transform: arguments of timm's `create_transform`.
-        size: pixels on a side before the transform.
-        mode: PIL's mode of the images, "L" (one channel) or "RGB".
-        limit: use only that many of the images.
         corruption: see `LabelledImages`.
     """
 
-    HELD_OUT = 360
-
     def __init__(self, split: str, transform: Mapping, size: int = 32, mode: str = "L", limit: int | None = None,
                  corruption: Mapping | None = None):
-        from sklearn.datasets import load_digits  # takes a second, which other datasets need not wait for
-        from sklearn.model_selection import train_test_split
-
-        super().__init__([str(digit) for digit in range(10)], transform, corruption)
-        check_split(split)
-        if mode not in ("L", "RGB"):
-            raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
-        pixels, targets = load_digits(return_X_y=True)
-        pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        parts = train_test_split(pixels, targets, test_size=self.HELD_OUT, stratify=targets, random_state=0)
-        pixels, targets = parts[0::2] if split == "train" else parts[1::2]
-        upsample = lambda digit: Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).convert(mode)  # noqa: E731
-        self.images = [upsample(digit) for digit in pixels[:limit]]
-        self.targets = targets[:limit].tolist()
+        super().__init__(list(CLASSES), transform, corruption)
+        self.digits = Digits(split, size, mode, limit)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.digits)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.targets[index]
+        return self.digits.read(index)
 
 
 @DATASETS.register_module()
