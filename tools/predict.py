@@ -82,7 +82,8 @@ def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
 
 def find(args: argparse.Namespace) -> int:
     """Prints, and draws where asked, the instances or classes in every picture."""
-    from zoo.mm.downstream import load_scene_model, predict_scenes, write_scenes
+    from zoo.mm.downstream import load_scene_model, predict_scenes
+    from zoo.predicting.scenes import write_scenes
 
     pictures = find_pictures(args.pictures)
     if args.output is not None:
