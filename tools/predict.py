@@ -9,8 +9,8 @@ from torch import nn
 
 from zoo.checkpoints import TOOLBOX_TASKS, ModelInfo, load_trained, recorded_task
 from zoo.errors import InputError
-from zoo.predicting.classes import Prediction, predict, write_annotated
-from zoo.predicting.masks import write_masks
+from zoo.predicting.classification import Prediction, predict, write_annotated
+from zoo.predicting.segmentation import write_masks
 from zoo.predicting.sheets import output_files
 from zoo.reading.pictures import find_pictures
 from zoo.tools._cli import run

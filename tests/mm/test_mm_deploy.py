@@ -16,7 +16,7 @@ from torch import nn
 
 from zoo.errors import InputError
 from zoo.exporting.adaptive_pooling import AdaptiveAvgPool
-from zoo.exporting.single import export_onnx
+from zoo.exporting.onnx import export_onnx
 from zoo.mm.config import load_config, scope
 from zoo.mm.deploy import deployable
 from zoo.mm.downstream import predict_scenes

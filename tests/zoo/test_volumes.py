@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from zoo.errors import InputError
-from zoo.predicting import sliding
-from zoo.predicting.sliding import segment
+from zoo.predicting.sliding_windows import segment
 from zoo.reading.volumes import Grid, check_same_grid, open_volume
 
 TURNED = np.array([[0, -2.0, 0, 5], [0, 0, 1.5, 7], [1.0, 0, 0, -3], [0, 0, 0, 1]])  # axes: superior, left, anterior
@@ -121,7 +120,7 @@ def test_memory_is_that_of_a_row_of_windows(monkeypatch):
     """What is kept of the scores does not grow with the first axis."""
     made = []
     zeros = torch.zeros
-    monkeypatch.setattr(sliding.torch, "zeros", lambda *shape: made.append(shape) or zeros(*shape))
+    monkeypatch.setattr(sliding_windows.torch, "zeros", lambda *shape: made.append(shape) or zeros(*shape))
     for length in (8, 64):
         segment(Scores(3, 5), torch.randn(1, length, 6, 6), (4, 4, 4), classes=5)
     assert set(made) == {(5, 4, 6, 6)}

@@ -1,4 +1,4 @@
-"""Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.single.export_onnx` takes.
+"""Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.onnx.export_onnx` takes.
 
 What comes before and after such a network is in the metadata of its file, as JSON:
 
