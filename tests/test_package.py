@@ -143,6 +143,21 @@ def test_import_needs_only_torch_torchvision_and_timm_and_changes_nothing_else()
     assert not changed
 
 
+def test_rooms_wait_for_what_only_some_of_their_work_needs():
+    """Neither the engine nor what the extras install is imported with any module below zoo.mm."""
+    code = """
+import importlib, pkgutil, sys, zoo
+for found in pkgutil.walk_packages(zoo.__path__, "zoo."):
+    if not found.name.startswith(("zoo.mm", "zoo.tools", "zoo.configs")) and not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+    imported = set(python(code).split())
+    assert "zoo" in imported and not imported & {
+        "mmengine", "mmcv", "mmdet", "mmseg", "monai", "nilearn", "nibabel", "sklearn", "matplotlib", "captum", "pytorch_grad_cam",
+        "onnx", "onnxruntime", "imagecorruptions", "cv2"}
+
+
 def test_what_users_write_stays():
     """Names at the top, whatever room they come from."""
     code = """

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from zoo.errors import InputError
+from zoo.predicting import sliding_windows
 from zoo.predicting.sliding_windows import segment
 from zoo.reading.volumes import Grid, check_same_grid, open_volume
 
