@@ -147,13 +147,16 @@ def test_rooms_wait_for_what_only_some_of_their_work_needs():
     """Neither the engine nor what the extras install is imported with any module below zoo.mm."""
     code = """
 import importlib, pkgutil, sys, zoo
-for found in pkgutil.walk_packages(zoo.__path__, "zoo."):
-    if not found.name.startswith(("zoo.mm", "zoo.tools", "zoo.configs")) and not found.name.endswith("__main__"):
-        importlib.import_module(found.name)
+for room in pkgutil.iter_modules(zoo.__path__):
+    if room.name not in ("mm", "tools", "configs"):
+        module = importlib.import_module(f"zoo.{room.name}")
+        for found in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}."):
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
     imported = set(python(code).split())
-    assert "zoo" in imported and not imported & {
+    assert not imported & {
         "mmengine", "mmcv", "mmdet", "mmseg", "monai", "nilearn", "nibabel", "sklearn", "matplotlib", "captum", "pytorch_grad_cam",
         "onnx", "onnxruntime", "imagecorruptions", "cv2"}
 
