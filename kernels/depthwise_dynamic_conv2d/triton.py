@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .._backends import name_of
 from .._launch import launch
 from .._tiles import kernel
-from .reference import inhibited
+from .reference import flops, inhibited
 
 PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
 
@@ -162,6 +163,16 @@ def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
+
+
+@register_flop_formula(torch.ops.zoo.depthwise_dynamic_conv2d_triton)
+def _conv_flops(x: tuple, kernels: tuple, *_: object, **__: object) -> int:
+    return flops(x, kernels)
+
+
+@register_flop_formula(torch.ops.zoo.depthwise_dynamic_conv2d_triton_kernels)
+def _kernels_flops(x: tuple, _: tuple, kernel_size: list[int], *__: object, **___: object) -> int:
+    return flops(x, (*x[:2], *kernel_size))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
