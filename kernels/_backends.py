@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from ._exporting import is_exporting
 
@@ -188,8 +189,17 @@ def register_gradient(
     def of_backward(_: Any, *arguments: Any, **__: Any) -> int:
         return 2 * flops(*arguments[:count])
 
-    for operator, formula in ((forward, of_forward), (backward, of_backward)):
-        register_flop_formula(operator._opoverload.overloadpacket)(formula)
+    register_flops(forward, of_forward)
+    register_flops(backward, of_backward)
+
+
+def register_flops(operator: Callable[..., Any], formula: Callable[..., int]) -> None:
+    """Tells counters the operations of an operator of `torch.library`; `formula` takes its arguments, shapes in the place of tensors."""
+    packet = operator._opoverload.overloadpacket
+    register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():  # kernels are imported when they run first, counters know what was there before
+        if isinstance(mode, _FlopCounterMode):
+            mode.counter.flop_registry.setdefault(packet, flop_registry[packet])
 
 
 def _save(ctx: Any, values: tuple) -> None:

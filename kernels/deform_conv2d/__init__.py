@@ -60,7 +60,7 @@ def deform_conv2d(
 
     Returns:
         (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable in x, offset, weight, bias
-        and mask: any number of times on the CPU, by the kernels and by the reference, once by torchvision and "grid_sampled".
+        and mask: any number of times, but by torchvision's operator once.
 
     The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x (under autocast in its dtype,
     as convolutions do, where the others have float32), and again in the backward pass, whose only sums in no fixed order are

@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .._backends import name_of
+from .._backends import name_of, register_flops
 from .._launch import launch
 from .._tiles import kernel
 from .reference import flops, inhibited
@@ -165,14 +164,8 @@ def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
 gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
 
 
-@register_flop_formula(torch.ops.zoo.depthwise_dynamic_conv2d_triton)
-def _conv_flops(x: tuple, kernels: tuple, *_: object, **__: object) -> int:
-    return flops(x, kernels)
-
-
-@register_flop_formula(torch.ops.zoo.depthwise_dynamic_conv2d_triton_kernels)
-def _kernels_flops(x: tuple, _: tuple, kernel_size: list[int], *__: object, **___: object) -> int:
-    return flops(x, (*x[:2], *kernel_size))
+register_flops(depthwise_dynamic_conv2d, lambda x, kernels, *_, **__: flops(x, kernels))
+register_flops(gradient_of_kernels, lambda x, grad, kernel_size, *_, **__: flops(x, (*x[:2], *kernel_size)))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .._backends import DTYPES, name_of
+from .._backends import DTYPES, name_of, register_flops
 from .._launch import float32_precision, launch
 from .._regions import region_size
 from .._tiles import kernel
@@ -192,14 +191,9 @@ def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None
 region_routes.register_autograd(_backward_routes, setup_context=_setup_routes)
 
 
-@register_flop_formula(torch.ops.zoo.region_routes_triton)
-def _flops(q_means: tuple, *_: object, **__: object) -> int:
-    return 2 * math.prod(q_means) * q_means[1]
-
-
-@register_flop_formula([torch.ops.zoo.region_means_triton, torch.ops.zoo.region_means_triton_backward])
-def _no_flops(*_: object, **__: object) -> int:
-    return 0
+register_flops(region_means, lambda *_, **__: 0)
+register_flops(region_means_triton_backward, lambda *_, **__: 0)
+register_flops(region_routes, lambda q_means, *_, **__: 2 * math.prod(q_means) * q_means[1])
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -31,7 +31,7 @@ def test_cuda_tensors_take_the_kernels_where_they_fit():
 
 def test_what_cannot_run_is_refused_with_the_reason():
     x = torch.zeros(1, 4, 4, 2)
-    with pytest.raises(ValueError, match="region_means: backend must be None or one of 'reference', 'pytorch', 'pooled', 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="means: backend must be None or one of 'reference', 'pytorch', 'pooled', 'triton', got 'cuda'"):
         region_means(x, (2, 2), backend="cuda")
     with pytest.raises(ValueError, match="region_means: backend 'triton' cannot run here: the kernels take .* not float64"):
         region_means(x.double(), (2, 2), backend="triton")
