@@ -59,7 +59,7 @@ def test_rows_hold_what_is_known(tmp_path, monkeypatch):
     records = {"sk_resnet50": {}, "attnet_t2": {"reason": "so"}, "das_resnet18": {"failure": "no"}}
     (tmp_path / "exports.json").write_text(json.dumps({name: {"versions": {}, **record} for name, record in records.items()}))
     names = ["sk_resnet50", "attnet_t2", "das_resnet18", "biformer_nano", "attention_unet3d_nano"]
-    written = model_table.whole_table(names, tmp_path).splitlines()
+    written = model_table.model_table(names, tmp_path).splitlines()
     assert len({line.count("|") for line in written}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written[2:]]
     for row, name in zip(cells, names, strict=True):
@@ -70,14 +70,16 @@ def test_rows_hold_what_is_known(tmp_path, monkeypatch):
     assert attnet[8:11] == ["mit", "–", "one size"] and das[5:10] == ["–", das[6], "–", "–", "–"] and das[10] == "no"
     assert biformer[5] == biformer[7] == biformer[9] == biformer[10] == "–"
     assert unet[1] == "[gates](gates.md)" and unet[4] == "64³"
-    assert model_table.table(names).splitlines()[2].startswith("| `sk_resnet50` | 26.15 M | 1.23 G | 224 | 77.54 % |")
 
 
-def test_the_table_takes_its_place_and_no_other(tmp_path):
-    path = tmp_path / "x.md"
-    path.write_text(f"before\n{model_table.BEGIN}\nold\n{model_table.END}\nafter\n")
-    model_table.replace_table(path, "new")
-    assert path.read_text() == f"before\n{model_table.BEGIN}\nnew\n{model_table.END}\nafter\n"
-    path.write_text("no marks")
-    with pytest.raises(InputError, match="no place for the table"):
-        model_table.replace_table(path, "new")
+def test_tables_take_their_places_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_table, "TABLES", {name: lambda name=name: f"new {name}" for name in ("mechanisms", "models", "none")})
+    path, marks = tmp_path / "x.md", {name: model_table.marks(name) for name in ("models", "mechanisms")}
+    page = "before\n{}\n{}\n{}\nbetween\n{}\n{}\n{}\nafter\n"
+    path.write_text(page.format(marks["models"][0], "old", marks["models"][1], marks["mechanisms"][0], "", marks["mechanisms"][1]))
+    assert model_table.write_tables(path) == ["mechanisms", "models"]
+    assert path.read_text() == page.format(
+        marks["models"][0], "new models", marks["models"][1], marks["mechanisms"][0], "new mechanisms", marks["mechanisms"][1])
+    path.write_text(marks["models"][0])
+    with pytest.raises(InputError, match="no place for a table"):
+        model_table.write_tables(path)

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,9 @@ import torch
 
 import zoo
 from zoo.measuring.model_table import macs
-from zoo.models import attnet, biformer, fan, litv2, sknet, unet
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
-FAMILIES = {"attention_unet3d": unet, "attnet*": attnet, "biformer*": biformer, "litv2*": litv2, "sk_resnet*": sknet, "tap_fan*": fan}
 NAMES = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # ours, where it is another
-CONVERT = {name: family.checkpoint_filter_fn for names, family in FAMILIES.items() for name in zoo.list_models(names)}
 
 
 def _uncounted(manifest: dict) -> int:
@@ -38,7 +36,8 @@ def test_released_checkpoint_loads(released, tmp_path):
     # AttNet computes less than its authors' code, which tests/models/test_attnet.py accounts for to 0.5 %.
     least = 0.9 if name.startswith("attnet") else 0.995
     assert least < (macs(name) - _uncounted(manifest)) / manifest["macs"] < 1.005
-    loaded, converted = model.state_dict(), CONVERT[name](state, model)
+    convert = sys.modules[timm.model_entrypoint(name).__module__].checkpoint_filter_fn
+    loaded, converted = model.state_dict(), convert(state, model)
     assert loaded.keys() == converted.keys()
     for key, value in converted.items():
         assert torch.equal(loaded[key], value), key

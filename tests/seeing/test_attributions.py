@@ -11,6 +11,7 @@ from timm.layers import BatchNormAct2d
 from timm.models.hrnet import cfg_cls
 from torch import nn
 
+import zoo
 from zoo.errors import InputError
 from zoo.models.polarized import PolarizedHRNet
 from zoo.seeing import attributions
@@ -18,10 +19,9 @@ from zoo.seeing.attributions import ATTRIBUTIONS, BiasGradients, heat
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = (64, 96)
-FAMILIES = {  # one of each, the last three of timm's; HRNet with fewer blocks than registered ones have
-    name: partial(timm.create_model, name, num_classes=2) for name in (
-        "attnet_nano", "biformer_nano", "das_resnet_nano", "deit_nano_patch16_224_cb", "halonet_nano", "litv2_nano",
-        "polarized_resnet_nano", "sknet_nano", "tap_fan_nano", "test_resnet", "test_efficientnet")
+CLASSIFIERS = [name for name in zoo.list_models("*_nano*") if zoo.mechanism_of(name) != "gates"]
+FAMILIES = {  # one of each, three of timm's; HRNet with fewer blocks than registered ones have
+    name: partial(timm.create_model, name, num_classes=2) for name in (*CLASSIFIERS, "test_resnet", "test_efficientnet")
 } | {
     "polarized_hrnet": partial(PolarizedHRNet, cfg_cls["hrnet_w18_small"], layout="sequential", num_classes=2),
     "test_vit": partial(timm.create_model, "test_vit", num_classes=2, img_size=SIZE),

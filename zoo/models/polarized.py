@@ -25,6 +25,8 @@ from zoo.layers.polarized import Layout
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
 
+MECHANISM = "polarized"
+ATTACHABLE = PolarizedSelfAttention
 Fuse = Literal["nearest", "bilinear"]
 _SLOT = "aa"  # timm's place after the first 3×3 convolution of a block, otherwise for the blur that anti-aliases a stride
 
