@@ -51,6 +51,9 @@ print(json.dumps([list(model(torch.randn(1, 3, 40, 30)).shape), configs, files])
     shape, configs, files = json.loads(python(code, cwd=tmp_path, env={"PYTHONPATH": str(target), "PATH": "/usr/bin:/bin"}))
     assert shape == [1, 3] and "biformer_nano_digits.py" in configs
     assert all(file.startswith(str(target)) for file in files)
+    command = [sys.executable, target / "bin/zoo", "models", "biformer_n?no", "--details"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(target)}).stdout
+    assert "\nbiformer_nano  routing" in listed
 
 
 def test_import_needs_only_torch_torchvision_and_timm():

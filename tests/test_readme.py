@@ -19,17 +19,17 @@ def test_python_runs(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("line", [line for line in SHELL if "tools/" in line])
-def test_commands_name_tools_and_options_that_exist(line, load_tool_help):
+@pytest.mark.parametrize("line", [line for line in SHELL if "zoo" in shlex.split(line)])
+def test_commands_name_programs_and_options_that_exist(line, load_tool_help):
     words = shlex.split(line)
-    tool = next(word for word in words if word.startswith("tools/"))
-    said = load_tool_help(ROOT / tool)
-    for word in words[words.index(tool):]:
+    program, *arguments = words[words.index("zoo") + 1:]
+    said = load_tool_help(program)
+    for word in arguments:
         if word.startswith("-"):
-            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said), f"{tool} has no {word}"
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said), f"zoo {program} has no {word}"
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"tools/t(?:rain|est)\.py (\S+)", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"zoo t(?:rain|est) (\S+)", README))))
 def test_configs_exist(name):
     path = find_config(str(ROOT / name) if "/" in name else name)
     if "::" in path.read_text():  # it inherits from a toolbox's

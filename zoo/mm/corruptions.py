@@ -16,7 +16,7 @@ from PIL import Image
 from zoo.errors import InputError, near_misses, require
 from zoo.files import make_folder, replacing
 from zoo.mm.config import load_config
-from zoo.mm.training import evaluate
+from zoo.mm.training import evaluate_each
 
 # Per corruption, AlexNet's error in per cent on ImageNet-C, the mean over severities: what the paper divides by. Six digits of them
 # are in the code of AugMix (google-research/augmix, imagenet.py), which takes them from the paper's (hendrycks/robustness).
@@ -103,15 +103,14 @@ def evaluate_corruptions(config: str | Path, checkpoint: str | Path, *, folder: 
     """
     check_corruptible(config, cfg_options, folder)
     points = list(itertools.product(CORRUPTIONS, SEVERITIES))
-
-    def error(options: Sequence[str]) -> float:
-        quiet = "log_level=WARNING"  # what the engine says of itself, 76 times
-        return _error(evaluate(config, checkpoint, launcher=launcher, cfg_options=[quiet, *cfg_options, *options]))
+    changes = itertools.chain([()], (_options(config, cfg_options, name, severity, folder) for name, severity in points))
+    quiet = "log_level=WARNING"  # what the engine says of itself, 76 times
+    found = map(_error, evaluate_each(config, checkpoint, changes, launcher=launcher, cfg_options=[quiet, *cfg_options]))
 
     progress(f"1/{len(points) + 1} clean")
-    clean, errors = error(()), {name: [] for name in CORRUPTIONS}
-    for number, (name, severity) in enumerate(points, 2):
-        errors[name].append(error(_options(config, cfg_options, name, severity, folder)))
+    clean, errors = next(found), {name: [] for name in CORRUPTIONS}
+    for (number, (name, severity)), error in zip(enumerate(points, 2), found, strict=True):
+        errors[name].append(error)
         progress(f"{number}/{len(points) + 1} {name}, severity {severity}: error {errors[name][-1]:.2f} %")
     return Robustness(clean, errors)
 
@@ -165,7 +164,7 @@ def read_baseline(path: str | Path) -> dict[str, float]:
     except OSError as error:
         raise InputError(f"cannot read the baseline {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a corruptions.json of tools/test.py: {error}") from error
+        raise InputError(f"{path} is not a corruptions.json of `zoo test`: {error}") from error
 
 
 def check_baseline(baseline: Mapping[str, float]) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses, require
 from zoo.layers.fully_attentional import CancelledBiasLinear
+from zoo.seeing import ATTRIBUTIONS
 
-ATTRIBUTIONS = ("gradcam", "integrated_gradients", "fullgrad")
 STEPS = 32  # of integrated gradients
 # Norms over the last axis; other kinds of LayerNorm are given maps (B, C, H, W) and normalize their channels.
 LAST_AXIS_NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32, timm.layers.LayerNormAct,

@@ -7,7 +7,8 @@ from zoo.tools._cli import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py docs/models.md --whole")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_table", description=__doc__,
+                                     epilog="example: python -m benchmarks.model_table docs/models.md --whole")
     parser.add_argument("file", type=Path, help="a Markdown file with the marks of the table")
     parser.add_argument("--whole", action="store_true", help="all that is known, not only what the README has room for")
     args = parser.parse_args()
