@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
-    from zoo.measuring.benchmark import FORWARD, PASSES, benchmark, load_callable
+    from zoo.measuring.model_benchmark import FORWARD, PASSES, benchmark, load_callable
 
     if args.json is not None:
         check_writable(args.json)

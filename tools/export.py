@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from zoo.checkpoints import ModelInfo
     from zoo.exporting.all_models import Record
+    from zoo.exporting.onnx import Exported
     from zoo.exporting.precision import Change
-    from zoo.exporting.single import Exported
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export_one(args: argparse.Namespace) -> int:
+    from zoo.exporting.onnx import ExportError, export_onnx
     from zoo.exporting.precision import check_pictures, lower_precision
-    from zoo.exporting.single import ExportError, export_onnx
 
     if args.jobs != 1:
         raise InputError("--jobs is for --all")
@@ -118,7 +118,7 @@ def show(step: str) -> None:
 
 
 def report(exported: "Exported") -> None:
-    from zoo.exporting.single import AXES
+    from zoo.exporting.onnx import AXES
 
     axes = AXES[len(exported.comparisons[0].size)]
     print(f"batch  {' x '.join(axes)}  largest difference to PyTorch, in standard deviations")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zoo.checkpoints import ModelInfo, Opened
-    from zoo.predicting.classes import Prediction
+    from zoo.predicting.classification import Prediction
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
     """Prints, and writes onto the pictures where asked, the most probable classes."""
-    from zoo.predicting.classes import predict, write_annotated
+    from zoo.predicting.classification import predict, write_annotated
     from zoo.predicting.sheets import output_files
     from zoo.reading.pictures import find_pictures
 
@@ -77,7 +77,7 @@ def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int
 
 def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
     """Writes masks, and prints the shares of the classes in them."""
-    from zoo.predicting.masks import write_masks
+    from zoo.predicting.segmentation import write_masks
 
     if args.output is None:
         raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
@@ -100,7 +100,8 @@ def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
 
 def find(args: argparse.Namespace, checkpoint: "Opened") -> int:
     """Prints, and draws where asked, the instances or classes in every picture."""
-    from zoo.mm.downstream import load_scene_model, predict_scenes, write_scenes
+    from zoo.mm.downstream import load_scene_model, predict_scenes
+    from zoo.predicting.scenes import write_scenes
     from zoo.predicting.sheets import output_files
     from zoo.reading.pictures import find_pictures
 

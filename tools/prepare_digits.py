@@ -22,7 +22,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
 
-    from zoo.mm.scenes import write_digit_scenes
+    from zoo.reading.digits import write_digit_scenes
 
     def show(split: str, done: int, scenes: int) -> None:
         if done % 200 == 0 or done == scenes:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zoo.checkpoints import ModelInfo
-    from zoo.seeing.mechanism_pictures import Seen
+    from zoo.seeing.page import Seen
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,7 +47,8 @@ def see_classes(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo")
     """What shows a classifier's picture; all options are checked before."""
     from zoo.reading.pictures import open_picture
     from zoo.seeing.attributions import check_method
-    from zoo.seeing.mechanism_pictures import WITH_QUERY, attribution, check_target, mechanisms, pictured
+    from zoo.seeing.classifiers import attribution, check_target, mechanisms
+    from zoo.seeing.mechanism_pictures import WITH_QUERY, pictured
 
     refuse(args, f"is for volumes, and {info.name} takes whole pictures", "slice")
     methods = list(dict.fromkeys(ATTRIBUTIONS if args.attributions is None else args.attributions))
@@ -81,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
     from zoo.checkpoints import load_model
-    from zoo.predicting.masks import find_inputs
+    from zoo.predicting.segmentation import find_inputs
     from zoo.predicting.sheets import output_files
     from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures
     from zoo.seeing.gate_pictures import picture_gates, see_gates
-    from zoo.seeing.mechanism_pictures import folder_for_pictures, write
+    from zoo.seeing.page import folder_for_pictures, write
 
     model, info = load_model(args.model)
     if info.task == "segmentation":

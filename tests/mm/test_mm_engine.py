@@ -156,7 +156,7 @@ def test_the_corruption_run_reads_and_builds_once_with_the_numbers_of_single_run
 def test_programs_read_the_checkpoint_once(arguments, tiny_train, monkeypatch, tmp_path):
     from PIL import Image
 
-    from zoo.exporting import single
+    from zoo.exporting import onnx
     from zoo.tools._cli import command
 
     _, _, folder = tiny_train("run", "train_cfg.max_epochs=1", "train_cfg.val_interval=1")
@@ -164,7 +164,7 @@ def test_programs_read_the_checkpoint_once(arguments, tiny_train, monkeypatch, t
     Image.new("L", (40, 40)).save(picture)
     more = {"predict": [picture], "export": ["-o", tmp_path / "a.onnx"], "test": ["--cfg-options", *TINY]}[arguments[0]]
     reads = Counted(monkeypatch, checkpoints, "read")
-    monkeypatch.setattr(single, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(InputError("enough")))
+    monkeypatch.setattr(onnx, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(InputError("enough")))
     with pytest.raises(SystemExit):
         command([*arguments, *map(str, (folder / "epoch_1.pth", *more))])
     assert reads.calls == 1
