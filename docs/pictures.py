@@ -13,7 +13,7 @@ from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
 from zoo.mm.mask_datasets import DigitScenesDataset
-from zoo.seeing.mechanism_pictures import mechanisms
+from zoo.seeing.classifiers import mechanisms
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"

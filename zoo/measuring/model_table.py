@@ -23,7 +23,7 @@ import zoo
 import zoo.kernels
 from zoo.errors import InputError
 from zoo.exporting.all_models import read_records
-from zoo.kernels.deform_conv2d.blocked import flops
+from zoo.kernels.deform_conv2d.reference import flops
 from zoo.models import unet
 
 NONE = "–"
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS, PAGES = ROOT / "benchmarks", ROOT / "docs"
 
 
-def _deform_conv2d(x: tuple, weight: tuple, offset: tuple, *_: object, out_shape: tuple, **__: object) -> int:
+def _deform_conv2d(x: tuple, weight: tuple, offset: tuple, *_: object, **__: object) -> int:
     """Those of the zoo's operator, for the arguments of torchvision's."""
-    return flops(x, offset, weight, out_val=out_shape)
+    return flops(x, offset, weight)
 
 
 def _model(name: str) -> nn.Module:
@@ -52,8 +52,8 @@ def macs(name: str) -> int:
     model = _model(name)
     image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
     exporting = mock.patch.object(torch.compiler, "is_exporting", lambda: True)
-    pools = sys.modules["zoo.kernels.token_aware_avg_pool.reference"]
-    adding = mock.patch.object(pools, "convolved", pools.avg_pool)  # a pool is a convolution in exports, but multiplies nothing
+    pools, definition = (sys.modules[f"zoo.kernels.token_aware_avg_pool.{name}"] for name in ("convolved", "reference"))
+    adding = mock.patch.object(pools, "avg_pool", definition.avg_pool)  # a pool is a convolution in exports, but multiplies nothing
     counted = {torch.ops.torchvision.deform_conv2d: _deform_conv2d}
     with exporting, adding, FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
         model(image)

@@ -1,9 +1,12 @@
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from timm.models.hrnet import cfg_cls
 from torch import nn
@@ -14,6 +17,7 @@ from zoo.models.polarized import PolarizedHRNet
 from zoo.seeing import attributions
 from zoo.seeing.attributions import ATTRIBUTIONS, BiasGradients, heat
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = (64, 96)
 CLASSIFIERS = [name for name in zoo.list_models("*_nano*") if zoo.mechanism_of(name) != "gates"]
 FAMILIES = {  # one of each, three of timm's; HRNet with fewer blocks than registered ones have
@@ -79,6 +83,35 @@ class Piecewise(nn.Module):
         return self.head(self.forward_features(x).mean((2, 3)))
 
 
+class AuthorsNetwork(nn.Module):
+    """That of the reference vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.conv3, self.bn3 = nn.Conv2d(6, 8, 3, 2, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward_features(self, x):
+        x = F.max_pool2d(self.bn1(self.conv1(x)).relu(), 2)
+        return self.bn3(self.conv3(self.conv2(x).relu())).relu()
+
+    def forward(self, x):
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("case", ["fullgrad/network"])
+def test_reference_vector(case):
+    vector = load_file(GOLDEN / f"{case}.safetensors")
+    model = AuthorsNetwork()
+    model.load_state_dict({name.removeprefix("state/"): value for name, value in vector.items() if name.startswith("state/")})
+    model.eval()
+    torch.testing.assert_close(model(vector["input"])[0, 3], vector["logit"])
+    found, expected = heat(model, vector["input"], 3, "fullgrad"), vector["map"][0, 0]
+    assert (found - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+
+
 def test_input_and_biases_times_gradients_add_up_to_the_logit():
     torch.manual_seed(0)
     model = Piecewise().double().eval()
@@ -90,7 +123,7 @@ def test_input_and_biases_times_gradients_add_up_to_the_logit():
     logit = pairs(image)[0, 3]
     logit.backward()
     assert sorted(pairs.layers) == ["first", "group.0", "last", "mix", "norm_act", "plain", "twice", "twice"]
-    terms = [float((bias[:, None, None] * gradient.numpy()[0]).sum()) for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True)]
+    terms = [float((bias[:, None, None] * gradient[0]).sum()) for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True)]
     total = (image.grad * image).sum().item() + sum(terms) + model.head.bias[3].item()
     np.testing.assert_allclose(total, logit.item(), rtol=1e-9)
     assert min(map(abs, terms)) > 1e-3  # each of them counts
@@ -107,7 +140,7 @@ def test_a_registered_network_of_relus_adds_up():
     pairs = BiasGradients(model)
     logit = pairs(image)[0, 2]
     logit.backward()
-    terms = sum((bias[:, None, None] * gradient.numpy()[0]).sum() for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True))
+    terms = sum(float((bias[:, None, None] * gradient[0]).sum()) for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True))
     np.testing.assert_allclose((image.grad * image).sum().item() + terms + model.fc.bias[2].item(), logit.item(), rtol=1e-9)
 
 

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -90,3 +93,16 @@ def test_bad_arguments_are_named(model):
     name = "das_resnet_nano" if model is DASResNet else "das_mobilenetv2_100"
     with pytest.raises(ValueError, match="gates must be one of stage, block, got 'stages'"):
         timm.create_model(name, gates="stages")
+
+
+def test_counts_of_the_page():
+    """Parameters with grouped and with dense deformable convolutions."""
+    page = (Path(__file__).parents[2] / "docs" / "das.md").read_text()
+    rows = re.findall(r"^\| `(das_\w+)` \| ([\d.]+) M \| ([\d.]+) M \(\+([\d.]+) %\), .* \| ([\d.]+) M \(\+([\d.]+) %\),", page, re.M)
+    assert {name for name, *_ in rows} == set(ORIGIN)
+    for name, plain, *gated in rows:
+        with torch.device("meta"):
+            models = [timm.create_model(ORIGIN[name]), *(timm.create_model(name, das_args=dict(group_width=width)) for width in (16, None))]
+        counts = [sum(p.numel() for p in model.parameters()) for model in models]
+        assert plain == f"{counts[0] / 1e6:.2f}"
+        assert gated == [text for n in counts[1:] for text in (f"{n / 1e6:.2f}", f"{100 * (n / counts[0] - 1):.1f}")]

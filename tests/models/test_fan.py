@@ -9,7 +9,7 @@ from torch import nn
 
 import zoo
 from zoo.checkpoints import load_model
-from zoo.exporting.single import export_onnx
+from zoo.exporting.onnx import export_onnx
 from zoo.models.fan import UnbiasedLayerNorm2d
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"

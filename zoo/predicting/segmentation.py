@@ -12,7 +12,7 @@ from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.files import make_folder, replacing
 from zoo.predicting.sheets import annotate, output_files
-from zoo.predicting.sliding import segment
+from zoo.predicting.sliding_windows import segment
 from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_tensor
 from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.exporting import single as export
-from zoo.exporting.single import ExportError, export_onnx
+from zoo.exporting import onnx as export
+from zoo.exporting.onnx import ExportError, export_onnx
 from zoo.layers import DAS
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3), "interpolation": "bicubic", "crop_pct": 0.9}

@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import InputError
+from zoo.errors import InputError, times
 
 SIGMA = 0.125  # of a window's Gaussian weights, over its size; as in MONAI
 LEAST = 1e-3  # weight, of the corners
@@ -24,9 +24,9 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
     """
     sizes = tuple(x.shape[1:])
     if len(window) != len(sizes):
-        raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {_times(sizes)}")
+        raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
     if any(n < w for n, w in zip(sizes, window, strict=True)):
-        raise InputError(f"the input has {_times(sizes)} positions, fewer than the window of {_times(window)}; choose a smaller window")
+        raise InputError(f"the input has {times(sizes)} positions, fewer than the window of {times(window)}; choose a smaller window")
     if not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
     device = next(model.parameters()).device
@@ -61,7 +61,3 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
 def _gaussian(window: int) -> Tensor:
     place = torch.arange(window) - (window - 1) / 2
     return torch.exp(-0.5 * (place / (SIGMA * window)) ** 2)
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes))

@@ -1,11 +1,15 @@
 """timm's networks and weights under the attention."""
+from functools import partial
+
 import pytest
 import timm
 import torch
+from timm.models.hrnet import cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from zoo.layers import PolarizedSelfAttention
+from zoo.models.polarized import PolarizedHRNet, checkpoint_filter_fn
 
 PAIRS = {
     "polarized_resnet50_p": "resnet50", "polarized_resnet50_s": "resnet50",
@@ -58,3 +62,23 @@ def test_the_attention_follows_the_first_convolution_of_three(name, kind, count)
     for block in blocks:
         conv = block.conv1 if kind is BasicBlock else block.conv2
         assert conv.kernel_size == (3, 3) and block.aa.dim == conv.out_channels
+
+
+def test_weights_of_the_authors_segmentation_network():
+    """Their HRNet with OCR, saved by DataParallel: `deattn` for the attention, heads beside the backbone."""
+    build = partial(PolarizedHRNet, cfg_cls["hrnet_w18_small"], layout="sequential", head="")
+    trained, model = build(), build(fuse="bilinear")
+    theirs = dict(channel_query="conv_q_right", channel_value="conv_v_right", channel_up="conv_up", spatial_query="conv_q_left",
+                  spatial_value="conv_v_left", aa="deattn")
+    state = {"module.backbone." + ".".join(theirs.get(part, part) for part in name.split(".")): value
+             for name, value in trained.state_dict().items()}
+    state = {"state_dict": state | {"module.ocr.cls_head.weight": torch.zeros(19, 512, 1, 1)}}
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
+    with pytest.raises(ValueError, match="trained with fuse=\"bilinear\", got 'nearest'"):
+        checkpoint_filter_fn(state, trained)
+
+
+def test_unknown_interpolation():
+    with pytest.raises(ValueError, match="fuse must be one of nearest, bilinear, got 'bicubic'"):
+        PolarizedHRNet(cfg_cls["hrnet_w18_small"], fuse="bicubic")

@@ -16,7 +16,7 @@ from zoo.errors import InputError
 from zoo.exporting import all_models as exports
 from zoo.exporting import precision as quantize
 from zoo.exporting.all_models import RECORDS, TABLE, export_all, read_records
-from zoo.exporting.single import Exported, export_onnx
+from zoo.exporting.onnx import Exported, export_onnx
 
 CLASSES = ("dark", "light")
 SHALLOW = {  # every kind of block once: the exporter takes time for every operator

@@ -4,7 +4,7 @@ import timm
 import torch
 
 from zoo.checkpoints import load_model
-from zoo.exporting.single import export_onnx
+from zoo.exporting.onnx import export_onnx
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])

@@ -33,7 +33,7 @@ def test_released_checkpoint_loads(released, tmp_path):
     torch.save({"model": state}, tmp_path / "released.pth")
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "released.pth")))
     assert sum(p.numel() for p in model.parameters()) == manifest["params"]
-    # AttNet computes less than its authors' code, which tests/zoo/test_attnet.py accounts for to 0.5 %.
+    # AttNet computes less than its authors' code, which tests/models/test_attnet.py accounts for to 0.5 %.
     least = 0.9 if name.startswith("attnet") else 0.995
     assert least < (macs(name) - _uncounted(manifest)) / manifest["macs"] < 1.005
     convert = sys.modules[timm.model_entrypoint(name).__module__].checkpoint_filter_fn

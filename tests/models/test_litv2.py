@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from zoo.checkpoints import load_model
-from zoo.exporting.single import export_onnx
+from zoo.exporting.onnx import export_onnx
 from zoo.layers import DeformableTokenMerging, HiLoAttention
 from zoo.models.litv2 import ConvMlp
 

@@ -12,8 +12,10 @@ from PIL import Image
 from zoo.checkpoints import load_model
 from zoo.errors import InputError
 from zoo.kernels import deform_conv2d
-from zoo.seeing import mechanism_pictures as visualize
+from zoo.seeing import page as pages
 from zoo.seeing.attributions import ATTRIBUTIONS
+from zoo.seeing.classifiers import attribution, mechanisms
+from zoo.seeing.mechanism_pictures import region_box, region_of, sampling_points
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
 STAGES = {
@@ -35,7 +37,7 @@ def biformer():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_one_picture_for_every_stage(name):
-    seen = visualize.mechanisms(*small(name), PICTURE)
+    seen = mechanisms(*small(name), PICTURE)
     assert len(seen) == len({shown.name for shown in seen}) == STAGES[name]
     for shown in seen:
         assert min(shown.picture.size) > 300 and len(np.unique(np.asarray(shown.picture))) > 50
@@ -43,14 +45,14 @@ def test_one_picture_for_every_stage(name):
 
 
 def test_the_picture_depends_on_the_query(biformer):
-    middle, corner = (visualize.mechanisms(*biformer, PICTURE, query)[0].picture for query in ((0.5, 0.5), (0.0, 0.99)))
+    middle, corner = (mechanisms(*biformer, PICTURE, query)[0].picture for query in ((0.5, 0.5), (0.0, 0.99)))
     assert np.any(np.asarray(middle) != np.asarray(corner))
 
 
 @pytest.mark.parametrize("method", ATTRIBUTIONS)
 def test_attributions(biformer, method):
     model, info = biformer
-    first, second = (visualize.attribution(model, info, PICTURE, method, target).picture for target in (1, 2))
+    first, second = (attribution(model, info, PICTURE, method, target).picture for target in (1, 2))
     assert np.any(np.asarray(first) != np.asarray(second))
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
@@ -59,14 +61,14 @@ def test_regions_tile_the_map():
     size, grid = (7, 10), (3, 4)
     painted = np.full(size, -1)
     for region in range(12):
-        row, column, height, width = visualize.region_box(region, size, grid)
+        row, column, height, width = region_box(region, size, grid)
         assert (painted[row : row + height, column : column + width] == -1).all()
         painted[row : row + height, column : column + width] = region
     assert (painted >= 0).all()
     for row in range(7):
         for column in range(10):
             query = ((row + 0.5) / 7, (column + 0.5) / 10)
-            assert visualize.region_of(query, size, grid) == painted[row, column]
+            assert region_of(query, size, grid) == painted[row, column]
 
 
 def test_sampling_points_are_where_the_deformable_convolution_reads():
@@ -74,7 +76,7 @@ def test_sampling_points_are_where_the_deformable_convolution_reads():
     torch.manual_seed(0)
     offset = torch.rand(18, 6, 7) * 2 - 1
     rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
-    points = visualize.sampling_points(offset)
+    points = sampling_points(offset)
     assert points.shape == (9, 2, 6, 7)
     for place in range(9):
         weight = torch.zeros(1, 1, 3, 3)
@@ -97,8 +99,8 @@ class Sources(HTMLParser):
 
 
 def test_the_page_needs_no_other_file(tmp_path, biformer):
-    seen = visualize.mechanisms(*biformer, PICTURE)
-    files = visualize.write(tmp_path / "new" / "folder", "Of <model>", [("a & b.png", seen), ("c.png", seen)])
+    seen = mechanisms(*biformer, PICTURE)
+    files = pages.write(tmp_path / "new" / "folder", "Of <model>", [("a & b.png", seen), ("c.png", seen)])
     assert [path.name for path in files] == sorted(path.name for path in files) and len(files) == 7
     assert sorted(path.parent for path in files)[0] == tmp_path / "new" / "folder"
     assert Image.open(files[0]).size == seen[0].picture.size
@@ -109,10 +111,10 @@ def test_the_page_needs_no_other_file(tmp_path, biformer):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda model, info: visualize.mechanisms(model, info, PICTURE, (0.5, 1.0)), "the query is at least 0 and less than 1, .* got 0.5 1"),
-    (lambda model, info: visualize.mechanisms(*load_model("test_resnet"), PICTURE), "test_resnet has no layer with a picture of its own"),
-    (lambda model, info: visualize.attribution(model, info, PICTURE, "grad_cam"), "no attribution 'grad_cam'; did you mean gradcam"),
-    (lambda model, info: visualize.attribution(model, info, PICTURE, "gradcam", 1000), "class number from 0 to 999, got 1000"),
+    (lambda model, info: mechanisms(model, info, PICTURE, (0.5, 1.0)), "the query is at least 0 and less than 1, .* got 0.5 1"),
+    (lambda model, info: mechanisms(*load_model("test_resnet"), PICTURE), "test_resnet has no layer with a picture of its own"),
+    (lambda model, info: attribution(model, info, PICTURE, "grad_cam"), "no attribution 'grad_cam'; did you mean gradcam"),
+    (lambda model, info: attribution(model, info, PICTURE, "gradcam", 1000), "class number from 0 to 999, got 1000"),
 ])
 def test_what_cannot_be_shown_is_one_sentence(biformer, call, message):
     with pytest.raises(InputError, match=message):
@@ -122,7 +124,7 @@ def test_what_cannot_be_shown_is_one_sentence(biformer, call, message):
 def test_a_file_in_the_folders_place(tmp_path, biformer):
     (tmp_path / "taken").touch()
     with pytest.raises(InputError, match="cannot write .*: File exists"):
-        visualize.write(tmp_path / "taken", "x", [])
+        pages.write(tmp_path / "taken", "x", [])
 
 
 def fail_at(count):
@@ -140,14 +142,14 @@ def fail_at(count):
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_full_disk_leaves_all_or_nothing(tmp_path, monkeypatch, there):
-    seen = [visualize.Seen(name, name, "", PICTURE) for name in ("a", "b", "c")]
+    seen = [pages.Seen(name, name, "", PICTURE) for name in ("a", "b", "c")]
     folder = tmp_path / "new" / "folder"
     if there:
         folder.mkdir(parents=True)
         (folder / "001-a.png").write_text("older")
     monkeypatch.setattr(Image.Image, "save", fail_at(3))
     with pytest.raises(InputError, match="cannot write .*folder: No space left on device"):
-        visualize.write(folder, "x", [("a.png", seen)])
+        pages.write(folder, "x", [("a.png", seen)])
     assert [path.name for path in tmp_path.rglob("*")] == (["new", "folder", "001-a.png"] if there else [])
     assert not there or (folder / "001-a.png").read_text() == "older"
 
@@ -155,14 +157,14 @@ def test_a_full_disk_leaves_all_or_nothing(tmp_path, monkeypatch, there):
 def test_a_folder_in_a_files_place(tmp_path):
     (tmp_path / "index.html").mkdir()
     with pytest.raises(InputError, match="index.html: it is a folder"):
-        visualize.write(tmp_path, "x", [("a.png", [visualize.Seen("a", "a", "", PICTURE)])])
+        pages.write(tmp_path, "x", [("a.png", [pages.Seen("a", "a", "", PICTURE)])])
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
 @pytest.mark.parametrize("name", ["taken/below", "taken/below/further", "x" * 300, "new/" + "x" * 300])
 def test_folders_that_cannot_be_are_one_sentence(tmp_path, name):
     (tmp_path / "taken").touch()
-    with pytest.raises(InputError, match="cannot"), visualize.folder_for_pictures(tmp_path / name):
+    with pytest.raises(InputError, match="cannot"), pages.folder_for_pictures(tmp_path / name):
         raise AssertionError("the work has begun")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
@@ -170,6 +172,6 @@ def test_folders_that_cannot_be_are_one_sentence(tmp_path, name):
 def test_a_folder_that_takes_no_files_is_one_sentence(tmp_path, monkeypatch):
     def refuses(**_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
-    monkeypatch.setattr(visualize.tempfile, "TemporaryFile", refuses)
-    with pytest.raises(InputError, match="cannot write .*: Operation not permitted"), visualize.folder_for_pictures(tmp_path):
+    monkeypatch.setattr(pages.tempfile, "TemporaryFile", refuses)
+    with pytest.raises(InputError, match="cannot write .*: Operation not permitted"), pages.folder_for_pictures(tmp_path):
         raise AssertionError("the work has begun")
