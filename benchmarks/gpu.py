@@ -38,6 +38,7 @@ STEPS = tuple(SHARES)
 MODELS = ("biformer_small", "attnet_t2", "halonet_h2_256", "litv2_s", "das_resnet50")
 DTYPE = torch.bfloat16
 GRACE = 20  # seconds by which a step may be late
+LAST_WORDS = 15  # seconds for tests that are stopped to say what has failed so far
 COMPILERS = 8  # processes, each with all problems in the GPU's memory
 
 
@@ -110,9 +111,9 @@ def check(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -
         return tested.wait(deadline.left) == 0
     except subprocess.TimeoutExpired:
         say(f"the tests were not done after {args.seconds} seconds and were stopped")
-        tested.send_signal(signal.SIGINT)  # upon which it says what has failed so far
+        tested.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            tested.wait(15)
+            tested.wait(LAST_WORDS)
         tested.kill()
         return False
 
