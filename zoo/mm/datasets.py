@@ -16,7 +16,7 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from PIL import Image
 from timm.data import ImageNetInfo, auto_augment, create_transform
-from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import DEFAULT_CROP_MODE, DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
@@ -108,6 +108,7 @@ class LabelledImages(Dataset):
             "std": tuple(transform.get("std", IMAGENET_DEFAULT_STD)),
             "interpolation": transform.get("interpolation", "bilinear"),
             "crop_pct": transform.get("crop_pct") or DEFAULT_CROP_PCT,
+            "crop_mode": transform.get("crop_mode") or DEFAULT_CROP_MODE,
         }
 
     def read(self, index: int) -> tuple[Image.Image, int]:
