@@ -1,9 +1,11 @@
 """Every recipe: what it does to pictures, how its learning rate goes, and whether what it names exists."""
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
@@ -18,6 +20,7 @@ from zoo.mm.optim import WarmupCosineLR
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in (CONFIGS / "classification").glob("*.py"))
+ROOT = CONFIGS.parent
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8))
 
 
@@ -75,7 +78,8 @@ ATTNET = ("after", 4e-3, 1e-6, 5, 1e-6, 300, 300)
 SCHEDULES = {
     **{f"attnet_{size}_in1k": ATTNET for size in ("xxs", "xs", "s", "t1", "t2", "t3", "t4")},
     **{f"biformer_{size}_in1k": DEIT for size in ("tiny", "small", "base")}, "deit_small_patch16_224_cb_in1k": DEIT,
-    "halonet_h2_256_in1k": DEIT, "das_resnet50_in1k": SGD, "sknet50_in1k": SGD, "polarized_resnet50_s_in1k": SGD,
+    "halonet_h2_256_in1k": DEIT,
+    **{f"{name}_in1k": SGD for name in ("das_resnet50", "sknet50", "polarized_resnet50_s", "polarized_hrnet_w48_s")},
     **{f"litv2_{size}_in1k": LITV2 for size in ("s", "m", "b")},
     "litv2_b_384_in1k": ("iterations", 4e-5, 4e-8, 5, 4e-7, 30, 30),
     "tap_fan_base_16_p4_hybrid_in1k": ("before", 4e-3, 1e-6, 10, 1e-6, 300, 310),
@@ -148,3 +152,49 @@ def test_the_cosine_lasts_as_long_as_the_run():
     np.testing.assert_allclose(found, [0.1, 0.55, *cosine, 0.01, 0.01, 0.01], rtol=1e-12)
     with pytest.raises(InputError, match="needs its end"):
         WarmupCosineLR(optimizer, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
+
+
+TEXTS = {path.relative_to(CONFIGS).as_posix(): path.read_text() for path in CONFIGS.rglob("*.py")}
+NAMES = {Path(path).stem for path in TEXTS}
+
+
+def _pattern(name: str) -> str:
+    """A file's name without the size of the model, in small letters: biformer_small_best.pth → biformer_*_best.pth."""
+    sizes = r"(?<=_)(nano|tiny|small|base|large|xxs|xs|s|m|b|t[1-4])(?=[_.])"
+    return re.sub(sizes, "*", name.lower())
+
+
+@pytest.mark.parametrize("path", sorted(TEXTS))
+def test_what_a_config_names_exists(path):
+    """In its code and in its comments: configs, the epochs that they reach, tools, and the authors' files, which a model's page has."""
+    text = TEXTS[path]
+    for name, epoch in re.findall(r"work_dirs/([^/\s]+)/epoch_(\d+)\.pth", text):
+        assert name in NAMES and load_config(name).train_cfg.max_epochs == int(epoch), f"{name} does not end with epoch {epoch}"
+    for name in re.findall(r"work_dirs/([^/\s]+)/", text) + re.findall(r"(?<![/:\w.-])[\w.-]+_(?:in1k|digits|coco|mni152)\b", text):
+        assert name in NAMES, f"there is no config {name}"
+    for name in re.findall(r"(?<![\w./'])(?:tools|configs|docs)/[\w./-]+", text):
+        assert (ROOT / name.rstrip(".")).exists(), f"there is no {name}"
+    documented = {_pattern(name) for source in (ROOT / "zoo" / "models").glob("*.py")
+                  for name in re.findall(r"[\w.-]+\.pth(?:\.tar)?", source.read_text())}
+    for name in re.findall(r"(?<!/)\b(?!epoch_)[\w.-]+\.pth(?:\.tar)?", text):
+        assert _pattern(name) in documented, f"no page says what {name} is"
+
+
+def test_configs_that_code_and_pages_name_exist():
+    sources = [*ROOT.glob("*.md"), *(path for folder in ("zoo", "layers", "tools", "docs") for path in (ROOT / folder).rglob("*")
+                                     if path.suffix in (".py", ".md"))]
+    named = {(source.name, name) for source in sources for name in re.findall(r"\bconfigs/[\w./-]+\.py", source.read_text())}
+    assert named and not [pair for pair in named if not (ROOT / pair[1]).exists()]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("in1k")])
+def test_recipes_evaluate_as_their_models_ask(name):
+    """Size, crop and interpolation of the authors' evaluation, in the recipe and in what timm knows of the model."""
+    config = load_config(name)
+    known, given = timm.get_pretrained_cfg(config.model.name), config.val_dataloader.dataset.transform
+    assert given.input_size == known.input_size[-1] and given.interpolation == known.interpolation and given.crop_pct == known.crop_pct
+    assert given.get("crop_mode") == ("squash" if "384" in name else None)
+    assert config.test_dataloader == config.val_dataloader
+    recorded = OnePicture(**given).data_config
+    expected = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    assert recorded == {key: expected[key] for key in recorded}

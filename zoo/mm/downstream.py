@@ -1,6 +1,5 @@
 """Detectors and segmentors of mmdetection and mmsegmentation: what their checkpoints record, and how they are used without a config."""
 import contextlib
-import importlib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from torch import nn
 from zoo import checkpoints
 from zoo.errors import InputError
 from zoo.files import replacing
-from zoo.mm.config import INSTALL, TOOLBOXES
+from zoo.mm.config import INSTALL, TOOLBOXES, import_toolbox
 from zoo.mm.networks import plain
 from zoo.predicting.sheets import contact_sheet, output_files
 from zoo.reading.pictures import open_picture
@@ -105,7 +104,7 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
         raise InputError(f"{path} is no detector or segmentor of tools/train.py")
     toolbox = record["task"]
     try:
-        importlib.import_module(toolbox)
+        import_toolbox(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
     if not isinstance(state := checkpoint.get("state_dict"), dict):
