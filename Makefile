@@ -21,10 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports --config setup.cfg --no-cache
 
-# The tables of models, from the registry and from what the next two have measured.
+# The tables of mechanisms and models, from their pages, the registry and what the next two have measured.
 models: $(READY)
-	$(BIN)/python tools/model_table.py README.md
-	$(BIN)/python tools/model_table.py docs/models.md --whole
+	$(BIN)/python tools/model_table.py README.md docs/models.md
 
 # The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: five minutes.
 measure: $(READY)

@@ -17,7 +17,7 @@ from timm.models import register_model
 from torch import nn
 
 import zoo  # noqa: F401  registers the models
-from zoo.measuring.benchmark import benchmark
+from zoo.measuring.model_benchmark import benchmark
 from zoo.tools._cli import run
 
 WIDTHS = (16, 32, 64, 128)

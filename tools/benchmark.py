@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from zoo.files import check_writable, replacing
-from zoo.measuring.benchmark import DTYPES, FORWARD, PASSES, benchmark, load_callable
+from zoo.measuring.model_benchmark import DTYPES, FORWARD, PASSES, benchmark, load_callable
 from zoo.tools._cli import run
 
 

@@ -9,8 +9,8 @@ from zoo import list_models
 from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOX_TASKS, ModelInfo, load_model, recorded_task
 from zoo.errors import InputError
 from zoo.exporting.all_models import TABLE, Record, export_all
+from zoo.exporting.onnx import AXES, Exported, ExportError, export_onnx
 from zoo.exporting.precision import PRECISIONS, Change, check_pictures, lower_precision
-from zoo.exporting.single import AXES, Exported, ExportError, export_onnx
 from zoo.files import replacing
 from zoo.tools._cli import run
 

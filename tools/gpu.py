@@ -163,7 +163,7 @@ def train(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -
             continue
         say(f"  {model}")
         rates = []
-        for backend in ("reference", "reference") if args.dry_run else (None, "reference"):
+        for backend in ("pytorch", "pytorch") if args.dry_run else (None, "pytorch"):
             try:
                 rates.append(benchmark.training_throughput(model, backend, device, batch, size, steps))
             except Exception as error:  # of compilers, drivers and memory, as in `measure`; the other models are still worth measuring

@@ -1,18 +1,16 @@
-"""Writes a table of models, generated from the registry and from what is measured in benchmarks/, into a Markdown file."""
+"""Writes the tables of mechanisms and models into Markdown files that have a place for them."""
 import argparse
 from pathlib import Path
 
-from zoo.measuring.model_table import listed, replace_table, table, whole_table
+from zoo.measuring.model_table import write_tables
 from zoo.tools._cli import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py docs/models.md --whole")
-    parser.add_argument("file", type=Path, help="a Markdown file with the marks of the table")
-    parser.add_argument("--whole", action="store_true", help="all that is known, not only what the README has room for")
-    args = parser.parse_args()
-    replace_table(args.file, (whole_table if args.whole else table)(listed()))
-    print(f"wrote the table of models to {args.file}")
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py README.md docs/models.md")
+    parser.add_argument("files", nargs="+", type=Path, metavar="file", help="a Markdown file with the marks of a table")
+    for path in parser.parse_args().files:
+        print(f"{path}: wrote the table of {' and '.join(write_tables(path))}")
 
 
 if __name__ == "__main__":

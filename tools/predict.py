@@ -9,8 +9,8 @@ from torch import nn
 
 from zoo.checkpoints import TOOLBOX_TASKS, ModelInfo, load_trained, recorded_task
 from zoo.errors import InputError
-from zoo.predicting.classes import Prediction, predict, write_annotated
-from zoo.predicting.masks import write_masks
+from zoo.predicting.classification import Prediction, predict, write_annotated
+from zoo.predicting.segmentation import write_masks
 from zoo.predicting.sheets import output_files
 from zoo.reading.pictures import find_pictures
 from zoo.tools._cli import run
@@ -82,7 +82,8 @@ def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
 
 def find(args: argparse.Namespace) -> int:
     """Prints, and draws where asked, the instances or classes in every picture."""
-    from zoo.mm.downstream import load_scene_model, predict_scenes, write_scenes
+    from zoo.mm.downstream import load_scene_model, predict_scenes
+    from zoo.predicting.scenes import write_scenes
 
     pictures = find_pictures(args.pictures)
     if args.output is not None:

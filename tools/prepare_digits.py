@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     args = parser.parse_args()
 
-    from zoo.mm.scenes import write_digit_scenes
+    from zoo.reading.digits import write_digit_scenes
 
     def show(split: str, done: int, scenes: int) -> None:
         if done % 200 == 0 or done == scenes:

@@ -46,8 +46,9 @@ def main() -> None:
 
 
 def corruptions(args: argparse.Namespace) -> None:
-    from zoo.mm import corruptions as robustness
+    from zoo.measuring import robustness
     from zoo.mm.config import load_config
+    from zoo.mm.corruptions import check_corruptible, evaluate_corruptions
 
     baseline, unit = None, ""
     model = load_config(args.config, args.cfg_options).model
@@ -57,9 +58,9 @@ def corruptions(args: argparse.Namespace) -> None:
         baseline, unit = robustness.ALEXNET, "AlexNet on ImageNet-C"
     if baseline is not None:
         robustness.check_baseline(baseline)
-    robustness.check_corruptible(args.config, args.cfg_options, args.imagenet_c)
+    check_corruptible(args.config, args.cfg_options, args.imagenet_c)
     make_folder(args.corruptions)
-    found = robustness.evaluate_corruptions(
+    found = evaluate_corruptions(
         args.config, args.checkpoint, folder=args.imagenet_c, launcher=args.launcher, cfg_options=args.cfg_options,
         progress=lambda step: print(step, file=sys.stderr, flush=True))
     if not is_first_process():

@@ -14,12 +14,14 @@ from torch import nn
 
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.predicting.masks import find_inputs
+from zoo.predicting.segmentation import find_inputs
 from zoo.predicting.sheets import output_files
 from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture
 from zoo.seeing.attributions import ATTRIBUTIONS, check_method
+from zoo.seeing.classifiers import attribution, check_target, mechanisms
 from zoo.seeing.gate_pictures import picture_gates, see_gates
-from zoo.seeing.mechanism_pictures import WITH_QUERY, Seen, attribution, check_target, folder_for_pictures, mechanisms, pictured, write
+from zoo.seeing.mechanism_pictures import WITH_QUERY, pictured
+from zoo.seeing.page import Seen, folder_for_pictures, write
 from zoo.tools._cli import run
 
 

@@ -17,6 +17,11 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def times(sizes: Iterable[int]) -> str:
+    """Sizes as sentences have them: 3×4×5."""
+    return "×".join(map(str, sizes))
+
+
 def require(what: str, extra: str, *packages: str) -> None:
     """Raises InputError, saying how to install it, for the first of `packages` that `what` needs and that is not there."""
     for package in packages:

@@ -15,11 +15,14 @@ from reduced import reduced
 from torch import nn
 
 from zoo.errors import InputError
-from zoo.exporting.single import export_onnx
+from zoo.exporting.adaptive_pooling import AdaptiveAvgPool
+from zoo.exporting.onnx import export_onnx
 from zoo.mm.config import load_config, scope
-from zoo.mm.deploy import AdaptiveAvgPool, deployable, detections
-from zoo.mm.downstream import SceneInfo, predict_scenes
+from zoo.mm.deploy import deployable
+from zoo.mm.downstream import predict_scenes
 from zoo.mm.networks import plain
+from zoo.predicting.detections import detections
+from zoo.predicting.scenes import SceneInfo
 
 ROOT = Path(__file__).parents[2]
 EXPORTED = ["upernet_biformer-small_8xb2-160k_ade20k-512x512", "sem-fpn_attnet-t2_4xb4-80k_ade20k-512x512",

@@ -19,9 +19,11 @@ from zoo.errors import InputError
 from zoo.mm import corruptions, evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config, scope
-from zoo.mm.downstream import SOURCES, Scene, SceneInfo, check_parts, draw, load_scene_model, predict_scenes, prepare, registered_only
+from zoo.mm.downstream import SOURCES, check_parts, load_scene_model, predict_scenes, prepare, registered_only
 from zoo.mm.networks import plain
-from zoo.mm.scenes import box, run_lengths, write_digit_scenes
+from zoo.predicting.scenes import Scene, SceneInfo, draw
+from zoo.reading.coco import box, run_lengths
+from zoo.reading.digits import write_digit_scenes
 
 ROOT = Path(__file__).parents[2]
 SHORT = {

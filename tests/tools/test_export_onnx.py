@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from zoo.errors import InputError
-from zoo.exporting import single as export
+from zoo.exporting import onnx as export
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from PIL import Image
 
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
-from zoo.predicting import classes as prediction
+from zoo.predicting import classification as prediction
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import timm.data
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.exporting.single import INPUT, ExportError, open_session
+from zoo.exporting.onnx import INPUT, ExportError, open_session
 from zoo.reading.pictures import find_pictures, open_picture
 
 PRECISIONS = ("float32", "float16", "int8")

@@ -23,6 +23,8 @@ from zoo.layers import DAS
 
 __all__ = ["DASMobileNet", "DASResNet", "GatedBlock", "checkpoint_filter_fn"]
 
+MECHANISM = "das"
+ATTACHABLE = DAS
 Gates = Literal["stage", "block"]
 
 

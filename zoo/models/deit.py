@@ -16,6 +16,9 @@ from zoo.layers import ContextBroadcast
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
 
+MECHANISM = "broadcast"
+HIERARCHICAL = False  # no encoder of U-Nets
+
 
 class BroadcastingMlp(Mlp):
     """timm's MLP of vision transformers, then `ContextBroadcast`."""
