@@ -99,8 +99,8 @@ class LITv2(StagedNetwork):
         attn_args: further arguments of `HiLoAttention`, such as `mask_padding`.
 
     Differences from the authors' code: sizes that patches, merging and windows do not divide are padded (theirs: errors, or in
-    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets `DeformableTokenMerging.offset`
-    learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
+    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets the weight of
+    `DeformableTokenMerging.offset` learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
     """
 
     def __init__(
@@ -176,7 +176,8 @@ default_cfgs = generate_default_cfgs({
     "litv2_s.in1k": _cfg(f"{_RELEASE}/litv2_s.pth"),
     "litv2_m.in1k": _cfg(f"{_RELEASE}/litv2_m.pth"),
     "litv2_b.in1k": _cfg(f"{_RELEASE}/litv2_b.pth"),
-    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0,
+                               crop_mode="squash"),
 })
 
 
