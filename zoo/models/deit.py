@@ -5,7 +5,6 @@ The weights of timm's DeiT of the same name without `_cb` or `_cbs` load as they
 from functools import partial
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -13,6 +12,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from zoo.layers import ContextBroadcast
+from zoo.layers._scripting import refuse_scripting
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
 
@@ -47,6 +47,8 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
     of the sequence of tokens.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(self, scaled: bool = False, **kwargs: Any):
         super().__init__(mlp_layer=partial(BroadcastingMlp, scaled=scaled), dynamic_img_size=True, dynamic_img_pad=True, **kwargs)
 
@@ -62,7 +64,6 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
             raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
         return super()._pos_embed(x)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() & {name for name, _ in self.named_parameters()}
 
