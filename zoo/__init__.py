@@ -18,10 +18,11 @@ from .models import (
     sknet,
     unet,
 )
+from .weights import load_weights, weights_in
 
 __version__ = "0.2.0"
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "mechanism_of", "polarized", "sknet", "unet",
+    "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "sknet", "unet", "weights_in",
 ]

@@ -121,7 +121,7 @@ def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path)
 
     Raises InputError unless every weight of `network` is there.
     """
-    given = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
+    given = checkpoints.read(path)
     if isinstance(given, dict) and "zoo" in given:
         whole, _ = checkpoints.load_trained(path)
     else:

@@ -99,7 +99,7 @@ def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
 
     Raises InputError for what `zoo.checkpoints.read` refuses, for another checkpoint, and without the toolbox.
     """
-    checkpoint = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
+    checkpoint = checkpoints.read(path)
     record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOX_TASKS:
         raise InputError(f"{path} is no detector or segmentor of tools/train.py")

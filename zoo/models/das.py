@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def  # private, and the only source of it: timm's own families use it
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import DAS
+from zoo.models.building import build_model_with_cfg
 
 __all__ = ["DASMobileNet", "DASResNet", "GatedBlock", "checkpoint_filter_fn"]
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet, cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import PolarizedSelfAttention
 from zoo.layers.polarized import Layout
+from zoo.models.building import build_model_with_cfg
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
 

@@ -17,11 +17,12 @@ checkpoints (https://github.com/implus/PytorchInsight) load as they are:
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import SelectiveKernelUnit
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]

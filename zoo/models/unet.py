@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import create_act_layer, get_act_layer
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
@@ -20,6 +20,7 @@ from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.models import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import named
 
