@@ -142,9 +142,9 @@ class _Unpickler(pickle._Unpickler):
             return STORAGES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        parts = name.split(".")
-        builtin = module in ("builtins", "__builtin__")
-        if module.split(".")[0] in HOSTILE_MODULES or (builtin and not HOSTILE_BUILTINS.isdisjoint(parts)):
+        module = "builtins" if module == "__builtin__" else module  # as Python 2 calls it
+        hostile = not HOSTILE_BUILTINS.isdisjoint(name.split(".")) if module == "builtins" else module.split(".")[0] in HOSTILE_MODULES
+        if hostile:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} would run code")
         return Ignored
 

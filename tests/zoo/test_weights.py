@@ -52,7 +52,8 @@ def test_authors_weights_by_default_and_their_average_when_asked_for(tmp_path, r
     torch.save({average_key: average, key: raw, "args": argparse.Namespace(lr=1)}, path)
     with caplog.at_level(logging.INFO, "zoo"):
         assert same(make(path), raw)
-    assert caplog.messages == [f"weights from {path}: {len(raw)} tensors under {key!r}, {average_key!r} left: ema=True takes it; licence mit"]
+    taken = f"{len(raw)} tensors under {key!r}, {average_key!r} left: ema=True takes it"
+    assert caplog.messages == [f"weights from {path}: {taken}; licence mit"]
     assert same(make(path, ema=True), average)
     model = timm.create_model(NAME)
     load_weights(model, path)
@@ -117,10 +118,9 @@ class DictConfig:
 
 def unknown(kind: type, *args) -> object:
     """An object that pickles under a module which is not there to import."""
-    module = types.ModuleType("somebody_elses")
+    module = sys.modules.setdefault("somebody_elses", types.ModuleType("somebody_elses"))
     made = type(kind.__name__, (kind,), {"__module__": "somebody_elses"})
     setattr(module, kind.__name__, made)
-    sys.modules["somebody_elses"] = module
     return made(*args)
 
 
@@ -157,9 +157,11 @@ def test_tensors_of_every_kind_are_read_as_they_were(tmp_path, zipped):
     saved = {
         "view": base[2:8].view(2, 3), "transposed": base.view(3, 4).T, "parameter": nn.Parameter(base.clone()), "scalar": torch.tensor(3),
         "half": base.half(), "bfloat16": base.bfloat16(), "bool": base > 3, "complex": torch.complex(base, base), "empty": base[:0],
-        "uint16": torch.arange(4, dtype=torch.uint16), "float8": base.to(torch.float8_e4m3fn), "expanded": torch.ones(1).expand(5),
+        "uint16": torch.tensor([1, 60000], dtype=torch.uint16), "float8": base.to(torch.float8_e4m3fn), "expanded": torch.ones(1).expand(5),
         "shape": base.view(3, 4).shape,
     }
+    if not zipped:
+        del saved["uint16"]  # torch itself cannot read it in this format
     torch.save(saved, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     found = read(tmp_path / "x.pth")
     assert found.keys() == saved.keys()
@@ -262,7 +264,7 @@ def test_registered_extensions_are_refused(opcode, untouched):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(("function", "called"), [
     (os.system, "posix.system"), (eval, "builtins.eval"), (__import__, "builtins.__import__"),
-    (__import__("subprocess").check_output, "subprocess.check_output"), (__import__("runpy").run_path, "runpy.run_path"),
+    (__import__("shutil").rmtree, "shutil.rmtree"), (__import__("runpy").run_path, "runpy.run_path"),
 ])
 def test_files_made_to_run_something_are_refused(tmp_path, raw, zipped, function, called):
     created = tmp_path / "created"
@@ -307,8 +309,8 @@ def test_storages_that_grow_are_refused(tmp_path):
     """In the format before archives the pickle says how much memory is asked for before anything is read."""
     torch.save({"a": torch.zeros(3)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "x.pth").read_bytes()
-    assert content.count(b"cpuq\x07K\x03") == 1
-    (tmp_path / "x.pth").write_bytes(content.replace(b"cpuq\x07K\x03", b"cpuq\x07J" + struct.pack("<i", 2**31 - 1)))
+    assert content.count(b"cpuq\x06K\x03") == 1
+    (tmp_path / "x.pth").write_bytes(content.replace(b"cpuq\x06K\x03", b"cpuq\x06J" + struct.pack("<i", 2**31 - 1)))
     with pytest.raises(InputError, match=r"x.pth is refused: tensors are larger than the file"):
         read(tmp_path / "x.pth")
 
@@ -332,15 +334,15 @@ def test_files_of_something_else_are_one_sentence(tmp_path, raw):
     path = tmp_path / "x.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), path)
     for args in ({}, {"num_classes": 3}):  # another head excuses nothing else
-        with pytest.raises(InputError, match=rf"x.pth does not hold the weights of {NAME}: \d of its {len(raw)} names fit; \d+ do not, such as "
-                                             r"stem.conv1.weight \(missing\), .*; it seems to be another network, of 0.47 M numbers, whose "
-                                             "names begin with conv1.weight, bn1.weight"):
+        said = (rf"x.pth does not hold the weights of {NAME}: \d of its {len(raw)} names fit; \d+ do not, such as stem.conv1.weight "
+                r"\(missing\), .*; it seems to be another network, of 0.47 M numbers, whose names begin with conv1.0.weight, conv1.1.weight")
+        with pytest.raises(InputError, match=said):
             timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **args)
     torch.save(timm.create_model("attnet_xxs").state_dict(), path)
     with pytest.raises(InputError, match=r"they are those of attnet_xxs$"):
         make(path)
-    for content, said in (([1], "holds a list, not weights by name"), ({"model": nn.Linear(1, 1)}, "holds no weights by name, but model; a"),
-                          ({}, "holds no weights by name, but nothing")):
+    for content, said in (([1], "holds a list, not weights by name"), ({}, "holds no weights by name, but nothing"),
+                          ({"model": nn.Linear(1, 1)}, "holds no weights by name, but model; a model saved whole")):
         torch.save(content, path)
         with pytest.raises(InputError, match=said):
             make(path)
@@ -368,7 +370,8 @@ def test_a_trained_head_and_stem_are_kept(tmp_path, suffix):
     assert other["head.fc.weight"].shape[0] == 3
     assert torch.allclose(other["stem.conv1.weight"].sum(1, keepdim=True), weights["stem.conv1.weight"])
     features = timm.create_model(NAME, features_only=True, **overlay, in_chans=1).state_dict()
-    assert all(torch.equal(value, weights[name.replace("stages_", "stages.")]) for name, value in features.items())
+    names = {name: name.replace("stages_", "stages.").replace("stem_", "stem.") for name in features}
+    assert all(torch.equal(value, weights[names[name]]) for name, value in features.items())
     headless = timm.create_model(NAME, **overlay, num_classes=0, in_chans=1).state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in headless.items())
 

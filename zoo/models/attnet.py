@@ -217,7 +217,7 @@ _RENAMES = [  # the authors' names → ours
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
-    return {renamed(name, _RENAMES): value for name, value in state_dict.get("model", state_dict).items()}
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -196,7 +196,7 @@ _RENAMES = [  # the authors' names → ours
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names and shapes → ours, for their models and for a single layer (also their refactored NCHW one)."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    state_dict, converted = state_dict.get("model", state_dict), {}
+    converted = {}
     for name, value in state_dict.items():
         merging = re.match(r"^downsample_layers\.([1-9])\.([01])\.(.*)", name)
         if merging:  # convolution then norm, or in the Swin layout norm then convolution

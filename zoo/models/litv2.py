@@ -154,7 +154,7 @@ _RENAMES = [  # the authors' names → ours
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
     converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
+    for name, value in state_dict.items():
         # their merging ends a stage, ours begins the next one
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample.", name)
         converted[renamed(name, _RENAMES)] = value

@@ -144,7 +144,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Also turns the names of the authors' layer into ours.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
     renames = dict(
         conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
         conv_v_left="spatial_value")

@@ -74,7 +74,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The names of the authors' PyTorch variant, and of timm's `skresnext50_32x4d`, → ours, for a network and a single block."""
-    return {renamed(name, _RENAMES): value for name, value in state_dict.get("state_dict", state_dict.get("model", state_dict)).items()}
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

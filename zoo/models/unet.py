@@ -280,7 +280,6 @@ _RENAMES = [  # the authors' names → ours; levels are counted from 1, the deco
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their network for CT and for a single gate."""
-    state_dict = state_dict.get("model", state_dict)
     if any(name.startswith("encoder.") for name in state_dict):  # ours
         return state_dict
     return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
