@@ -3,18 +3,19 @@
 Says where they come from and under what licence first. Where the authors offer a page to click on instead of a file, prints the page
 and how to use the file. Nothing is downloaded twice.
 """
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import sys
 from pathlib import Path
 
 from zoo.errors import InputError
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  zoo fetch litv2_s\n  zoo fetch biformer_small\n  zoo fetch fan_tiny_12_p16_224 --accept-licence")
+    parser = Parser(__file__, __doc__, "litv2_s", "biformer_small", "fan_tiny_12_p16_224 --accept-licence")
     parser.add_argument("model", help="a model's name, such as litv2_s; or 'all' to list those that have weights")
     parser.add_argument("--accept-licence", action="store_true",
                         help="download weights although their licence allows some uses only, or none is stated: read it first")

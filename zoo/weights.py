@@ -121,7 +121,7 @@ def converted(given: dict[str, Tensor], model: nn.Module, filter_fn: Filter | No
     """`filter_fn(given, model)`, or `given` where that does not understand its names and shapes, which are then another network's."""
     try:
         return filter_fn(given, model) if filter_fn else given
-    except (KeyError, IndexError, ValueError, RuntimeError):
+    except (KeyError, IndexError, RuntimeError):
         return given
 
 

@@ -33,7 +33,7 @@ class TimmBackbone(BaseModule):
             strides 4, 8, 16 and 32.
         out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only.
         checkpoint: the authors' released file, as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
-            checkpoint of tools/train.py. Read when training starts; what evaluates or resumes does not need it.
+            checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         ema: of that file the average of the weights instead of the weights that its authors evaluated.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
             work as in evaluation: 0 none, 1 the stem, 2 the stem and the first stage, …

@@ -22,6 +22,8 @@ from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
+MECHANISM = "atconv"
+ATTACHABLE = ATConv
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the paper's abstract"
 REPORTED_TOP1 = {"attnet_t2": 84.4}

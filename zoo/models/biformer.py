@@ -24,6 +24,7 @@ from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
+MECHANISM = "routing"
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {

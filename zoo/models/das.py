@@ -24,6 +24,8 @@ from zoo.models.building import build_model_with_cfg
 
 __all__ = ["DASMobileNet", "DASResNet", "GatedBlock", "checkpoint_filter_fn"]
 
+MECHANISM = "das"
+ATTACHABLE = DAS
 Gates = Literal["stage", "block"]
 
 

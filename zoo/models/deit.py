@@ -17,6 +17,9 @@ from zoo.models.building import build_model_with_cfg
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
 
+MECHANISM = "broadcast"
+HIERARCHICAL = False  # no encoder of U-Nets
+
 
 class BroadcastingMlp(Mlp):
     """timm's MLP of vision transformers, then `ContextBroadcast`."""

@@ -29,6 +29,7 @@ from zoo.models.staged import StagedNetwork, init_weights, named
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
+MECHANISM = "tap"
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {

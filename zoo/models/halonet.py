@@ -22,6 +22,8 @@ from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["HaloNet"]
 
+MECHANISM = "halo"
+ATTACHABLE = HaloAttention
 REPORTED_IN = "the paper's table of H0 to H7"
 REPORTED_TOP1 = {
     "halonet_h0_256": 77.9, "halonet_h1_256": 79.9, "halonet_h2_256": 80.4, "halonet_h3_320": 81.9, "halonet_h4_384": 83.3,

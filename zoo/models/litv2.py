@@ -22,6 +22,7 @@ from zoo.models.staged import StagedNetwork, init_weights
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
+MECHANISM = "hilo"
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}

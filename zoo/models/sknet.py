@@ -27,6 +27,8 @@ from zoo.models.conversion import renamed
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
 
+MECHANISM = "sk"
+ATTACHABLE = SelectiveKernelUnit
 REPORTED_IN = "the paper's table; of `sk_resnet` the authors' README"
 REPORTED_TOP1 = {"sknet50": 79.21, "sknet101": 79.81, "sk_resnet50": 77.54, "sk_resnet101": 78.79}
 

@@ -19,13 +19,13 @@ from zoo.errors import InputError, near_misses
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
-from zoo.models import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import named
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
+MECHANISM = "gates"
 StateDict = dict[str, Tensor]
 NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 
@@ -299,10 +299,13 @@ def _cfg_3d(**kwargs: Any) -> dict[str, Any]:
                 origin_url="https://github.com/ozan-oktay/Attention-Gated-Networks", **kwargs)
 
 
-ENCODERS = {  # the hierarchical networks of the zoo, by the names of U-Nets around them
-    f"attention_unet_{name}": name for name in timm.list_models()
-    if sys.modules[timm.model_entrypoint(name).__module__] in (attnet, biformer, das, fan, halonet, litv2, polarized, sknet)
-}
+def _is_encoder(name: str) -> bool:
+    """Whether a model is a hierarchical network of the zoo; its families are imported before this module."""
+    family = sys.modules[timm.model_entrypoint(name).__module__]
+    return family.__name__.startswith(f"{__package__}.") and getattr(family, "HIERARCHICAL", True)
+
+
+ENCODERS = {f"attention_unet_{name}": name for name in timm.list_models() if _is_encoder(name)}  # by the names of U-Nets around them
 
 default_cfgs = generate_default_cfgs({
     "attention_unet.untrained": _cfg(),
