@@ -97,6 +97,11 @@ def _rebuild_subclass(build: Callable, kind: object, arguments: tuple, state: ob
     return _call(build, arguments)
 
 
+def _set(items: object = (), *_: object) -> set:
+    """Of what takes no long time to hash."""
+    return {item for item in items if type(item) in SCALARS} if type(items) in (list, tuple) else set()
+
+
 BUILDERS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -106,6 +111,7 @@ BUILDERS: dict[tuple[str, str], Any] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     ("collections", "OrderedDict"): dict,
     ("torch", "Size"): tuple,
+    ("builtins", "set"): _set,
 }
 STORAGES = {("torch.storage", "UntypedStorage"): torch.UntypedStorage, ("torch", "UntypedStorage"): torch.UntypedStorage}
 
@@ -136,13 +142,13 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[object, int] = {}
 
     def find_class(self, module: str, name: str) -> object:
+        module = "builtins" if module == "__builtin__" else module  # as Python 2 calls it
         if (module, name) in BUILDERS:
             return BUILDERS[module, name]
         if (module, name) in STORAGES:
             return STORAGES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        module = "builtins" if module == "__builtin__" else module  # as Python 2 calls it
         hostile = not HOSTILE_BUILTINS.isdisjoint(name.split(".")) if module == "builtins" else module.split(".")[0] in HOSTILE_MODULES
         if hostile:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} would run code")

@@ -161,7 +161,7 @@ def test_tensors_of_every_kind_are_read_as_they_were(tmp_path, zipped):
         "shape": base.view(3, 4).shape,
     }
     if not zipped:
-        del saved["uint16"]  # torch itself cannot read it in this format
+        del saved["uint16"], saved["float8"]  # torch itself cannot read them in this format
     torch.save(saved, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     found = read(tmp_path / "x.pth")
     assert found.keys() == saved.keys()
