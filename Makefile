@@ -33,6 +33,7 @@ docs: $(READY)
 # The tables of mechanisms and models, from their pages, the registry and what the next two have measured.
 models: $(READY)
 	$(BIN)/python -m benchmarks.model_table README.md docs/models.md
+	$(BIN)/python -m benchmarks.cards
 
 # The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: five minutes.
 measure: $(READY)

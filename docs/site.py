@@ -45,7 +45,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"Start": ["index.md", "first_steps.md", "changelog.md", "contributing.md"]},
         {"Mechanisms": ["gallery.md", *(f"{mechanism}.md" for mechanism in zoo.MECHANISMS)]},
-        {"Models": "models.md"},
+        {"Models": ["models.md", *(f"cards/{mechanism}.md" for mechanism in zoo.MECHANISMS)]},
         {"Guides": [f"guides/{guide}.md" for guide in GUIDES]},
         {"Reference": [f"reference/{name}.md" for name in _reference()]},
         {"Measurements": [page for source, page in SOURCES.items() if source.startswith("benchmarks/")]},

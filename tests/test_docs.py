@@ -8,8 +8,10 @@ import timm
 import yaml
 
 import zoo
+from benchmarks import cards
 from zoo.measuring import model_table
 from zoo.mm.config import find_config, load_config
+from zoo.models import released
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -104,3 +106,20 @@ def test_every_paper_is_cited():
 
 def test_the_changelog_begins_with_this_version():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == zoo.__version__
+
+
+@pytest.mark.parametrize("mechanism", zoo.MECHANISMS)
+def test_every_mechanism_has_a_card_that_is_the_generated_one_and_whose_tests_exist(mechanism):
+    card = DOCS / "cards" / f"{mechanism}.md"
+    assert _written(card, "card") == cards.card(mechanism)
+    text = card.read_text()
+    assert "**Which weights.**" in text and "**What was not verified.**" in text
+    named = re.findall(r"`(tests/[^`]+)`", text)
+    assert named and all((ROOT / test).exists() for test in named)
+
+
+def test_every_released_file_is_on_a_card_with_its_licence():
+    rows = [line.split(" | ") for mechanism in zoo.MECHANISMS for line in cards.card(mechanism).splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip("| `") for row in rows) == sorted(released.names())
+    for row in rows:
+        assert row[3] == (timm.get_pretrained_cfg(row[0].strip("| `")).license or "none stated")

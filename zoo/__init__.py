@@ -23,8 +23,9 @@ if not _command.import_is_put_off:
         sknet,
         unet,
     )
+    from .weights import load_weights, weights_in
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "mechanism_of", "polarized", "sknet", "unet",
+    "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "sknet", "unet", "weights_in",
 ]

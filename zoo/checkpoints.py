@@ -1,25 +1,21 @@
-"""Reading checkpoints without ever running code from them, and models from names or checkpoints."""
-import contextlib
+"""Models from names, and from the checkpoints that training writes."""
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Self
+from typing import Any
 
-import safetensors.torch
 import timm
 import timm.data
-import torch
 from torch import Tensor, nn
 
 import zoo.models  # noqa: F401  registers what checkpoints name
 from zoo.errors import InputError, near_misses
+from zoo.weights import CHECKPOINT_SUFFIXES, read
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 TASKS = ("classification", "segmentation")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
@@ -28,27 +24,6 @@ MODEL_PREFIX = "model."  # the training task holds the network as its attribute 
 SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
-
-
-class Ignored:
-    """An inert stand-in for something a checkpoint names and its reader does not need: keeps and calls nothing."""
-
-    def __new__(cls, *args: object) -> Self:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What mmengine's Runner writes beside tensors (`message_hub` holds its log history). Read as nothing, so that
-# neither mmengine nor numpy is needed; `getattr` is how pickle names HistoryBuffer's methods.
-ENGINE_RECORDS = tuple((Ignored, name) for name in (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
-    "numpy.ndarray", "numpy.dtype",
-))
 
 
 @dataclass(frozen=True)
@@ -74,37 +49,6 @@ class ModelInfo:
 
     def class_name(self, index: int) -> str:
         return str(self.classes[index]) if index < len(self.classes) else f"class {index}"
-
-
-def read(path: str | Path, map_location: str | torch.device = "cpu",
-         allow: Iterable[Callable | tuple[Callable, str]] = ()) -> object:
-    """What the file at `path` holds: tensors, containers, numbers and text, and the classes in `allow`, nothing else.
-
-    `.safetensors` files give a dict of tensors; all others go through torch.load(weights_only=True), with `allow` as
-    torch.serialization.safe_globals takes it: classes, or pairs (class, the name that it stands for in the file).
-
-    Raises InputError for a missing, unreadable, empty or damaged file and for one that needs anything not allowed.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a checkpoint file{_checkpoints_in(path)}")
-    if not path.exists():
-        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"there is no checkpoint {path}{near_misses(path.name, others)}")
-    allow = list(allow)
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty, not a checkpoint")
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(map_location))
-        with torch.serialization.safe_globals(allow):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except InputError:
-        raise
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: permission denied") from None
-    except Exception as error:  # damaged bytes surface as almost any exception of the unpickler and the zip reader
-        raise InputError(_why_unreadable(path, error, allow)) from error
 
 
 def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
@@ -146,7 +90,7 @@ class Opened:
 
 def opened(checkpoint: str | Path | Opened) -> Opened:
     """The checkpoint at a path, read once for all that is done with it. Raises InputError for what `read` refuses."""
-    return checkpoint if isinstance(checkpoint, Opened) else Opened(Path(checkpoint), read(checkpoint, allow=ENGINE_RECORDS))
+    return checkpoint if isinstance(checkpoint, Opened) else Opened(Path(checkpoint), read(checkpoint))
 
 
 def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Module, ModelInfo]:
@@ -271,19 +215,3 @@ def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict
         values = tuple(config[key])
         config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return config
-
-
-def _checkpoints_in(folder: Path) -> str:
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
-    return f", for example {found[-1]}" if found else "; there is none in it"
-
-
-def _why_unreadable(path: Path, error: Exception, allow: list) -> str:
-    # Files in the format before zip archives cannot be listed; of those, the unpickler's message names the first global.
-    _, _, after = str(error).partition("GLOBAL ") if isinstance(error, UnpicklingError) else ("", "", "")
-    needed = after.split()[:1]
-    with contextlib.suppress(Exception), torch.serialization.safe_globals(allow):
-        needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if needed:
-        return f"{path} would run code on loading and is refused: it names {', '.join(sorted(needed))}"
-    return f"{path} is damaged or no checkpoint at all ({type(error).__name__} while reading it)"

@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from short_runs import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -167,6 +168,20 @@ def test_old_checkpoints_go_and_the_best_stays(tiny_train):
     _, _, folder = tiny_train("keep", "train_cfg.max_epochs=4", "default_hooks.checkpoint.max_keep_ckpts=2")
     assert {path.name for path in folder.glob("*.pth") if not path.name.startswith("best")} == {"epoch_3.pth", "epoch_4.pth"}
     assert len(list(folder.glob("best_accuracy_top1_*.pth"))) == 1
+    assert {path.stem for path in folder.glob("*.safetensors")} == {path.stem for path in folder.glob("*.pth")}
+
+
+def test_weights_beside_a_checkpoint_are_those_evaluated_and_timm_reads_them(tiny_train):
+    args = {"num_classes": 10, "in_chans": 1}
+    checkpoint, _, folder = tiny_train("beside", "model.name=biformer_nano", f"model.args={args}", "train_cfg.val_interval=1")
+    assert "ema_state_dict" in checkpoint  # the average is what is evaluated
+    for path in folder.glob("*.safetensors"):
+        evaluated = load_from_local(path.with_suffix(".pth"))["state_dict"]
+        for how in (dict(checkpoint_path=path), *(dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+                                                  for file in (path, path.with_suffix(".pth")))):
+            weights = timm.create_model("biformer_nano", **how, **args).state_dict()
+            assert all(torch.equal(value, evaluated[f"model.{name}"]) for name, value in weights.items())
+    assert len(list(folder.glob("*.safetensors"))) == 3  # two epochs and the best
 
 
 def test_resuming_a_finished_run_gives_its_metrics(tiny_train):

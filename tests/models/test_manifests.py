@@ -10,6 +10,7 @@ import timm
 import torch
 
 import zoo
+from zoo.errors import InputError
 from zoo.measuring.model_table import macs
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
@@ -44,5 +45,5 @@ def test_released_checkpoint_loads(released, tmp_path):
     assert torch.equal(torch.cat([v.flatten() for v in converted.values()]), torch.cat([v.flatten() for v in state.values()]))
     del state[next(iter(state))]
     torch.save({"model": state}, tmp_path / "incomplete.pth")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(InputError, match=rf"incomplete.pth does not hold the weights of {name}: .* 1 do not, such as .* \(missing\)"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "incomplete.pth")))

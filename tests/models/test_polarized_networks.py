@@ -8,6 +8,7 @@ from timm.models.hrnet import cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from zoo.errors import InputError
 from zoo.layers import PolarizedSelfAttention
 from zoo.models.polarized import PolarizedHRNet, checkpoint_filter_fn
 
@@ -51,7 +52,7 @@ def test_incomplete_weights_are_refused(tmp_path):
     state = timms("resnet50").state_dict()
     del state["layer1.0.conv1.weight"]
     torch.save(state, tmp_path / "timm.pth")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(InputError, match=r" do not, such as \S+ \(missing\)"):
         timm.create_model("polarized_resnet50_p", pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "timm.pth")))
 
 

@@ -14,9 +14,9 @@ from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo import checkpoints
 from zoo.errors import InputError
 from zoo.mm.networks import create_network, plain
+from zoo.weights import weights_in
 
 STRIDES = (4, 8, 16, 32)
 AUTHORS_NORM = re.compile(r"^(?:norm|extra_norms\.)(\d)\.")  # of a map: LITv2's and BiFormer's detectors and segmentors
@@ -37,8 +37,9 @@ class TimmBackbone(BaseModule):
         out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only; or of
             some, by their places among the maps that are given.
         norm_eps: of those norms.
-        checkpoint: the authors' released file, in any format that timm's `pretrained_cfg_overlay=dict(file=...)` takes, or a
+        checkpoint: the authors' released file, as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
+        ema: of that file the average of the weights instead of the weights that its authors evaluated.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
             work as in evaluation: 0 none, 1 the stem, 2 the stem and the first stage, …
         norm_eval: batch norms keep their running statistics in training.
@@ -55,8 +56,10 @@ class TimmBackbone(BaseModule):
 
     def __init__(self, name: str, args: Mapping | None = None, out_indices: Sequence[int] | None = None,
                  out_norm: bool | Sequence[int] = False, norm_eps: float = 1e-6, checkpoint: str | None = None, frozen_stages: int = 0,
-                 norm_eval: bool = False, grad_checkpointing: bool = False, own_size: bool = False):
+                 norm_eval: bool = False, grad_checkpointing: bool = False, own_size: bool = False,
+                 ema: bool = False):
         super().__init__()
+        self.ema = ema
         self.name, self.args, self.checkpoint, self.norm_eval, self.own_size = name, plain(args or {}), checkpoint, norm_eval, own_size
         self.network = create_network(name, self.args)
         if not hasattr(self.network, "forward_intermediates"):
@@ -120,7 +123,7 @@ class TimmBackbone(BaseModule):
     def init_weights(self) -> None:
         """Loads the checkpoint, if there is one; timm has initialised the model, and the engine would do so again."""
         if self.checkpoint is not None:
-            load_weights(self.network, self.name, self.args, self.checkpoint)
+            load_weights(self.network, self.name, self.args, self.checkpoint, self.ema)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.own_size:
@@ -145,22 +148,17 @@ def own_part(picture: Tensor) -> Tensor:
     return picture[:, :height, :width]
 
 
-def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path) -> None:
+def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path, ema: bool = False) -> None:
     """Loads into `network`, a `name` created with `args` and without its head, the authors' or our own checkpoint at `path`.
 
-    Raises InputError unless every weight of `network` is there.
+    `ema`: the average of its weights, see `zoo.weights_in`. Raises InputError unless every weight of `network` is there.
     """
-    checkpoint = checkpoints.opened(path)
-    given = checkpoint.content
-    if isinstance(given, dict) and "zoo" in given:
-        whole, _ = checkpoints.load_trained(checkpoint)
-    else:
-        for key in ("state_dict", "model"):
-            given = given.get(key, given) if isinstance(given, dict) else {}
-        try:
-            whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=given), **args)
-        except RuntimeError as error:  # what `load_state_dict` raises
-            raise InputError(f"{path} is not a checkpoint of {name}: {error}") from error
+    weights = weights_in(path, ema, own=network.state_dict(), licence=network.pretrained_cfg.get("license"))
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
+    try:
+        whole = timm.create_model(name, **{**args, **overlay, "num_classes": 0})
+    except (InputError, RuntimeError) as error:  # what models of the zoo and timm's say of weights that do not fit
+        raise InputError(f"{path} is not a checkpoint of {name}: {error}") from error
     needed = network.state_dict()
     given = {key: value for key, value in whole.state_dict().items() if key in needed and value.shape == needed[key].shape}
     if missing := sorted(needed.keys() - given.keys()):

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from unittest import mock
 
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
@@ -70,8 +71,18 @@ class AtomicBackend(LocalBackend):
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def remove(self, filepath: str | Path) -> None:
+        """Removes a checkpoint together with the weights beside it."""
+        super().remove(filepath)
+        weights_beside(filepath).unlink(missing_ok=True)
+
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         self.put(obj.encode(encoding), filepath)
+
+
+def weights_beside(checkpoint: str | Path) -> Path:
+    """Where the weights alone of a checkpoint are, as safetensors by the names of the network, which timm.create_model reads."""
+    return Path(checkpoint).with_suffix(".safetensors")
 
 
 def _umask() -> int:
@@ -105,7 +116,32 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones."""
+    """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.
+
+    Beside every checkpoint of a network that timm knows there are its weights alone, see `weights_beside`: those that are evaluated,
+    the average where one is kept. They go when the checkpoint goes.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Comes after the other hooks, so that `state_dict` is what is evaluated."""
+        self.weights = None
+        if checkpoint.get("zoo", {}).get("task") in checkpoints.TASKS:
+            self.weights = {name.removeprefix(checkpoints.MODEL_PREFIX): value.clone(memory_format=torch.contiguous_format)
+                            for name, value in checkpoint["state_dict"].items() if name.startswith(checkpoints.MODEL_PREFIX)}
+
+    def _put_weights(self, checkpoint: str | Path) -> None:
+        if is_main_process() and self.weights is not None:
+            self.file_backend.put(safetensors.torch.save(self.weights, {"format": "pt"}), weights_beside(checkpoint))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        before = self._best_paths()
+        super()._save_best_checkpoint(runner, metrics)
+        for path in self._best_paths() - before:
+            self._put_weights(path)
+
+    def _best_paths(self) -> set[str]:
+        paths = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
+        return {path for path in paths if path}
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated: set[int] = set()
@@ -120,10 +156,13 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
                                save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
                                backend_args=self.backend_args)
+        self._put_weights(self.last_ckpt)
         if is_main_process():
             self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir) / "last_checkpoint")
             for old in outdated:
-                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+                path = Path(self.out_dir, self.filename_tmpl.format(old))
+                if path.exists():
+                    self.file_backend.remove(path)
 
 
 def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> dict:

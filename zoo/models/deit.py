@@ -7,12 +7,13 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from zoo.layers import ContextBroadcast
 from zoo.layers._scripting import refuse_scripting
+from zoo.models.building import build_model_with_cfg
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
 

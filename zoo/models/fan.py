@@ -2,7 +2,9 @@
 
 The authors' checkpoints (https://github.com/NVlabs/FAN, https://github.com/guoyongcs/TAPADL) load as they are:
 
-    timm.create_model("tap_fan_base_16_p4_hybrid", pretrained=True, pretrained_cfg_overlay=dict(file="tapadl_fan_base.pth.tar"))
+    timm.create_model("tap_fan_base_16_p4_hybrid", pretrained=True)  # downloads; from a file: pretrained_cfg_overlay=dict(file=...)
+
+Those of FAN are under a licence for non-commercial use, which `zoo fetch NAME --accept-licence` asks about.
 
 TAP-FAN was trained with `zoo.AttentionDiversificationLoss`. Its authors' segmentor of Cityscapes, tapadl_fan_base_segmentation.pth, is
 loaded by configs/segmentation/segformer_tap-fan-base_4xb1-160k_cityscapes-1024x1024.py.
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, SelectAdaptivePool2d, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named
 
@@ -266,7 +269,7 @@ _RENAMES = [  # the authors' names → ours
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
-    return {renamed(name, _RENAMES): value for name, value in state_dict.get("model", state_dict).items()}
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -275,24 +278,30 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="stem.conv", classifier="head.fc", **kwargs)
 
 
-def _fan_cfg() -> dict[str, Any]:
-    return _cfg(paper_ids="arXiv:2204.12451", paper_name="Understanding The Robustness in Vision Transformers",
+_FAN = "https://github.com/zhoudaquan/fully_attentional_network_ckpt/releases/download/v1.0.0"
+_TAPADL = "https://github.com/guoyongcs/TAPADL/releases/download/v1.0"
+
+
+def _fan_cfg(file: str = "") -> dict[str, Any]:
+    return _cfg(url=f"{_FAN}/{file}" if file else "",
+                paper_ids="arXiv:2204.12451", paper_name="Understanding The Robustness in Vision Transformers",
                 license="nvidia-source-code-nc", origin_url="https://github.com/NVlabs/FAN")
 
 
-def _tap_cfg() -> dict[str, Any]:
-    return _cfg(paper_ids="arXiv:2303.11126", paper_name="Robustifying Token Attention for Vision Transformers",
+def _tap_cfg(file: str = "") -> dict[str, Any]:
+    return _cfg(url=f"{_TAPADL}/{file}" if file else "",
+                paper_ids="arXiv:2303.11126", paper_name="Robustifying Token Attention for Vision Transformers",
                 license="mit", origin_url="https://github.com/guoyongcs/TAPADL")
 
 
 default_cfgs = generate_default_cfgs({
-    "fan_tiny_12_p16_224.in1k": _fan_cfg(),
-    "fan_small_12_p16_224.in1k": _fan_cfg(),
-    "fan_base_18_p16_224.in1k": _fan_cfg(),
+    "fan_tiny_12_p16_224.in1k": _fan_cfg("fan_vit_tiny.pth.tar"),
+    "fan_small_12_p16_224.in1k": _fan_cfg("fan_vit_small.pth.tar"),
+    "fan_base_18_p16_224.in1k": _fan_cfg("fan_vit_base.pth.tar"),
     "fan_large_24_p16_224.untrained": _fan_cfg(),
-    "fan_tiny_8_p4_hybrid.in1k": _fan_cfg(),
-    "fan_small_12_p4_hybrid.in1k": _fan_cfg(),
-    "fan_base_16_p4_hybrid.in1k": _fan_cfg(),
+    "fan_tiny_8_p4_hybrid.in1k": _fan_cfg("fan_hybrid_tiny.pth.tar"),
+    "fan_small_12_p4_hybrid.in1k": _fan_cfg("fan_hybrid_small.pth.tar"),
+    "fan_base_16_p4_hybrid.in1k": _fan_cfg("fan_hybrid_base.pth.tar"),
     "fan_large_16_p4_hybrid.untrained": _fan_cfg(),
     "tap_fan_nano.untrained": _tap_cfg(),
     "tap_fan_tiny_12_p16_224.untrained": _tap_cfg(),
@@ -301,7 +310,7 @@ default_cfgs = generate_default_cfgs({
     "tap_fan_large_24_p16_224.untrained": _tap_cfg(),
     "tap_fan_tiny_8_p4_hybrid.untrained": _tap_cfg(),
     "tap_fan_small_12_p4_hybrid.untrained": _tap_cfg(),
-    "tap_fan_base_16_p4_hybrid.in1k": _tap_cfg(),
+    "tap_fan_base_16_p4_hybrid.in1k": _tap_cfg("tapadl_fan_base.pth.tar"),
     "tap_fan_large_16_p4_hybrid.untrained": _tap_cfg(),
 })
 PLAIN = [name.partition(".")[0] for name in default_cfgs if name.startswith("fan_")]  # without token-aware average pooling

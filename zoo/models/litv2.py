@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import DeformableTokenMerging, HiLoAttention
 from zoo.layers._linear import linear
 from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork
 
@@ -163,7 +164,7 @@ _RENAMES = [  # the authors' names → ours
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
     converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
+    for name, value in state_dict.items():
         # their merging ends a stage, ours begins the next one
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample.", name)
         converted[renamed(name, _RENAMES)] = value

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet, cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import PolarizedSelfAttention
 from zoo.layers.polarized import Layout
+from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import Reinitialized
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
@@ -168,7 +169,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Also turns the names of the authors' layer, and of the backbone in their segmentation network, into ours. Raises ValueError for
     the latter where `model` fuses its maps otherwise.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
     if any(".deattn." in name for name in state_dict):
         if getattr(model, "fuse", None) != "bilinear":
             raise ValueError('weights of the authors\' segmentation network were trained with fuse="bilinear", got '
