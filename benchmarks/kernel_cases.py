@@ -93,7 +93,7 @@ def region_routes(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case
             return kernels.region_routes(q, k, regions, 4, backend)[1]
 
         yield Case("region_routes", f"BiFormer stage 1, {size[0]}×{size[1]}, batch {batch}",
-                   side(lambda q, k, f=scores: f(q, k, None), q, k), {"reference": side(lambda q, k, f=scores: f(q, k, "reference"), q, k)},
+                   side(lambda q, k, f=scores: f(q, k, None), q, k), {"pytorch": side(lambda q, k, f=scores: f(q, k, "pytorch"), q, k)},
                    (2 * q.nbytes, 4 * q.nbytes), (2 * q.numel(), 4 * q.numel()))
 
 

@@ -1,34 +1,52 @@
-"""Which implementation of an operator runs: its Triton kernels, or PyTorch.
+"""Which implementation of an operator runs, and what all implementations are registered with.
 
-Every public operator asks `use_triton`. Nothing here imports triton; operators do so when their kernels are to run.
+An operator is a folder; the files in it whose names do not begin with an underscore are its backends: `reference`, the
+definition, and what computes the same in other ways. Every public operator is a `public_operator` and asks `choose`. Nothing here
+imports triton; operators do so when their kernels are to run.
 """
 import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from ._exporting import is_exporting
 
-Backend = Literal["reference", "triton"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
 MOST_SAMPLES = 65535  # of a batch, which is the second or third axis of CUDA's grids
+EVERYWHERE = ("reference", "pytorch", "triton")  # what `default_backend` takes
+BACKENDS = {
+    folder.name: ("reference", "pytorch", *sorted(
+        file.stem for file in folder.glob("*.py") if file.stem != "reference" and not file.stem.startswith("_")))
+    for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py"))
+}
 
 # A plain global, not a context variable: gradient checkpointing runs operators again in autograd's own thread.
-_default: Backend | None = None
+_default: str | None = None
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 
 @contextlib.contextmanager
-def default_backend(backend: Backend | None) -> Iterator[None]:
-    """Operators called inside without a `backend` of their own, such as by layers, run this one. Not for several threads."""
+def default_backend(backend: str | None) -> Iterator[None]:
+    """Operators called inside without a `backend` of their own, such as by layers, run this one. Not for several threads.
+
+    Args:
+        backend: "reference", "pytorch", "triton" (where an operator has no kernels: "pytorch"), or None.
+    """
     global _default  # noqa: PLW0603
-    _check(backend, "default_backend")
+    _check(backend, "default_backend", EVERYWHERE)
     before, _default = _default, backend
     try:
         yield
@@ -36,30 +54,166 @@ def default_backend(backend: Backend | None) -> Iterator[None]:
         _default = before
 
 
-def use_triton(operator: str, backend: Backend | None, x: Tensor, unsupported: Callable[[], str | None] = lambda: None) -> bool:
-    """Whether `operator` runs its Triton kernels on arguments of x's device and dtype.
+def backends(operator: str) -> tuple[str, ...]:
+    """What the argument `backend` of an operator of `zoo.kernels` takes beside None, e.g. `backends("routing_attention")`."""
+    return BACKENDS["region_routes" if operator == "region_means" else operator]
 
-    They run on CUDA and HIP tensors that they support, on CPU tensors only in Triton's interpreter and only when asked for.
-    Exported graphs always hold the reference.
+
+def choose(
+    operator: str, backend: str | None, x: Tensor, fast: Callable[[], str], exported: str = "reference",
+    unsupported: Mapping[str, Callable[[], str | None]] = MappingProxyType({}),
+) -> str:
+    """The backend of `operator` that runs on arguments of x's device and dtype.
+
+    Exported graphs always hold `exported`. Under transforms of torch.func and in forward-mode differentiation the reference runs,
+    because autograd does not see through the others. The Triton kernels run on CUDA and HIP tensors that they support, on CPU
+    tensors only in Triton's interpreter and only when asked for.
 
     Args:
         backend: the operator's argument; None for the choice of this machine.
-        unsupported: says what else the kernels cannot do with the operator's arguments, as a clause. Not asked where it does not
-            matter: of the free sizes of an exported graph it would make assumptions.
+        fast: the best of the backends in PyTorch for these arguments. Not asked where it does not matter: of the free sizes of an
+            exported graph it would make assumptions.
+        unsupported: what a backend cannot do with the operator's arguments, as a clause; asked as `fast` is.
 
     Raises:
-        ValueError: an unknown `backend`, or "triton" where it cannot run.
+        ValueError: an unknown `backend`, or one that cannot run.
     """
-    _check(backend, operator)
-    backend = backend or _default
-    if backend == "reference" or is_exporting():
-        return False
-    if backend is None and x.device.type != "cuda":
-        return False
-    reason = obstacle(x.device, x.dtype) or _too_many(x) or unsupported()
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
-    return reason is None
+    names = backends(operator)
+    _check(backend, operator, names)
+    if is_exporting():
+        return exported
+    wanted = backend or (_default if _default in names else None)
+    if (transform := _transform()) is not None:
+        if wanted not in (None, "reference", "pytorch"):
+            raise ValueError(f"{operator}: backend {wanted!r} cannot run here: {transform} needs backend 'reference'")
+        return "reference"
+    if wanted is None and "triton" in names and x.device.type == "cuda" and _of_triton(x, unsupported) is None:
+        return "triton"
+    if wanted in (None, "pytorch"):
+        return fast()
+    reason = _of_triton(x, unsupported) if wanted == "triton" else unsupported.get(wanted, _nothing)()
+    if reason is not None:
+        raise ValueError(f"{operator}: backend {wanted!r} cannot run here: {reason}")
+    return wanted
+
+
+def _nothing() -> None:
+    return None
+
+
+def _of_triton(x: Tensor, unsupported: Mapping[str, Callable[[], str | None]]) -> str | None:
+    return obstacle(x.device, x.dtype) or _too_many(x) or unsupported.get("triton", _nothing)()
+
+
+def _transform() -> str | None:
+    """What is being done to the operator that only plain PyTorch bears, as a noun; None where nothing is."""
+    if _in_functorch():
+        return "a transform of torch.func"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
+@torch.compiler.assume_constant_result  # compiled functions are traced within the transforms that they hold, and run in no others
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """What torch's own functions are to whatever overrides them: fx's proxies and tensors' subclasses see one call.
+
+    So it is a node of an fx graph, and its checks of shapes are not traced.
+    """
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given = *args, *kwargs.values()
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def register_gradient(
+    forward: Callable[..., Any], backward: Callable[..., tuple[Tensor, ...]], definition: Callable[..., Tensor],
+    flops: Callable[..., int], kept: tuple[int, ...] = (),
+) -> None:
+    """Registers the derivatives of an operator of `torch.library`, and how many operations counters count for it.
+
+    Args:
+        forward: (*arguments) → the result, or a tuple that begins with it, of which no other is differentiable.
+        backward: (grad, *arguments, *kept) → the gradients of all arguments that are floating tensors, and anything for those that
+            could be and are None. Its own derivative is that of the definition, which autograd differentiates twice and more.
+        definition: (*arguments) → the result, in plain PyTorch.
+        flops: of the products in the definition, from its arguments, shapes in the place of tensors. Those of its gradients are twice
+            as many, whatever else `backward` makes anew.
+        kept: which results of `forward` to keep for `backward`.
+    """
+    count = len(forward._opoverload._schema.arguments)
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        _save(ctx, (*inputs, *(results[i] for i in kept)))
+        ctx.mark_non_differentiable(*results[1:])
+
+    def first(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = _saved(ctx)
+        gradients, slots = backward(grad, *saved), _slots(saved[:count])
+        given = {i: gradient for i, gradient in zip(slots, gradients, strict=True) if saved[i] is not None}
+        return tuple(given.get(i) for i in range(count))
+
+    def setup_again(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs)
+
+    def second(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *arguments = _saved(ctx)
+        total, arguments, again = len(arguments) + 1, arguments[:count], torch.is_grad_enabled()
+        directions = {i: direction for i, direction in zip(_slots(arguments), directions, strict=True) if arguments[i] is not None}
+        with torch.enable_grad():
+            # Views, so that none of them is made of another, as the arguments may be.
+            cotangent, *leaves = (t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+                                  for t in (grad, *(arguments[i] for i in directions)))
+            given = dict(zip(directions, leaves, strict=True))
+            with torch.autocast(grad.device.type, enabled=False):
+                out = definition(*(given.get(i, argument) for i, argument in enumerate(arguments))).to(grad.dtype)
+            gradients = torch.autograd.grad(out, leaves, cotangent, create_graph=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                gradients, (cotangent, *leaves), tuple(directions.values()), create_graph=again, materialize_grads=True)
+        of_arguments = dict(zip(directions, found[1:], strict=True))
+        return found[0], *(of_arguments.get(i) for i in range(total - 1))
+
+    forward.register_autograd(first, setup_context=setup)
+    backward.register_autograd(second, setup_context=setup_again)
+
+    def of_forward(*arguments: Any, **_: Any) -> int:
+        return flops(*arguments)
+
+    def of_backward(_: Any, *arguments: Any, **__: Any) -> int:
+        return 2 * flops(*arguments[:count])
+
+    register_flops(forward, of_forward)
+    register_flops(backward, of_backward)
+
+
+def register_flops(operator: Callable[..., Any], formula: Callable[..., int]) -> None:
+    """Tells counters the operations of an operator of `torch.library`; `formula` takes its arguments, shapes in the place of tensors."""
+    packet = operator._opoverload.overloadpacket
+    register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():  # kernels are imported when they run first, counters know what was there before
+        if isinstance(mode, _FlopCounterMode):
+            mode.counter.flop_registry.setdefault(packet, flop_registry[packet])
+
+
+def _save(ctx: Any, values: tuple) -> None:
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+
+
+def _saved(ctx: Any) -> list:
+    return [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+
+
+def _slots(arguments: list) -> list[int]:
+    """Which of them have gradients, or would have them if they were given."""
+    return [i for i, x in enumerate(arguments) if x is None or isinstance(x, Tensor) and x.is_floating_point()]
 
 
 @torch.compiler.assume_constant_result
@@ -88,7 +242,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def operators_with_kernels() -> list[str]:
     """The folders of operators that hold Triton kernels."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py"))
+    return [operator for operator, names in BACKENDS.items() if "triton" in names]
 
 
 def interpreted() -> bool:
@@ -101,6 +255,6 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check(backend: str | None, operator: str) -> None:
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"{operator}: backend must be None, 'reference' or 'triton', got {backend!r}")
+def _check(backend: str | None, operator: str, names: tuple[str, ...]) -> None:
+    if backend is not None and backend not in names:
+        raise ValueError(f"{operator}: backend must be None or one of {', '.join(map(repr, names))}, got {backend!r}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
 from zoo.kernels._regions import region_size
-from zoo.kernels.routing_attention.reference import gathered_attention
+from zoo.kernels.routing_attention.reference import attention
 
 from ._capture import report
 from ._linear import linear
@@ -130,7 +130,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.kv_pool != "identity":
             (k, kv_size), (v, _) = self._pool(k), self._pool(v)
         shared = (routes, self.regions, self.num_heads, kv_size, self.scale, weights)
-        report(self, attention=lambda: gathered_attention(q, k, *shared))
+        report(self, attention=lambda: attention(q, k, *shared))
         out = routing_attention(q, k, v, *shared)
         if lepe is not None:
             out = out + lepe

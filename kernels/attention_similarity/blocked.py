@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._backends import register_gradient
+from . import reference
+
 SCORES_AT_ONCE = {"cpu": 1 << 18}  # elements: 1 MiB of float32, so that the caches hold all that is made of them
 SCORES_AT_ONCE_ELSEWHERE = 1 << 26
 SHORTEST = 1e-8  # of the lengths divided by, as in torch's cosine similarity
@@ -24,20 +27,20 @@ def _attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _unit(a: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """a without what is not above the threshold and of length 1, what is above it, and the length (…, 1) before."""
-    above = a > threshold / a.shape[-1]
-    a = a * above
+    """a without what is not above the threshold and of length 1, which entries are kept, and the length (…, 1) before."""
+    kept = a > threshold / a.shape[-1]
+    a = a * kept
     length = torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(SHORTEST)
-    return a / length, above, length
+    return a / length, kept, length
 
 
-def _through_unit(grad: Tensor, unit: Tensor, above: Tensor, length: Tensor) -> Tensor:
+def _through_unit(grad: Tensor, unit: Tensor, kept: Tensor, length: Tensor) -> Tensor:
     """The gradient of `_unit`'s argument from that of its first result."""
-    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) / length * above
+    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) / length * kept
 
 
 @torch.library.custom_op("zoo::attention_similarity", mutates_args=())
-def attention_similarity(q: Tensor, k: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_similarity_forward(q: Tensor, k: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The similarity, and of the attention rows (averaged over heads) their mean (B, 1, M) and the sum of their units (B, 1, M)."""
     inner = torch.promote_types(q.dtype, torch.float32)
     mean, units = (torch.zeros(q.shape[0], 1, k.shape[2], dtype=inner, device=q.device) for _ in range(2))
@@ -51,7 +54,7 @@ def attention_similarity(q: Tensor, k: Tensor, threshold: float, scale: float) -
     return (_unit(mean, threshold)[0] * units).sum() / (q.shape[0] * q.shape[2]), mean, units
 
 
-@attention_similarity.register_fake
+@attention_similarity_forward.register_fake
 def _(q: Tensor, k: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = q.new_empty(q.shape[0], 1, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
     return mean.new_empty(()), mean, torch.empty_like(mean)
@@ -88,15 +91,10 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, float, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, ctx.threshold, ctx.scale = inputs
-    _, mean, units = output
-    ctx.save_for_backward(q, k, mean, units)
+register_gradient(
+    attention_similarity_forward, attention_similarity_backward, reference.attention_similarity, reference.flops, kept=(1, 2))
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, mean, units = ctx.saved_tensors
-    return *attention_similarity_backward(grad, q, k, ctx.threshold, ctx.scale, mean, units), None, None
-
-
-attention_similarity.register_autograd(_backward, setup_context=_setup_context)
+def attention_similarity(q: Tensor, k: Tensor, threshold: float, scale: float) -> Tensor:
+    """See `zoo.kernels.attention_similarity`. The attention is made anew in the backward pass."""
+    return attention_similarity_forward(q, k, threshold, scale)[0]

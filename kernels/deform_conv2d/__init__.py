@@ -4,14 +4,14 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torchvision import ops
 
-from .._backends import Backend, use_triton
-from .._exporting import is_exporting
+from .._backends import choose, public_operator
 from .._layout import span, too_large
-from . import blocked, reference
+from . import gathered, grid_sampled, reference, sampled, torchvision
 
 __all__ = ["deform_conv2d", "spelled_out_in_exports"]
+
+FEWEST_CHANNELS = 64  # in a row that is worth gathering
 
 _spelled_out: ContextVar[bool] = ContextVar("spelled_out", default=False)
 
@@ -26,6 +26,7 @@ def spelled_out_in_exports() -> Iterator[None]:
         _spelled_out.reset(token)
 
 
+@public_operator
 def deform_conv2d(
     x: Tensor,
     offset: Tensor,
@@ -35,7 +36,7 @@ def deform_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     mask: Tensor | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Convolution whose taps sample the map away from their places (arXiv 1703.06211; with `mask` 1811.11168).
 
@@ -53,17 +54,19 @@ def deform_conv2d(
         bias: (Co,).
         stride, padding, dilation: one number, or one each for rows and columns.
         mask: (B, offset groups·kh·kw, Ho, Wo), factors of the samples; default 1.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
+        backend: "reference" (all samples by index), "grid_sampled" (by one `grid_sample`), "torchvision", on the CPU "gathered"
+            (channels-last maps without groups, some samples at a time) and "sampled" (by `grid_sample`, some at a time), "pytorch"
+            (which of them suits device and shapes), "triton"; default what suits the device, see `zoo.kernels`.
 
     Returns:
-        (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable once in x, offset,
-        weight, bias and mask.
+        (B, Co, Ho, Wo) in the dtype and memory layout (contiguous or channels-last) of x. Differentiable in x, offset, weight, bias
+        and mask: any number of times, but by torchvision's operator once.
 
     The Triton kernels never store a sample: they take it where it is multiplied, in the dtype of x (under autocast in its dtype,
-    as convolutions do, where the reference has float32), and again in the backward pass, whose only sums in no fixed order are
-    those of the gradient of x, and not even they under `torch.use_deterministic_algorithms`. The reference on the CPU holds the
-    samples of some images or rows at a time, fastest in channels-last memory where there is one group of each kind; on other
-    devices it is torchvision's operator. So it is in exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless
+    as convolutions do, where the others have float32), and again in the backward pass, whose only sums in no fixed order are
+    those of the gradient of x, and not even they under `torch.use_deterministic_algorithms`. PyTorch on the CPU holds the samples of
+    some images or rows at a time, fastest in channels-last memory where there is one group of each kind; on other devices it is
+    torchvision's operator. So it is in exported graphs, which ONNX then shows as `DeformConv` (opset 19), unless
     exported within `spelled_out_in_exports`.
 
     Raises:
@@ -71,23 +74,32 @@ def deform_conv2d(
     """
     stride, padding, dilation = (tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
     _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    if use_triton("deform_conv2d", backend, x,
-                  lambda: too_large(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3])):
-        from .triton import deform_conv2d as compute
-        if torch.is_autocast_enabled(x.device.type):
-            samples = x.to(torch.get_autocast_dtype(x.device.type))
-            return compute(samples, offset, weight, bias, mask, stride, padding, dilation).to(x.dtype)
-    elif is_exporting():
-        compute = reference.deform_conv2d if _spelled_out.get() else _torchvision
-    else:
-        compute = blocked.deform_conv2d if x.device.type == "cpu" else _torchvision
-    return compute(x, offset, weight, bias, mask, stride, padding, dilation)
+    arguments = x, offset, weight, bias, mask, stride, padding, dilation
+    chosen = choose(
+        "deform_conv2d", backend, x, lambda: _fastest(x, offset, weight), "grid_sampled" if _spelled_out.get() else "torchvision",
+        {"triton": lambda: too_large(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3]),
+         "sampled": lambda: _elsewhere(x), "gathered": lambda: _elsewhere(x) or _in_groups(x, offset, weight)})
+    if chosen != "triton":
+        ways = {"reference": reference, "grid_sampled": grid_sampled, "torchvision": torchvision, "sampled": sampled, "gathered": gathered}
+        return ways[chosen].deform_conv2d(*arguments)
+    from . import triton
+    samples = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    return triton.deform_conv2d(samples, *arguments[1:]).to(x.dtype)
 
 
-def _torchvision(x, offset, weight, bias, mask, stride, padding, dilation) -> Tensor:
-    inner = torch.promote_types(x.dtype, torch.float32)
-    upcast = (t if t is None else t.to(inner) for t in (x, offset, weight, bias))
-    return ops.deform_conv2d(*upcast, stride, padding, dilation, mask if mask is None else mask.to(inner)).to(x.dtype)
+def _fastest(x: Tensor, offset: Tensor, weight: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "torchvision"
+    return "gathered" if x.shape[1] >= FEWEST_CHANNELS and _in_groups(x, offset, weight) is None else "sampled"
+
+
+def _elsewhere(x: Tensor) -> str | None:
+    return None if x.device.type == "cpu" else f"it is for the CPU, the tensors are on {x.device.type}"
+
+
+def _in_groups(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
+    one = x.shape[1] == weight.shape[1] and offset.shape[1] == 2 * weight.shape[2] * weight.shape[3]
+    return None if one else "it takes one group of channels and of offsets only"
 
 
 def _check(x, offset, weight, bias, mask, stride, padding, dilation) -> None:

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import Shape, blocks
+from ._blocked import register
+from ._blocks import Shape, blocks
 from .reference import positions
 
 POSITIONS_AT_ONCE = 2048  # output positions, enough for the matrix product and few enough for the caches
-FEWEST_CHANNELS = 64  # in a row that is worth gathering
 
 
 class _Axis(NamedTuple):
-    """The places below and above every sample along one axis, their weights, and whether they are on the map; each (2, N)."""
+    """The places before and after every sample along one axis, their weights, and whether they are on the map; each (2, N)."""
 
     at: Tensor
     weight: Tensor
@@ -28,8 +28,8 @@ class _Axis(NamedTuple):
 
     def grad_of_places(self, grad_weight: Tensor) -> Tensor:
         """Gradient of the weights → that of the places of the samples, (N,)."""
-        below, above = grad_weight * self.inside
-        return above - below
+        before, after = grad_weight * self.inside
+        return after - before
 
 
 class _Samples(NamedTuple):
@@ -47,18 +47,14 @@ class _Samples(NamedTuple):
         return torch.stack((self.y.grad_of_places(along_y), self.x.grad_of_places(along_x)), -1)
 
 
-def suits(shape: Shape) -> bool:
-    return shape.groups == shape.offset_groups == 1 and shape.channels >= FEWEST_CHANNELS
-
-
 def _axis(place: Tensor, length: int) -> _Axis:
     place = place.clamp(-2, length + 1)
     low = place.floor()
-    above = place - low
+    share = place - low
     at = torch.stack((low, low + 1))
     inside = (at >= 0) & (at < length)
     # Clamped as integers, an undefined place is some place on the map.
-    return _Axis(at.int().clamp_(0, length - 1), torch.stack((1 - above, above)) * inside, inside)
+    return _Axis(at.int().clamp_(0, length - 1), torch.stack((1 - share, share)) * inside, inside)
 
 
 def _samples(offset: Tensor, shape: Shape, first_row: int) -> _Samples:
@@ -123,7 +119,7 @@ def _kernels(weight: Tensor, inner: torch.dtype) -> Tensor:
     return weight.to(inner).permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
 
 
-def forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Shape, out: Tensor) -> None:
+def _forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Shape, out: Tensor) -> None:
     """Fills `out`."""
     inner = torch.promote_types(x.dtype, torch.float32)
     kernels, bias = _kernels(weight, inner), None if bias is None else bias.to(inner)
@@ -133,7 +129,7 @@ def forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask
         into.copy_(found.view(into.shape))
 
 
-def backward(
+def _backward(
     grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, shape: Shape,
     grad_x: Tensor, grad_offset: Tensor, grad_mask: Tensor,
 ) -> Tensor:
@@ -157,3 +153,6 @@ def backward(
         into = grad_offset[images, rows]
         into.copy_(samples.grad_of_places(grad_factors).view(into.shape))
     return grad_kernels.view(len(weight), *shape.kernel, -1).permute(0, 3, 1, 2).to(weight.dtype)
+
+
+deform_conv2d = register("gathered", _forward, _backward)

@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import Shape, blocks
-from .reference import grid_of, positions
+from ._blocked import register
+from ._blocks import Shape, blocks
+from .grid_sampled import grid_of
+from .reference import positions
 
 POSITIONS_AT_ONCE = 512  # output positions, enough for the matrix product; images of fewer are taken together
 
@@ -69,7 +71,7 @@ def _kernels(weight: Tensor, shape: Shape, inner: torch.dtype) -> Tensor:
     return weight.to(inner).reshape(shape.groups, weight.shape[0] // shape.groups, -1)
 
 
-def forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Shape, out: Tensor) -> None:
+def _forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Shape, out: Tensor) -> None:
     """Fills `out`."""
     inner = torch.promote_types(x.dtype, torch.float32)
     kernels = _kernels(weight, shape, inner)
@@ -87,7 +89,7 @@ def forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask
             block.copy_(_apart(product, n).reshape(block.shape))
 
 
-def backward(
+def _backward(
     grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, shape: Shape,
     grad_x: Tensor, grad_offset: Tensor, grad_mask: Tensor,
 ) -> Tensor:
@@ -119,3 +121,6 @@ def backward(
             grad_offset[images, :, rows] = _grad_of_positions(grad_grid, n, shape, parts)
         grad_x[images] = grad_maps[:, :, : shape.size[0], : shape.size[1]]
     return grad_kernels.view(weight.shape).to(weight.dtype)
+
+
+deform_conv2d = register("sampled", _forward, _backward)

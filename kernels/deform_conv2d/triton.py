@@ -18,12 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .._backends import name_of
+from .._backends import name_of, register_gradient
 from .._launch import float32_precision, launch
 from .._tiles import kernel
-from .blocked import flops
+from . import reference
 
 WEIGHT_PROGRAMS = 1024  # the gradient of the weight is split over positions until there are about as many
 
@@ -280,9 +279,6 @@ def deform_conv2d(
     return out
 
 
-register_flop_formula(torch.ops.zoo.deform_conv2d_triton, get_raw=True)(flops)  # it already takes tensors
-
-
 @deform_conv2d.register_fake
 def _(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
@@ -300,13 +296,13 @@ def _empty_out(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("zoo::deform_conv2d_triton_backward", mutates_args=())
 def deform_conv2d_backward(
-    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None,
+    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, offset, weight and mask (of no elements where there is no mask)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, offset, weight, bias and mask (of no elements where there is none)."""
     if grad.numel() == 0:
-        return tuple(map(torch.zeros_like, _empty_grads(x, offset, weight, mask)))
-    grad_x, grad_offset, _, grad_mask = _empty_grads(x, offset, weight, mask)
+        return tuple(map(torch.zeros_like, _empty_grads(x, offset, weight, bias, mask)))
+    grad_x, grad_offset, *_, grad_mask = _empty_grads(x, offset, weight, bias, mask)
     if grad_x.stride() != x.stride():
         x = grad_x.copy_(x)  # the kernel addresses both alike
     problem = _problem(x, offset, weight, mask, stride, padding, dilation) | dict(grad=grad) | _strides("grad", grad)
@@ -329,21 +325,24 @@ def deform_conv2d_backward(
 
     launch(deform_conv2d_backward_weight, grid, _key(x, problem), **problem, partial=partial, images=x.shape[0])
     grad_weight = partial.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype).contiguous()
-    return grad_x, grad_offset, grad_weight, grad_mask
+    grad_bias = x.new_empty(0) if bias is None else grad.sum((0, 2, 3), dtype=bias.dtype)
+    return grad_x, grad_offset, grad_weight, grad_bias, grad_mask
 
 
 @deform_conv2d_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None,
+    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_grads(x, offset, weight, mask)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_grads(x, offset, weight, bias, mask)
 
 
-def _empty_grads(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_offset, grad_weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (offset, weight))
-    grad_mask = x.new_empty(0) if mask is None else torch.empty_like(mask, memory_format=torch.contiguous_format)
-    return torch.empty_like(x), grad_offset, grad_weight, grad_mask
+def _empty_grads(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    others = (x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+              for t in (offset, weight, bias, mask))
+    return torch.empty_like(x), *others
 
 
 def _units(grad: Tensor, weight: Tensor, mask: Tensor | None, groups: int, samples: int) -> Tensor:
@@ -354,20 +353,7 @@ def _units(grad: Tensor, weight: Tensor, mask: Tensor | None, groups: int, sampl
     return 2.0 ** (61 - samples.bit_length()) / largest.clamp_min(2.0**-60).view(1)
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    x, offset, weight, bias, mask, *ctx.geometry = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, offset, weight, mask)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, offset, weight, mask = ctx.saved_tensors
-    grad_x, grad_offset, grad_weight, grad_mask = deform_conv2d_backward(grad, x, offset, weight, mask, *ctx.geometry)
-    grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-    return grad_x, grad_offset, grad_weight, grad_bias, None if mask is None else grad_mask, None, None, None
-
-
-deform_conv2d.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(deform_conv2d, deform_conv2d_backward, reference.deform_conv2d, reference.flops)
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -389,7 +375,7 @@ def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
             before = torch.are_deterministic_algorithms_enabled()
             torch.use_deterministic_algorithms(deterministic)
             try:
-                deform_conv2d_backward(out, x, offset, weight, mask, *geometry)
+                deform_conv2d_backward(out, x, offset, weight, None, mask, *geometry)
             finally:
                 torch.use_deterministic_algorithms(before)
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of
+from .._backends import name_of, register_flops
 from .._launch import launch
 from .._tiles import kernel
-from .reference import inhibited
+from .reference import flops, inhibited
 
 PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
 
@@ -162,6 +162,10 @@ def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
+
+
+register_flops(depthwise_dynamic_conv2d, lambda x, kernels, *_, **__: flops(x, kernels))
+register_flops(gradient_of_kernels, lambda x, grad, kernel_size, *_, **__: flops(x, (*x[:2], *kernel_size)))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,7 +1,6 @@
 from torch import Tensor
 
-from .._backends import Backend, use_triton
-from .._exporting import is_exporting
+from .._backends import choose, public_operator
 from .._layout import span, too_large
 from . import blocked, reference
 
@@ -10,6 +9,7 @@ MOST_CHANNELS = 128
 __all__ = ["halo_attention"]
 
 
+@public_operator
 def halo_attention(
     q: Tensor,
     k: Tensor,
@@ -20,7 +20,7 @@ def halo_attention(
     halo_size: int,
     stride: int = 1,
     scale: float | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of every block of queries over the same block grown by a halo (HaloNet, arXiv 2103.12731, section 2.2).
 
@@ -38,13 +38,13 @@ def halo_attention(
         block_size: b, a multiple of `stride`.
         halo_size: h.
         scale: default d^-0.5.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernels take up to 128
-            channels a head, of which registers hold no more.
+        backend: "reference" (plain gather), "blocked" or "pytorch" (some blocks at a time), "triton"; default what suits the device,
+            see `zoo.kernels`. The kernels take up to 128 channels a head, of which registers hold no more.
 
     Returns:
-        (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable once in q, k, v, rel_h and rel_w.
+        (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable any number of times in q, k, v, rel_h and rel_w.
 
-    Keys and values are never copied for all windows at once, and the attention is not kept for the backward pass: memory
+    By default keys and values are never copied for all windows at once, and the attention is not kept for the backward pass: memory
     beyond the arguments is O(B·H·W·heads·(d + e)). Exported graphs hold the plain gather instead, for any
     size in ONNX; `torch.export` itself guards against maps of a single block where it was shown more.
 
@@ -54,11 +54,11 @@ def halo_attention(
     _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = q, k, v, rel_h, rel_w, block_size, halo_size, scale
-    if use_triton("halo_attention", backend, q, lambda: _unsupported(q, k, v, rel_h)):
+    chosen = choose("halo_attention", backend, q, lambda: "blocked", unsupported={"triton": lambda: _unsupported(q, k, v, rel_h)})
+    if chosen == "triton":
         from . import triton
         return triton.halo_attention(*arguments)[0]
-    compute = reference.halo_attention if is_exporting() else blocked.halo_attention
-    return compute(*arguments)
+    return {"reference": reference, "blocked": blocked}[chosen].halo_attention(*arguments)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._backends import register_gradient
+from . import reference
+
 AT_ONCE = {"cpu": 1 << 20}  # elements of scores, keys and values: 4 MiB of float32, of which the caches hold most
 AT_ONCE_ELSEWHERE = 1 << 26
 
@@ -47,18 +50,18 @@ class _Room:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self._pieces, self._lines, self._made = {}, {}, dict(device=device, dtype=dtype)
+        self._pieces, self._lines, self._dd = {}, {}, dict(device=device, dtype=dtype)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         if name not in self._pieces or len(self._pieces[name]) < size:
-            self._pieces[name] = torch.empty(size, **self._made)
+            self._pieces[name] = torch.empty(size, **self._dd)
         return self._pieces[name][:size].view(shape)
 
     def lines(self, rows: int, columns: int) -> Tensor:
         """(y + x, y·x), one where the key lies in the row or in the column: a product with it is faster than sums over short lines."""
         if (rows, columns) not in self._lines:
-            down, across = (torch.eye(n, **self._made) for n in (rows, columns))
+            down, across = (torch.eye(n, **self._dd) for n in (rows, columns))
             self._lines[rows, columns] = torch.cat((down.repeat_interleave(columns, 1), across.repeat(1, rows)))
         return self._lines[rows, columns]
 
@@ -74,7 +77,7 @@ class _Room:
         n, m, r, c, *rest = x.shape
         shape = n * m * r * c, *((rest[0] * rest[1], rest[2]) if inside else (rest[0], rest[1] * rest[2]))
         try:
-            x = x.view(shape).to(self._made["dtype"])
+            x = x.view(shape).to(self._dd["dtype"])
         except RuntimeError:  # the blocks do not lie behind each other, as they do where a map is one block
             x = self(name, *x.shape).copy_(x).view(shape)
         return x if inside else x.transpose(1, 2)
@@ -322,14 +325,4 @@ def _(
     return torch.empty_like(q), _empty(k, k.shape[4]), _empty(v, v.shape[4]), torch.empty_like(rel_h), torch.empty_like(rel_w)
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.halo, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, logsumexp = ctx.saved_tensors
-    return *halo_attention_backward(grad, *tensors, ctx.block, ctx.halo, ctx.scale, out, logsumexp), None, None, None
-
-
-halo_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(halo_attention_forward, halo_attention_backward, reference.halo_attention, reference.flops, kept=(0, 1))

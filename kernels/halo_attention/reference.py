@@ -48,3 +48,11 @@ def _gather(x: Tensor, rows: int, columns: int, size: int, halo: int) -> Tensor:
 def _places(count: int, size: int, window: int, x: Tensor) -> Tensor:
     """Along one side, which of the padded map's positions every block's window has: (blocks, window)."""
     return torch.arange(count, device=x.device)[:, None] * size + torch.arange(window, device=x.device)
+
+
+def flops(q: tuple, k: tuple, v: tuple, rel_h: tuple, rel_w: tuple, block: int, halo: int, *_: object) -> int:
+    """Of the products, from shapes in the place of tensors: whole blocks and windows count, what lies off the map too."""
+    (b, height, width, heads, d), window = k, block + 2 * halo
+    side = rel_h[0] - window + 1
+    queries = b * ((height + block - 1) // block) * ((width + block - 1) // block) * heads * side**2
+    return 2 * queries * (window**2 * (d + v[4]) + 2 * window * d)

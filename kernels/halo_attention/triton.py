@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of
+from .._backends import name_of, register_gradient
 from .._launch import float32_precision, launch
 from .._tiles import kernel, load_rows, products, store_rows
+from . import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries that a program holds; matrix units take 16
@@ -132,10 +133,10 @@ def halo_attention_forward(
             scores = products(queries, keys, PRECISION) * (scale * LOG2_E) + column_scores
             scores += _of_rows(row_scores, start, top, lane // across, KEYS // across)
             scores = tl.where(seen, scores, -float("inf"))
-            above = tl.maximum(highest, tl.max(scores, 1))
-            exponentials = tl.exp2(scores - above[:, None])
-            fade = tl.exp2(highest - above)
-            highest, total = above, total * fade + tl.sum(exponentials, 1)
+            maximum = tl.maximum(highest, tl.max(scores, 1))
+            exponentials = tl.exp2(scores - maximum[:, None])
+            fade = tl.exp2(highest - maximum)
+            highest, total = maximum, total * fade + tl.sum(exponentials, 1)
             values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
             sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
@@ -368,18 +369,7 @@ def _(
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, rel_h, rel_w))
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.halo, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, logsumexp = ctx.saved_tensors
-    return *halo_attention_triton_backward(grad, *tensors, ctx.block, ctx.halo, ctx.scale, out, logsumexp), None, None, None
-
-
-halo_attention.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

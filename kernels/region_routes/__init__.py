@@ -1,16 +1,17 @@
 from torch import Tensor
 
-from .._backends import Backend, use_triton
+from .._backends import choose, public_operator
 from .._layout import span, too_large
-from .._regions import check_map, check_regions, region_size
-from . import reference
+from .._regions import check_map, check_regions
+from . import pooled, reference
 
 MOST_REGIONS = 256  # whose affinities registers hold
 
 __all__ = ["region_means", "region_routes"]
 
 
-def region_means(x: Tensor, regions: tuple[int, int], backend: Backend | None = None) -> Tensor:
+@public_operator
+def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None) -> Tensor:
     """Mean over every region of a map, over the positions that lie on the map.
 
     The grid has `regions` = (rows, columns) regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions; those at the bottom and on the
@@ -18,21 +19,24 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: Backend | None = 
 
     Args:
         x: (B, H, W, C), any floating dtype.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
+        backend: "reference" (by index), "pooled" or "pytorch" (by average pooling), "triton"; default what suits the device, see
+            `zoo.kernels`.
 
     Returns:
         (B, rows·columns, C), regions row by row.
     """
     check_map("x", "region_means", x)
     check_regions("region_means", regions)
-    if use_triton("region_means", backend, x, lambda: too_large(span(x))):
+    chosen = choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
+    if chosen == "triton":
         from . import triton
         return triton.region_means(x, list(regions))
-    return reference.region_means(x, regions, region_size(*x.shape[1:3], regions))
+    return {"reference": reference, "pooled": pooled}[chosen].region_means(x, tuple(regions))
 
 
+@public_operator
 def region_routes(
-    q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: Backend | None = None
+    q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The regions that every query region attends to: top-k of the affinity of region means (BiFormer, arXiv 2303.08810, eqs. 3–5).
 
@@ -43,8 +47,7 @@ def region_routes(
     Args:
         q: (B, H, W, C); k: (B, Hk, Wk, C), of q's dtype; the grid of both is `regions` = (rows, columns), see `region_means`.
         topk: 1 … rows·columns.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The kernel that chooses takes up to 256
-            regions.
+        backend: as for `region_means`. The kernel that chooses takes up to 256 regions.
 
     Returns:
         routes: (B, rows·columns, topk) int64, most attended first; scores: their affinity, in q's dtype, differentiable.
@@ -63,8 +66,9 @@ def region_routes(
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
     count = regions[0] * regions[1]
     too_many = None if count <= MOST_REGIONS else f"the kernel takes at most {MOST_REGIONS} regions, not {count}"
-    if use_triton("region_routes", backend, q_means, lambda: too_many):
+    chosen = choose("region_routes", backend, q_means, lambda: "pooled", unsupported={"triton": lambda: too_many})
+    if chosen == "triton":
         from . import triton
         scores, routes = triton.region_routes(q_means, k_means, list(k.shape[1:3]), list(regions), topk)
         return routes, scores
-    return reference.region_routes(q_means, k_means, k.shape[1:3], regions, topk)
+    return {"reference": reference, "pooled": pooled}[chosen].region_routes(q_means, k_means, k.shape[1:3], tuple(regions), topk)

@@ -3,6 +3,7 @@
 Means: every value is read once, with the strides of its map. Routes: a program holds the affinities of some query regions to all
 others, takes the largest of each row, then the largest of the rest, and writes nothing else.
 """
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import DTYPES, name_of
+from .._backends import DTYPES, name_of, register_flops
 from .._launch import float32_precision, launch
 from .._regions import region_size
 from .._tiles import kernel
@@ -107,7 +108,16 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     return region_means_triton_backward(grad, ctx.height, ctx.width, ctx.regions), None
 
 
+def _setup_backward(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.regions = inputs[3]
+
+
+def _backward_of_backward(ctx, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+    return region_means(grad_x, ctx.regions), None, None, None  # each is the other's transpose
+
+
 region_means.register_autograd(_backward, setup_context=_setup_context)
+region_means_triton_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
 
 
 @kernel
@@ -179,6 +189,11 @@ def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None
 
 
 region_routes.register_autograd(_backward_routes, setup_context=_setup_routes)
+
+
+register_flops(region_means, lambda *_, **__: 0)
+register_flops(region_means_triton_backward, lambda *_, **__: 0)
+register_flops(region_routes, lambda q_means, *_, **__: 2 * math.prod(q_means) * q_means[1])
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

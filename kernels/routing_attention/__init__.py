@@ -1,15 +1,18 @@
 from torch import Tensor
 
-from .._backends import Backend, use_triton
+from .._backends import choose, public_operator
 from .._layout import span, too_large
 from .._regions import check_map, check_regions, region_size
-from . import reference
+from . import blocked, dense, reference
 
 __all__ = ["routing_attention"]
 
 WIDEST_HEAD, MOST_POSITIONS = 128, 1 << 20  # that the Triton kernels take
+DENSE_KEYS = 256  # up to this many keys the dense backend is the fastest in PyTorch
+DENSE_SHARE, DENSE_REGION = 4, 16  # so it is where a quarter of all regions is routed, of at most 16 positions each
 
 
+@public_operator
 def routing_attention(
     q: Tensor,
     k: Tensor,
@@ -20,7 +23,7 @@ def routing_attention(
     kv_size: tuple[int, int] | None = None,
     scale: float | None = None,
     weights: Tensor | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of every query region over the key and value regions it is routed to (BiFormer, arXiv 2303.08810, eqs. 6–7).
 
@@ -36,14 +39,15 @@ def routing_attention(
         routes: (B, rows·columns, n) int64, the routed regions, see `region_routes`. No region twice.
         scale: default (C / num_heads)^-0.5.
         weights: (B, rows·columns, n), the factors w of the routed keys and values; default 1.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`. The Triton kernels take float32,
-            float16 and bfloat16, heads of at most 128 channels, q, k and v of one dtype, and at most 2^20 routes, routed positions
-            and positions of the map.
+        backend: "reference" (every query region beside copies of its keys and values), "dense" (over the whole map, masked; without
+            weights), "blocked" (some query regions at a time), "pytorch" (the fastest of these), "triton"; default what suits the
+            device, see `zoo.kernels`. The Triton kernels take float32, float16 and bfloat16, heads of at most 128 channels, q, k and v
+            of one dtype, and at most 2^20 routes, routed positions and positions of the map.
 
     Returns:
-        (B, H, W, Cv). Differentiable once in q, k, v and weights.
+        (B, H, W, Cv). Differentiable any number of times in q, k, v and weights.
 
-    Keys and values are never copied for all regions at once, and the attention is not kept for the backward pass: memory
+    By default keys and values are never copied for all regions at once, and the attention is not kept for the backward pass: memory
     beyond the arguments is O(B·H·W·C); the Triton kernels copy no keys and values at all. Results and gradients are
     deterministic. Exported graphs hold the plain gather instead.
 
@@ -68,10 +72,20 @@ def routing_attention(
         kv_size = region_size(*k.shape[1:3], regions)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
-    if use_triton("routing_attention", backend, q, lambda: _unsupported(q, k, v, routes, regions, num_heads, kv_size)):
+    arguments = q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights
+    chosen = choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, kv_size, weights), unsupported={
+        "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, kv_size),
+        "dense": lambda: None if weights is None else "it takes no weights"})
+    if chosen == "triton":
         from . import triton
-        return triton.routing_attention(q, k, v, routes, list(regions), num_heads, list(kv_size), scale, weights)[0]
-    return reference.routing_attention(q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights)
+        return triton.routing_attention(*arguments)[0]
+    return {"reference": reference, "dense": dense, "blocked": blocked}[chosen].routing_attention(*arguments)
+
+
+def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple[int, int], weights: Tensor | None) -> str:
+    few_keys = k.shape[1] * k.shape[2] <= DENSE_KEYS
+    most_routed = regions[0] * regions[1] <= DENSE_SHARE * routes.shape[-1] and kv_size[0] * kv_size[1] <= DENSE_REGION
+    return "dense" if weights is None and (few_keys or most_routed) else "blocked"
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int]

@@ -1,10 +1,18 @@
-"""Routed attention over lists of regions, a block of query regions at a time, as an operator with its own gradient.
+"""Routing attention over lists of regions, a block of query regions at a time, as an operator with its own gradient.
 
 The forward pass holds gathered keys and scores of one block only; the backward pass recomputes them route by route from the
 logarithm of the softmax's denominator, so that it never copies keys and values top-k times.
+
+In the shapes, N are the query regions of all images and heads, M their key regions, the rest is as in `reference`.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from .._backends import register_gradient
+from .._regions import cut, divides, pad_to_grid, paste, positions, region_size
+from . import reference
 
 SCORES_AT_ONCE = {"cpu": 1 << 20}  # elements: 4 MiB of float32, which the caches hold
 SCORES_AT_ONCE_ELSEWHERE = 1 << 26
@@ -20,33 +28,64 @@ def _bias(on_map: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if on_map is None else torch.zeros_like(on_map, dtype=dtype).masked_fill_(~on_map, torch.finfo(dtype).min)
 
 
-@torch.library.custom_op("zoo::routed_attention", mutates_args=())
-def routed_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, on_map: Tensor | None, weights: Tensor | None
+class _Problem(NamedTuple):
+    """Maps as lists of regions, and what they are attended with."""
+
+    q: Tensor  # (N, t, d)
+    k: Tensor  # (M, s, d)
+    v: Tensor  # (M, s, e)
+    rows: Tensor  # (N, n) int64, the key regions of every query region
+    on_map: Tensor | None  # (r, s) bool, where key region i has positions `on_map[i % r]` only; None: all of them
+    weights: Tensor | None  # (N, n), factors of the picked keys and values
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], weights: Tensor | None
+) -> _Problem:
+    on_map = None if divides(*k.shape[1:3], regions, kv_size) else positions(*k.shape[1:3], regions, kv_size, k.device) >= 0
+    if weights is not None:
+        weights = weights[:, None].expand(-1, num_heads, -1, -1).flatten(0, 2)
+    size = region_size(*q.shape[1:3], regions)
+    return _Problem(_cut(q, regions, size, num_heads), *(_cut(x, regions, kv_size, num_heads) for x in (k, v)),
+                    reference.rows_of(routes, num_heads).flatten(0, 2), on_map, weights)
+
+
+def _cut(x: Tensor, regions: list[int], size: tuple[int, int] | list[int], num_heads: int) -> Tensor:
+    return cut(pad_to_grid(x, regions, size), regions, size, num_heads).flatten(0, 2)
+
+
+def _pasted(x: Tensor, like: Tensor, regions: list[int], size: tuple[int, int] | list[int]) -> Tensor:
+    """(B·heads·r, h·w, d) → (B, H, W, heads·d), in the dtype and size of `like`, contiguous."""
+    x = paste(x.unflatten(0, (len(like), -1, regions[0] * regions[1])), regions, size)
+    return x[:, : like.shape[1], : like.shape[2]].to(like.dtype).contiguous()
+
+
+def _empty_results(q: Tensor, v: Tensor, regions: list[int], num_heads: int) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of the softmax's denominator, (N, t, 1)."""
+    (b, height, width, _), (h, w) = q.shape, region_size(*q.shape[1:3], regions)
+    logsumexp = q.new_empty(b * num_heads * regions[0] * regions[1], h * w, 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(b, height, width, v.shape[-1]), logsumexp
+
+
+@torch.library.custom_op("zoo::routing_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q Kᵀ) V for every query region, K and V being the key and value regions that `rows` names.
-
-    Args:
-        q: (N, t, d) query regions; k: (M, s, d) and v: (M, s, e) key and value regions; any floating dtype, float32 inside.
-        rows: (N, n) int64, the key regions of every query region.
-        on_map: (r, s) bool, where key region i has positions `on_map[i % r]` only; None: all of them.
-        weights: (N, n) factors of the picked keys and values.
-
-    Returns:
-        (N, t, e), and the logarithm of the softmax's denominator (N, t, 1).
-    """
-    (regions, t, _), (s, e), n = q.shape, v.shape[1:], rows.shape[1]
-    inner = torch.promote_types(q.dtype, torch.float32)
-    out, logsumexp = q.new_empty(regions, t, e), q.new_empty(regions, t, 1, dtype=inner)
-    bias = _bias(on_map, inner)
+    """Any floating dtypes, at least float32 inside; that of q comes back. Also what `_empty_results` says."""
+    problem = _problem(q, k, v, routes, regions, num_heads, kv_size, weights)
+    (count, t, _), (s, e), n = problem.q.shape, problem.v.shape[1:], problem.rows.shape[1]
+    like, logsumexp = _empty_results(q, v, regions, num_heads)
+    inner = logsumexp.dtype
+    out, bias = q.new_empty(count, t, e), _bias(problem.on_map, inner)
     with torch.autocast(q.device.type, enabled=False):
-        for block in _blocks(regions, t * n * s, q.device):
-            picked = rows[block].flatten()
-            keys, values = (x.index_select(0, picked).to(inner) for x in (k, v))
+        for block in _blocks(count, t * n * s, q.device):
+            picked = problem.rows[block].flatten()
+            keys, values = (x.index_select(0, picked).to(inner) for x in (problem.k, problem.v))
             if weights is not None:
-                factors = weights[block].to(inner).reshape(-1, 1, 1)
+                factors = problem.weights[block].to(inner).reshape(-1, 1, 1)
                 keys, values = keys * factors, values * factors
-            scores = torch.bmm(q[block].to(inner), keys.reshape(-1, n * s, keys.shape[-1]).transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(problem.q[block].to(inner), keys.reshape(-1, n * s, keys.shape[-1]).transpose(1, 2)).mul_(scale)
             if bias is not None:
                 scores += bias[picked % len(bias)].reshape(-1, 1, n * s)
             highest = scores.amax(-1, keepdim=True)
@@ -54,32 +93,37 @@ def routed_attention(
             total = exponentials.sum(-1, keepdim=True)
             out[block] = torch.bmm(exponentials, values.reshape(-1, n * s, e)).div_(total)
             logsumexp[block] = total.log_().add_(highest)
-    return out, logsumexp
+    return _pasted(out, like, regions, region_size(*q.shape[1:3], regions)), logsumexp
 
 
-@routed_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, on_map: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    regions, t, _ = q.shape
-    return q.new_empty(regions, t, v.shape[-1]), q.new_empty(regions, t, 1, dtype=torch.promote_types(q.dtype, torch.float32))
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_results(q, v, regions, num_heads)
 
 
-@torch.library.custom_op("zoo::routed_attention_backward", mutates_args=())
-def routed_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, on_map: Tensor | None, weights: Tensor | None,
-    out: Tensor, logsumexp: Tensor,
+@torch.library.custom_op("zoo::routing_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
+    weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and weights (with no columns where there are no weights)."""
-    (regions, t, _), s, inner = q.shape, k.shape[1], logsumexp.dtype
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=inner, memory_format=torch.contiguous_format) for x in (q, k, v))
-    grad_weights = q.new_zeros(regions, 0 if weights is None else rows.shape[1], dtype=inner)
-    bias = _bias(on_map, inner)
+    """Gradients of q, k, v and weights (of no elements where there are no weights)."""
+    problem = _problem(q, k, v, routes, regions, num_heads, kv_size, weights)
+    size, inner = region_size(*q.shape[1:3], regions), logsumexp.dtype
+    grad, out = (_cut(x, regions, size, num_heads) for x in (grad, out))
+    (count, t, _), s = problem.q.shape, problem.k.shape[1]
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=inner, memory_format=torch.contiguous_format) for x in problem[:3])
+    grad_weights = None if weights is None else torch.empty_like(problem.rows, dtype=inner)
+    bias = _bias(problem.on_map, inner)
     with torch.autocast(q.device.type, enabled=False):
-        for block in _blocks(regions, t * s, q.device):
-            queries, above = q[block].to(inner), grad[block].to(inner)
+        for block in _blocks(count, t * s, q.device):
+            queries, above = problem.q[block].to(inner), grad[block].to(inner)
             share = (above * out[block]).sum(-1, keepdim=True)
-            for route, picked in enumerate(rows[block].unbind(1)):
-                keys, values = (x.index_select(0, picked).to(inner) for x in (k, v))
-                factors = None if weights is None else weights[block, route].to(inner).reshape(-1, 1, 1)
+            for route, picked in enumerate(problem.rows[block].unbind(1)):
+                keys, values = (x.index_select(0, picked).to(inner) for x in (problem.k, problem.v))
+                factors = None if weights is None else problem.weights[block, route].to(inner).reshape(-1, 1, 1)
                 scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
                 grad_attention = torch.bmm(above, values.transpose(1, 2))
                 if factors is not None:
@@ -95,29 +139,27 @@ def routed_attention_backward(
                 grad_q[block].baddbmm_(grad_scores, keys)
                 grad_k.index_add_(0, picked, grad_keys)
                 grad_v.index_add_(0, picked, grad_values)
-    grad_q, grad_k, grad_v = grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-    return grad_q, grad_k, grad_v, grad_weights if weights is None else grad_weights.to(weights.dtype)
+    grads = _pasted(grad_q, q, regions, size), *(_pasted(x, like, regions, kv_size) for x, like in ((grad_k, k), (grad_v, v)))
+    if weights is None:
+        return *grads, q.new_empty(0)
+    return *grads, grad_weights.view(len(q), num_heads, *weights.shape[1:]).sum(1).to(weights.dtype)
 
 
-@routed_attention_backward.register_fake
+@_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, on_map: Tensor | None, weights: Tensor | None,
-    out: Tensor, logsumexp: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
+    weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, logsumexp.new_empty(q.shape[0], 0) if weights is None else torch.empty_like(weights)
+    return *grads, q.new_empty(0) if weights is None else torch.empty_like(weights, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, rows, scale, on_map, weights = inputs
-    ctx.scale = scale
-    ctx.save_for_backward(q, k, v, rows, on_map, weights, *output)
+register_gradient(_forward, _backward, reference.routing_attention, reference.flops, kept=(0, 1))
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, rows, on_map, weights, out, logsumexp = ctx.saved_tensors
-    *grads, grad_weights = routed_attention_backward(grad, q, k, v, rows, ctx.scale, on_map, weights, out, logsumexp)
-    return *grads, None, None, None, None if weights is None else grad_weights
-
-
-routed_attention.register_autograd(_backward, setup_context=_setup_context)
+def routing_attention(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int], scale: float,
+    weights: Tensor | None,
+) -> Tensor:
+    """See `zoo.kernels.routing_attention`. Neither gathered keys nor scores are kept."""
+    return _forward(q, k, v, routes, regions, num_heads, kv_size, scale, weights)[0]

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of
+from .._backends import name_of, register_gradient
 from .._launch import configuration_of, float32_precision, launch
 from .._regions import region_size
 from .._tiles import kernel, load_rows, products, store_rows
+from . import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
@@ -117,11 +118,11 @@ def routing_attention_forward(
             factors = tl.load(weights + (batch * regions + region) * slots + slot, mask=slot < slots, other=0.0).to(tl.float32)
             scores *= factors
         scores = tl.where(seen, scores, -float("inf"))
-        above = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(above == -float("inf"), 0.0, above)  # nothing seen yet
+        maximum = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(maximum == -float("inf"), 0.0, maximum)  # nothing seen yet
         exponentials = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(highest - shift)
-        highest, total = above, total * fade + tl.sum(exponentials, 1)
+        highest, total = maximum, total * fade + tl.sum(exponentials, 1)
         if WEIGHTED:
             exponentials *= factors
         values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
@@ -390,19 +391,7 @@ def _(
     return *grads, q.new_empty(0) if weights is None else torch.empty_like(weights, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, *ctx.settings, weights = inputs
-    ctx.save_for_backward(q, k, v, routes, weights, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, routes, weights, out, logsumexp = ctx.saved_tensors
-    *grads, grad_weights = routing_attention_triton_backward(grad, q, k, v, routes, *ctx.settings, weights, out, logsumexp)
-    return *grads, None, None, None, None, None, None if weights is None else grad_weights
-
-
-routing_attention.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

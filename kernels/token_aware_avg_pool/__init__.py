@@ -1,15 +1,15 @@
 import torch
 from torch import Tensor
 
-from .._backends import Backend, use_triton
-from .._exporting import is_exporting
+from .._backends import choose, public_operator
 from .._layout import span, too_large
-from . import reference
+from . import convolved, recomputed, reference
 
 __all__ = ["token_aware_avg_pool"]
 
 
-def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = None) -> Tensor:
+@public_operator
+def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
     """Average pools of several sizes, mixed anew at every position (arXiv 2303.11126, section 3.1).
 
         out[p] = Σ_k weights[p, k] · pool_k(x)[p],  k = 0 … K - 1
@@ -18,11 +18,12 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = N
     Args:
         x: (B, H, W, C). float32, float64, float16, bfloat16; computed in at least float32.
         weights: (B, H, W, K) of the same dtype (under autocast: of any), K at least 1.
-        backend: "reference" or "triton"; default what suits the device, see `zoo.kernels`.
+        backend: "reference" (pools are sums of shifted maps), "convolved" (convolutions), "recomputed" or "pytorch" (convolutions, taken
+            again in the backward pass), "triton"; default what suits the device, see `zoo.kernels`.
 
     Returns:
-        (B, H, W, C) in the dtype of x. Differentiable once in x and weights; the backward pass takes the pools again, so
-        that beyond the arguments one map is held at a time, and none by the Triton kernels. Exported graphs hold a
+        (B, H, W, C) in the dtype of x. Differentiable any number of times in x and weights; by default the backward pass takes
+        the pools again, so that beyond the arguments one map is held at a time, and none by the Triton kernels. Exported graphs hold a
         convolution for every pool.
 
     Raises:
@@ -35,8 +36,8 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: Backend | None = N
                          f"{tuple(x.shape)} and K at least 1, got {tuple(weights.shape)}")
     if not weights.is_floating_point() or (weights.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"token_aware_avg_pool: weights must have the dtype of x ({x.dtype}), got {weights.dtype}")
-    if use_triton("token_aware_avg_pool", backend, x, lambda: too_large(span(x))):
-        from .triton import token_aware_avg_pool as compute
-        return compute(x, weights)
-    compute = reference.token_aware_avg_pool if is_exporting() else reference.recomputed
-    return compute(x, weights)
+    chosen = choose("token_aware_avg_pool", backend, x, lambda: "recomputed", "convolved", {"triton": lambda: too_large(span(x))})
+    if chosen == "triton":
+        from . import triton
+        return triton.token_aware_avg_pool(x, weights)
+    return {"reference": reference, "convolved": convolved, "recomputed": recomputed}[chosen].token_aware_avg_pool(x, weights)

@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of
+from .._backends import name_of, register_gradient
 from .._launch import launch
 from .._tiles import kernel
+from . import reference
 
 
 @triton.jit
@@ -122,15 +123,7 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad, weights))
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return token_aware_avg_pool_backward(grad, *ctx.saved_tensors)
-
-
-token_aware_avg_pool.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(token_aware_avg_pool, token_aware_avg_pool_backward, reference.token_aware_avg_pool, reference.flops)
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

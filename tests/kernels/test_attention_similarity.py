@@ -47,7 +47,7 @@ def test_is_the_definition_with_gradients(threshold, block_size):
 
 @given(b=st.integers(1, 3), heads=st.integers(1, 3), n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4),
        threshold=st.sampled_from([0.0, 0.6, 1.3]), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_shape(b, heads, n, m, d, threshold, seed):
     with torch.no_grad():
         q, k = problem(b, heads, n, m, d, seed=seed)
@@ -99,7 +99,7 @@ def test_compiles_whole_and_is_registered_soundly():
         inputs = problem(n=n, m=n)
         out, expected = compiled(*inputs), attention_similarity(*inputs)
         torch.testing.assert_close((out, *torch.autograd.grad(out, inputs)), (expected, *torch.autograd.grad(expected, inputs)))
-    torch.library.opcheck(blocked.attention_similarity, (*problem(), 0.7, 0.5), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(blocked.attention_similarity_forward, (*problem(), 0.7, 0.5))
 
 
 def test_bad_input_is_named():

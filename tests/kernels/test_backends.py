@@ -12,26 +12,33 @@ from zoo.kernels._exporting import is_exporting
 from zoo.kernels._launch import configuration, overridden
 
 
+def chosen(backend, x, unsupported=lambda: None):
+    return _backends.choose("halo_attention", backend, x, lambda: "blocked", unsupported={"triton": unsupported})
+
+
 def test_cuda_tensors_take_the_kernels_where_they_fit():
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
-        assert _backends.use_triton("operator", None, x)
-        assert not _backends.use_triton("operator", None, x, lambda: "that")
-        assert not _backends.use_triton("operator", None, x.double())
-        assert not _backends.use_triton("operator", "reference", x)
+        assert chosen(None, x) == "triton"
+        assert chosen(None, x, lambda: "that") == "blocked"
+        assert chosen(None, x.double()) == "blocked"
+        assert chosen("reference", x) == "reference"
         with kernels.default_backend("reference"):
-            assert not _backends.use_triton("operator", None, x)
-            assert _backends.use_triton("operator", "triton", x)
+            assert chosen(None, x) == "reference"
+            assert chosen("triton", x) == "triton"
+            assert chosen("pytorch", x) == "blocked"
 
 
 def test_what_cannot_run_is_refused_with_the_reason():
     x = torch.zeros(1, 4, 4, 2)
-    with pytest.raises(ValueError, match="region_means: backend must be None, 'reference' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="means: backend must be None or one of 'reference', 'pytorch', 'pooled', 'triton', got 'cuda'"):
         region_means(x, (2, 2), backend="cuda")
     with pytest.raises(ValueError, match="region_means: backend 'triton' cannot run here: the kernels take .* not float64"):
         region_means(x.double(), (2, 2), backend="triton")
-    with pytest.raises(ValueError, match="operator: backend 'triton' cannot run here: too wide"):
-        _backends.use_triton("operator", "triton", x, lambda: "too wide")
+    with pytest.raises(ValueError, match="halo_attention: backend 'triton' cannot run here: too wide"):
+        chosen("triton", x, lambda: "too wide")
+    with pytest.raises(ValueError, match="default_backend: backend must be None or one of 'reference', 'pytorch', 'triton', got 'blocked'"):
+        kernels.default_backend("blocked").__enter__()
     with pytest.raises(ValueError, match="cannot run here: the kernels take at most 65535 samples, not 65536"):
         region_means(torch.zeros(65536, 1, 1, 1), (1, 1), backend="triton")
 
@@ -51,7 +58,7 @@ def test_samples_beyond_32_bits_are_refused(kernel_device):
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
     x = torch.zeros(1, 4, 4, 2)
-    assert not _backends.use_triton("operator", None, x)
+    assert chosen(None, x) == "blocked"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         region_means(x, (2, 2), backend="triton")
@@ -76,11 +83,11 @@ def test_kernels_are_imported_when_they_run():
 
 
 def test_machine_is_described(monkeypatch):
-    assert "region_routes, float32, float16, bfloat16: reference, unless asked for" in describe(torch.device("cpu"))
+    assert "region_routes, float32, float16, bfloat16: pytorch, unless asked for" in describe(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     text = describe(torch.device("cpu"))
     for operator in _backends.operators_with_kernels():
-        assert f"{operator}, float32, float16, bfloat16: reference, because on the CPU" in text
+        assert f"{operator}, float32, float16, bfloat16: pytorch, because on the CPU" in text
 
 
 def test_the_most_specific_configuration_is_taken(monkeypatch):

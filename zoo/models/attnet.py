@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
 from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
+MECHANISM = "atconv"
+ATTACHABLE = ATConv
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the paper's abstract"
 REPORTED_TOP1 = {"attnet_t2": 84.4}
@@ -225,7 +228,7 @@ _RENAMES = [  # the authors' names → ours
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
-    return {renamed(name, _RENAMES): value for name, value in state_dict.get("model", state_dict).items()}
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

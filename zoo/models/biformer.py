@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import BiLevelRoutingAttention
 from zoo.layers._attention import attend
 from zoo.layers._linear import linear
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
+MECHANISM = "routing"
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {
@@ -207,7 +209,7 @@ _RENAMES = [  # the authors' names → ours
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names and shapes → ours, for their models and for a single layer (also their refactored NCHW one)."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    state_dict, converted = state_dict.get("model", state_dict), {}
+    converted = {}
     for name, value in state_dict.items():
         merging = re.match(r"^downsample_layers\.([1-9])\.([01])\.(.*)", name)
         if merging:  # convolution then norm, or in the Swin layout norm then convolution

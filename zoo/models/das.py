@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import (  # private, and the only source of it: timm's own families use it
     decode_arch_def,
     efficientnet_init_weights,
@@ -23,10 +23,13 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import DAS
+from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import Reinitialized
 
 __all__ = ["DASMobileNet", "DASResNet", "GatedBlock", "checkpoint_filter_fn"]
 
+MECHANISM = "das"
+ATTACHABLE = DAS
 Gates = Literal["stage", "block"]
 
 

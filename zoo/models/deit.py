@@ -7,14 +7,18 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from zoo.layers import ContextBroadcast
 from zoo.layers._scripting import refuse_scripting
+from zoo.models.building import build_model_with_cfg
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
+
+MECHANISM = "broadcast"
+HIERARCHICAL = False  # no encoder of U-Nets
 
 
 class BroadcastingMlp(Mlp):
@@ -73,7 +77,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def _cfg() -> dict[str, Any]:
     return dict(
-        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=0.9, interpolation="bicubic",
+        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=0.875, interpolation="bicubic",
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj", classifier="head",
         paper_ids="arXiv:2210.08457", paper_name="Scratching Visual Transformer's Back with Uniform Attention",
     )

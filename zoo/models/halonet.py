@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import HaloAttention
+from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["HaloNet"]
 
+MECHANISM = "halo"
+ATTACHABLE = HaloAttention
 REPORTED_IN = "the paper's table of H0 to H7"
 REPORTED_TOP1 = {
     "halonet_h0_256": 77.9, "halonet_h1_256": 79.9, "halonet_h2_256": 80.4, "halonet_h3_320": 81.9, "halonet_h4_384": 83.3,

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import DeformableTokenMerging, HiLoAttention
 from zoo.layers._linear import linear
 from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
+MECHANISM = "hilo"
 StateDict = dict[str, Tensor]
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}
@@ -101,8 +103,8 @@ class LITv2(StagedNetwork):
         attn_args: further arguments of `HiLoAttention`, such as `mask_padding`.
 
     Differences from the authors' code: sizes that patches, merging and windows do not divide are padded (theirs: errors, or in
-    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets `DeformableTokenMerging.offset`
-    learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
+    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets the weight of
+    `DeformableTokenMerging.offset` learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
     """
 
     truncated = (nn.Linear,)
@@ -162,7 +164,7 @@ _RENAMES = [  # the authors' names → ours
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their models and for a single layer."""
     converted = {}
-    for name, value in state_dict.get("model", state_dict).items():
+    for name, value in state_dict.items():
         # their merging ends a stage, ours begins the next one
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample.", name)
         converted[renamed(name, _RENAMES)] = value
@@ -184,7 +186,8 @@ default_cfgs = generate_default_cfgs({
     "litv2_s.in1k": _cfg(f"{_RELEASE}/litv2_s.pth"),
     "litv2_m.in1k": _cfg(f"{_RELEASE}/litv2_m.pth"),
     "litv2_b.in1k": _cfg(f"{_RELEASE}/litv2_b.pth"),
-    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0,
+                               crop_mode="squash"),
 })
 
 

@@ -2,28 +2,34 @@
 
 timm's own networks with `PolarizedSelfAttention` after the first 3×3 convolution (and its norm and activation) of every
 residual block (paper, section 4); in HRNets of the basic blocks, as in the authors' code. They published weights of whole
-segmentation networks only. timm's weights load into everything but the new layers, which keep their initial values:
+segmentation networks only (Apache-2.0; https://github.com/DeLightCMU/PSA): the part of their HRNet with OCR that is the backbone
+loads as it is into `polarized_hrnet_w48_s` with `head=""` and `fuse="bilinear"`. timm's weights load into everything but the new
+layers, which keep their initial values:
 
     timm.create_model("polarized_resnet50_s", pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="timm/resnet50.a1_in1k"))
 """
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet, cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import PolarizedSelfAttention
 from zoo.layers.polarized import Layout
+from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import Reinitialized
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
 
+MECHANISM = "polarized"
+ATTACHABLE = PolarizedSelfAttention
+Fuse = Literal["nearest", "bilinear"]
 _SLOT = "aa"  # timm's place after the first 3×3 convolution of a block, otherwise for the blur that anti-aliases a stride
 
 
@@ -56,9 +62,10 @@ class PolarizedResNet(Reinitialized, ResNet):
 class _FusedBranches(nn.Module):
     """timm's `HighResolutionModule` for maps of any size: what comes from below is resized to the map it is added to."""
 
-    def __init__(self, module: HighResolutionModule):
+    def __init__(self, module: HighResolutionModule, fuse: Fuse):
         super().__init__()
         self.branches, self.fuse_layers, self.fuse_act = module.branches, module.fuse_layers, module.fuse_act
+        self.fuse = fuse
         self.grad_checkpointing = False
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -76,7 +83,7 @@ class _FusedBranches(nn.Module):
         if j <= i:
             return fuse(maps[j])
         conv, norm, _ = fuse
-        return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode="nearest")
+        return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode=self.fuse)
 
 
 class PolarizedHRNet(Reinitialized, HighResolutionNet):
@@ -87,12 +94,24 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
     Args: timm's, and
         layout: of the attention, "parallel" or "sequential".
         drop_path_rate: as in timm's ResNet, growing with depth.
+        fuse: how coarser maps are interpolated to finer ones: "nearest", which timm's weights for ImageNet were trained with, or
+            "bilinear" (align_corners=False), as in the segmentation networks of HRNet's authors, of PSA's, and of mmsegmentation.
+            Weights trained with one give wrong features with the other.
+
+    Raises ValueError for another `layout` or `fuse`.
     """
 
     added = PolarizedSelfAttention
 
-    def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0, **kwargs: Any):
+    def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0,
+                 fuse: Fuse = "nearest", **kwargs: Any):
+        if fuse not in Fuse.__args__:
+            raise ValueError(f"fuse must be one of {', '.join(Fuse.__args__)}, got {fuse!r}")
         super().__init__(cfg, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, _FusedBranches):
+                module.fuse = fuse
+        self.fuse = fuse
         self.grad_checkpointing = False
         _polarize(self, (BasicBlock,), layout)
         for rate, blocks in self._depths(drop_path_rate):
@@ -108,7 +127,7 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
     def _make_stage(self, *args: Any, **kwargs: Any) -> tuple[nn.Sequential, list[int]]:
         stage, channels = super()._make_stage(*args, **kwargs)
         for i, module in enumerate(stage):
-            stage[i] = _FusedBranches(module)
+            stage[i] = _FusedBranches(module, "nearest")
         return stage, channels
 
     def _depths(self, drop_path_rate: float) -> list[tuple[float, list[nn.Module]]]:
@@ -147,11 +166,19 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Completes timm's weights of the same network without attention with the initial values of the attention in `model`.
 
-    Also turns the names of the authors' layer into ours.
+    Also turns the names of the authors' layer, and of the backbone in their segmentation network, into ours. Raises ValueError for
+    the latter where `model` fuses its maps otherwise.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
+    if any(".deattn." in name for name in state_dict):
+        if getattr(model, "fuse", None) != "bilinear":
+            raise ValueError('weights of the authors\' segmentation network were trained with fuse="bilinear", got '
+                             f"{getattr(model, 'fuse', None)!r}")
+        names = [name.removeprefix("module.") for name in state_dict]
+        part = "backbone." if any(name.startswith("backbone.") for name in names) else ""  # beside heads for segmentation
+        state_dict = {name.removeprefix(part): value for name, value in zip(names, state_dict.values(), strict=True)
+                      if name.startswith(part)}
     renames = dict(
-        conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
+        deattn=_SLOT, conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
         conv_v_left="spatial_value")
     state_dict = {".".join(renames.get(part, part) for part in name.split(".")): value for name, value in state_dict.items()}
     if any(f".{_SLOT}." in name for name in state_dict):

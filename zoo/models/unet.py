@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import create_act_layer, get_act_layer, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
@@ -22,12 +22,13 @@ from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
-from zoo.models import attnet, biformer, das, fan, halonet, litv2, polarized, sknet
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import reset_parameters
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
+MECHANISM = "gates"
 StateDict = dict[str, Tensor]
 NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 
@@ -312,7 +313,6 @@ _RENAMES = [  # the authors' names → ours; levels are counted from 1, the deco
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' names → ours, for their network for CT and for a single gate."""
-    state_dict = state_dict.get("model", state_dict)
     if any(name.startswith("encoder.") for name in state_dict):  # ours
         return state_dict
     return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
@@ -332,10 +332,13 @@ def _cfg_3d(**kwargs: Any) -> dict[str, Any]:
                 origin_url="https://github.com/ozan-oktay/Attention-Gated-Networks", **kwargs)
 
 
-ENCODERS = {  # the hierarchical networks of the zoo, by the names of U-Nets around them
-    f"attention_unet_{name}": name for name in timm.list_models()
-    if sys.modules[timm.model_entrypoint(name).__module__] in (attnet, biformer, das, fan, halonet, litv2, polarized, sknet)
-}
+def _is_encoder(name: str) -> bool:
+    """Whether a model is a hierarchical network of the zoo; its families are imported before this module."""
+    family = sys.modules[timm.model_entrypoint(name).__module__]
+    return family.__name__.startswith(f"{__package__}.") and getattr(family, "HIERARCHICAL", True)
+
+
+ENCODERS = {f"attention_unet_{name}": name for name in timm.list_models() if _is_encoder(name)}  # by the names of U-Nets around them
 
 default_cfgs = generate_default_cfgs({
     "attention_unet.untrained": _cfg(),

@@ -1,0 +1,33 @@
+"""Region means by average pooling of the map padded to the grid, and routes without a mask where no region lies off the map."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._regions import pad_to_grid, region_size
+from .reference import Grid
+
+
+def region_means(x: Tensor, regions: Grid) -> Tensor:
+    """See `zoo.kernels.region_means`."""
+    height, width = x.shape[1:3]
+    h, w = size = region_size(height, width, regions)
+    means = F.avg_pool2d(pad_to_grid(x, regions, size).permute(0, 3, 1, 2), size)
+    if (height, width) != (regions[0] * h, regions[1] * w):
+        dd = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        rows = (height - h * torch.arange(regions[0], **dd)).clamp(1, h)  # on the map
+        columns = (width - w * torch.arange(regions[1], **dd)).clamp(1, w)
+        means = (means * (h * w / (rows[:, None] * columns))).to(x.dtype)
+    return means.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:
+    """See `zoo.kernels.region_routes`; of the means."""
+    affinity = q_means @ k_means.transpose(1, 2)
+    # Rows and columns of regions that begin on the map.
+    rows, columns = ((length + n - 1) // n for length, n in zip(k_map, region_size(*k_map, regions), strict=True))
+    if (rows, columns) != tuple(regions):
+        off_map = torch.ones(regions, dtype=torch.bool, device=affinity.device)
+        off_map[:rows, :columns] = False
+        affinity = affinity.masked_fill(off_map.flatten(), -torch.inf)
+    scores, routes = affinity.topk(topk, dim=-1)
+    return routes, scores
