@@ -4,7 +4,7 @@
 
 trains both, and `unet3d`, by configs/volumes/attention_unet3d_mni152.py, with the same patches in the same order, and prints
 parameters, Dice on the held-out hemisphere and processor time; then time and memory of a pass. `build` is the rival of
-tools/benchmark.py.
+`zoo benchmark`.
 """
 import argparse
 import time
@@ -17,7 +17,7 @@ from timm.models import register_model
 from torch import nn
 
 import zoo  # noqa: F401  registers the models
-from zoo.measuring.benchmark import benchmark
+from zoo.measuring.model_benchmark import benchmark
 from zoo.tools._cli import run
 
 WIDTHS = (16, 32, 64, 128)

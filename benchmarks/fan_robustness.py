@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from zoo.measuring.robustness import Robustness, write_report
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
-from zoo.mm.corruptions import CORRUPTIONS, Robustness, evaluate_corruptions, write_report
+from zoo.mm.corruptions import evaluate_corruptions
+from zoo.reading.corruptions import CORRUPTIONS
 from zoo.tools._cli import run
 
 CONFIG, SIDE, SEEDS = "tap_fan_nano_digits", 96, (0, 1, 2)

@@ -1,4 +1,4 @@
-"""Halo attention beside timm's `HaloAttn`: `build` is the rival of tools/benchmark.py; run as a module this compares layers.
+"""Halo attention beside timm's `HaloAttn`: `build` is the rival of `zoo benchmark`; run as a module this compares layers.
 
     python -m benchmarks.halo_timm
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 import zoo  # noqa: F401  registers the models
 from zoo.layers import HaloAttention
-from zoo.measuring.benchmark import Report, _compare, _facts, _forward, _forward_backward
+from zoo.measuring.model_benchmark import Report, _compare, _facts, _forward, _forward_backward
 
 # Every halo attention of timm's halonet26t at 256×256: channels, side of the map, options. Then the stages of halonet_h0_256.
 TIMM, OURS = dict(block_size=8, halo_size=2), dict(block_size=8, halo_size=3)

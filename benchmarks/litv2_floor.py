@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import zoo  # noqa: F401  registers the models
 from zoo.layers import DeformableTokenMerging
-from zoo.measuring.benchmark import keep_freed_memory
+from zoo.measuring.model_benchmark import keep_freed_memory
 
 BATCH, ROUNDS = 4, 9
 

@@ -7,20 +7,21 @@ from pathlib import Path
 
 from PIL import Image
 
+import zoo
 from zoo.checkpoints import load_trained
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
 from zoo.mm.mask_datasets import DigitScenesDataset
-from zoo.seeing.mechanism_pictures import mechanisms
+from zoo.seeing.classifiers import mechanisms
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"
-NETWORKS = {  # by mechanism: the network, and which of its stages is shown
-    "atconv": ("attnet_nano", 1), "broadcast": ("deit_nano_patch16_224_cb", 0), "das": ("das_resnet_nano", 0),
-    "gates": ("attention_unet", -1), "halo": ("halonet_nano", 0), "hilo": ("litv2_nano", 0), "polarized": ("polarized_resnet_nano", 0),
-    "routing": ("biformer_nano", 1), "sk": ("sknet_nano", 1), "tap": ("tap_fan_nano", 0),
-}
+STAGES = {"atconv": 1, "gates": -1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
+
+
+def network(mechanism: str) -> str:
+    return "attention_unet" if mechanism == "gates" else zoo.list_models("*_nano*", mechanism)[0]
 
 
 def trained(name: str) -> Path:
@@ -39,8 +40,8 @@ def main() -> None:
     digit, _ = DigitsDataset("val", {"input_size": (1, SIDE, SIDE)}, size=SIDE).read(4)
     scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
     FOLDER.mkdir(exist_ok=True)
-    for mechanism in sys.argv[1:] or NETWORKS:
-        name, stage = NETWORKS[mechanism]
+    for mechanism in sys.argv[1:] or zoo.MECHANISMS:
+        name, stage = network(mechanism), STAGES.get(mechanism, 0)
         model, info = load_trained(trained(name))
         picture = Image.fromarray((scene * 255).byte().numpy()) if name == "attention_unet" else digit
         seen = mechanisms(model, info, picture)[stage]

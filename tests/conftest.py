@@ -5,25 +5,34 @@ import os
 import random
 import re
 import resource
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Read when triton is imported. With a GPU the same tests run the kernels on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 else:
     torch.backends.cudnn.allow_tf32 = False  # what kernels are compared with computes in float32
-    # The same examples in every run; shrinking one that fails would compile kernels for minutes.
-    settings.register_profile("gpu", derandomize=True, phases=(Phase.explicit, Phase.generate))
-    settings.load_profile("gpu")
+# No test depends on speed. On a GPU the same examples are drawn in every run; shrinking one that fails would compile kernels for minutes.
+ON_GPU = dict(derandomize=True, phases=(Phase.explicit, Phase.generate)) if torch.cuda.is_available() else {}
+settings.register_profile("zoo", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow], **ON_GPU)
+settings.load_profile("zoo")
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 torch.manual_seed(0)  # for what is built while tests are collected
+
+
+def pytest_addoption(parser):
+    parser.addoption("--check", action="store_true", help="only the first test of every file: every room once")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--check"):
+        first = {item.path: item for item in reversed(items)}
+        config.hook.pytest_deselected(items=[item for item in items if first[item.path] is not item])
+        items[:] = [item for item in items if first[item.path] is item]
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +45,14 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def load_tool_help():
-    """What a tool prints for --help."""
+    """What `zoo NAME --help` prints."""
+    from zoo.tools._cli import command  # after triton has been told where to run
 
     @functools.cache
-    def read(path: Path) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(sys, "argv", [str(path), "--help"])
-            runpy.run_path(str(path), run_name="__main__")
+    def read(name: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+            command([name, "--help"])
+        assert end.value.code == 0, f"there is no program {name}"
         return said.getvalue()
 
     return read

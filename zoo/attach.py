@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import zoo.layers
 from zoo.errors import InputError, near_misses
+from zoo.models import MECHANISMS
 
-NAMES = dict(das="DAS", polarized="PolarizedSelfAttention", atconv="ATConv", halo="HaloAttention", sk="SelectiveKernelUnit")
+NAMES = {name: family.ATTACHABLE for name, family in MECHANISMS.items() if hasattr(family, "ATTACHABLE")}
 
 
 class Attached(nn.Module):
@@ -23,7 +23,12 @@ class Attached(nn.Module):
     def __init__(self, layer: nn.Module, dim: int, keep_outputs: bool):
         super().__init__()
         self.layer = layer
-        self.gate = nn.Parameter(torch.zeros(dim)) if keep_outputs else None
+        self.gate = nn.Parameter(torch.empty(dim)) if keep_outputs else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
@@ -51,7 +56,7 @@ def attach(
     Args:
         model: any CNN; its modules that are followed put out one map (B, C, H, W).
         layer: called with the width C (and `layer_args`) it gives a module that keeps the map's shape: a class, a partial, or
-            the name of one of `zoo.layers`: das, polarized, atconv, halo, sk.
+            the name of a mechanism with a layer for maps: atconv, das, halo, polarized, sk.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("layer?", "stages.*.blocks.0"). A
             plain sequence of blocks is followed after its last. Default: every residual block (any module that adds
             two maps and puts out a map of their shape), after the sum and what follows it in the block.
@@ -116,10 +121,9 @@ def _run_attached(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
 def _find_layer(layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     if not isinstance(layer, str):
         return layer
-    known = {name: found for name, kind in NAMES.items() if (found := getattr(zoo.layers, kind, None))}
-    if layer not in known:
-        raise InputError(f"there is no layer {layer!r} to attach; {', '.join(known)} are known{near_misses(layer, known)}")
-    return known[layer]
+    if layer not in NAMES:
+        raise InputError(f"there is no layer {layer!r} to attach; {', '.join(NAMES)} are known{near_misses(layer, NAMES)}")
+    return NAMES[layer]
 
 
 def _match(where: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:

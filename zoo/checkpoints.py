@@ -1,23 +1,21 @@
-"""Reading checkpoints without ever running code from them, and models from names or checkpoints."""
-import contextlib
+"""Models from names, and from the checkpoints that training writes."""
+import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Self
+from typing import Any
 
-import safetensors.torch
 import timm
 import timm.data
-import torch
 from torch import Tensor, nn
 
+import zoo.models  # noqa: F401  registers what checkpoints name
 from zoo.errors import InputError, near_misses
+from zoo.weights import CHECKPOINT_SUFFIXES, read
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
 TASKS = ("classification", "segmentation")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
@@ -25,27 +23,7 @@ MODEL_PREFIX = "model."  # the training task holds the network as its attribute 
 # loading it neither opens the files that they name nor downloads anything.
 SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-class Ignored:
-    """An inert stand-in for something a checkpoint names and its reader does not need: keeps and calls nothing."""
-
-    def __new__(cls, *args: object) -> Self:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What mmengine's Runner writes beside tensors (`message_hub` holds its log history). Read as nothing, so that
-# neither mmengine nor numpy is needed; `getattr` is how pickle names HistoryBuffer's methods.
-ENGINE_RECORDS = tuple((Ignored, name) for name in (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
-    "numpy.ndarray", "numpy.dtype",
-))
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -54,9 +32,9 @@ class ModelInfo:
 
     `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
-    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`. For
-    segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what
-    `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
+    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
+    `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
+    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
     """
 
     name: str
@@ -71,37 +49,6 @@ class ModelInfo:
 
     def class_name(self, index: int) -> str:
         return str(self.classes[index]) if index < len(self.classes) else f"class {index}"
-
-
-def read(path: str | Path, map_location: str | torch.device = "cpu",
-         allow: Iterable[Callable | tuple[Callable, str]] = ()) -> object:
-    """What the file at `path` holds: tensors, containers, numbers and text, and the classes in `allow`, nothing else.
-
-    `.safetensors` files give a dict of tensors; all others go through torch.load(weights_only=True), with `allow` as
-    torch.serialization.safe_globals takes it: classes, or pairs (class, the name that it stands for in the file).
-
-    Raises InputError for a missing, unreadable, empty or damaged file and for one that needs anything not allowed.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a checkpoint file{_checkpoints_in(path)}")
-    if not path.exists():
-        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"there is no checkpoint {path}{near_misses(path.name, others)}")
-    allow = list(allow)
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty, not a checkpoint")
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device=str(map_location))
-        with torch.serialization.safe_globals(allow):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except InputError:
-        raise
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: permission denied") from None
-    except Exception as error:  # damaged bytes surface as almost any exception of the unpickler and the zip reader
-        raise InputError(_why_unreadable(path, error, allow)) from error
 
 
 def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
@@ -122,17 +69,35 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
 
 
-def recorded_task(path: str | Path) -> str | None:
-    """What tools/train.py trained the checkpoint at `path` for; None if it is another's."""
-    checkpoint = read(path, allow=ENGINE_RECORDS)
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    return record.get("task") if isinstance(record, dict) else None
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that has been read: its path, and what it holds. Whatever loads models takes it in the place of the path."""
+
+    path: Path
+    content: object = dataclasses.field(repr=False)
+
+    @property
+    def record(self) -> dict | None:
+        """What zoo's training recorded in it beside weights; None if the checkpoint is another's."""
+        record = self.content.get("zoo") if isinstance(self.content, dict) else None
+        return record if isinstance(record, dict) else None
+
+    @property
+    def task(self) -> object:
+        """What it was trained for: one of `TASKS` or `TOOLBOX_TASKS`, unless its record is unsound; None without a record."""
+        return None if self.record is None else self.record.get("task")
 
 
-def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
-    """Like `load_model` for the path of a checkpoint only: a model with trained weights, never random ones."""
-    path = Path(path)
-    record, weights = _trained_parts(path, read(path, allow=ENGINE_RECORDS))
+def opened(checkpoint: str | Path | Opened) -> Opened:
+    """The checkpoint at a path, read once for all that is done with it. Raises InputError for what `read` refuses."""
+    return checkpoint if isinstance(checkpoint, Opened) else Opened(Path(checkpoint), read(checkpoint))
+
+
+def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Module, ModelInfo]:
+    """Like `load_model` for a checkpoint only: a model with trained weights, never random ones."""
+    checkpoint = opened(checkpoint)
+    path = checkpoint.path
+    record, weights = _trained_parts(checkpoint)
     name = record["model"]
     if not timm.is_model(name):
         raise InputError(f"{path} holds a model {name!r} that is not registered here{near_misses(name, timm.list_models())}")
@@ -187,6 +152,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of numbers above 0"),
     "interpolation": (lambda value: isinstance(value, str) and value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop_pct": (lambda value: _are_numbers([value]) and 0.01 <= value <= 1, "a number from 0.01 to 1"),
+    "crop_mode": (lambda value: isinstance(value, str) and value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "spacing": (lambda value: _are_numbers(value) and len(value) == 3 and min(value) > 0, "3 numbers above 0"),
     "clip": (lambda value: _are_numbers(value) and len(value) == 2 and value[0] < value[1], "a number and a greater one"),
 }
@@ -206,18 +172,18 @@ def check_record(path: str | Path, record: Mapping, fields: Mapping[str, tuple[C
             raise InputError(f"{path} records {field}={' '.join(reprlib.repr(value).split())}, where {called} is needed")
 
 
-def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
+def _trained_parts(checkpoint: Opened) -> tuple[dict, dict[str, Tensor]]:
     """The record `zoo` of a checkpoint that training wrote, sound, and the model's weights by the model's own names."""
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or not isinstance(state, dict):
-        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise InputError(f"{path} is not a checkpoint of tools/train.py: it holds {found or 'nothing'}, "
+    path, content, record = checkpoint.path, checkpoint.content, checkpoint.record
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if record is None or not isinstance(state, dict):
+        found = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path} is not a checkpoint of `zoo train`: it holds {found or 'nothing'}, "
                          "where 'zoo' and 'state_dict' are needed")
     task = record.get("task")
     if task in TOOLBOX_TASKS:
         kind = "detector of mmdetection" if task == "mmdet" else "segmentor of mmsegmentation"
-        raise InputError(f"{path} holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does not")
+        raise InputError(f"{path} holds a {kind}, which `zoo predict` and `zoo export` take and this does not")
     if task not in TASKS:
         raise InputError(f"{path} holds a model for {task!r}, not for {' or '.join(map(repr, TASKS))}")
     check_record(path, record)
@@ -241,7 +207,7 @@ def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Ma
 
 def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict:
     config = timm.data.resolve_model_data_config(model)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "spacing", "clip")
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "spacing", "clip")
     config.update({key: record[key] for key in keys if record.get(key) is not None})
     channels = model_args.get("in_chans", config["input_size"][0])
     config["input_size"] = (channels, *config["input_size"][1:])
@@ -249,19 +215,3 @@ def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict
         values = tuple(config[key])
         config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return config
-
-
-def _checkpoints_in(folder: Path) -> str:
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
-    return f", for example {found[-1]}" if found else "; there is none in it"
-
-
-def _why_unreadable(path: Path, error: Exception, allow: list) -> str:
-    # Files in the format before zip archives cannot be listed; of those, the unpickler's message names the first global.
-    _, _, after = str(error).partition("GLOBAL ") if isinstance(error, UnpicklingError) else ("", "", "")
-    needed = after.split()[:1]
-    with contextlib.suppress(Exception), torch.serialization.safe_globals(allow):
-        needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if needed:
-        return f"{path} would run code on loading and is refused: it names {', '.join(sorted(needed))}"
-    return f"{path} is damaged or no checkpoint at all ({type(error).__name__} while reading it)"

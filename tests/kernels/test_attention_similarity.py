@@ -47,7 +47,7 @@ def test_is_the_definition_with_gradients(threshold, block_size):
 
 @given(b=st.integers(1, 3), heads=st.integers(1, 3), n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4),
        threshold=st.sampled_from([0.0, 0.6, 1.3]), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_shape(b, heads, n, m, d, threshold, seed):
     with torch.no_grad():
         q, k = problem(b, heads, n, m, d, seed=seed)

@@ -161,7 +161,7 @@ def test_gradients_in_float64(name, way):
     masked=st.booleans(), bias=st.booleans(), fewest=st.sampled_from([1, 100]),
     batch=st.integers(1, 5), at_once=st.integers(1, 2000), seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_agrees_with_torchvision_on_any_shape(size, kernel, stride, padding, dilation, groups, offset_groups, fewest, at_once, **rest):
     size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, d, k, p in zip(size, dilation, kernel, padding, strict=True))
     channels = (groups * offset_groups * 2, groups * 2)

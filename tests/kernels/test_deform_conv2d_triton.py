@@ -75,7 +75,7 @@ def tiled(*sizes):
     masked=st.booleans(), bias=st.booleans(), batch=st.integers(1, 2), spread=st.sampled_from([0.0, 1.0, 20.0]),
     dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)), tile=st.sampled_from(TILES), seed=st.integers(0, 99),
 )
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking would take long in the interpreter
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])  # shrinking would take long in the interpreter
 def test_values_and_gradients_are_those_of_the_reference(kernel_device, size, kernel, padding, dilation, dtype, layout, tile, **rest):
     size = tuple(max(n, d * (k - 1) + 1 - 2 * p) for n, d, k, p in zip(size, dilation, kernel, padding, strict=True))
     arguments = problem(kernel_device, dtype, size, kernel, padding=padding, dilation=dilation, **rest)

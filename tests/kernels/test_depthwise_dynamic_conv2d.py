@@ -69,7 +69,7 @@ def test_every_formulation_is_the_definition(name, formulation):
 
 @given(b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 7), w=st.integers(1, 7), sides=st.tuples(*[st.sampled_from([1, 3])] * 2),
        layout=st.sampled_from(sorted(LAYOUTS)), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_shape(b, c, h, w, sides, layout, seed):
     with torch.no_grad():
         x, kernels, theta = problem((b, c, h, w), sides, seed=seed)

@@ -79,7 +79,7 @@ def test_gradients_in_float64(name):
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)), side=st.integers(1, 5), halo=st.integers(0, 4), stride=st.integers(1, 2),
     heads=st.integers(1, 3), batch=st.integers(1, 3), at_once=st.sampled_from((1, 2000, 1 << 18)), seed=st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_formulations_agree_on_any_shape(size, side, halo, stride, heads, batch, at_once, seed):
     arguments = problem(size, side * stride, halo, stride, heads, batch=batch, seed=seed)
     with pytest.MonkeyPatch.context() as patch:

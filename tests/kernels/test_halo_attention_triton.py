@@ -61,7 +61,7 @@ def check(arguments):
     heads=st.integers(1, 2), widths=st.tuples(st.integers(1, 33), st.integers(1, 33)), dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_values_and_gradients_are_those_of_the_reference(kernel_device, size, side, halo, stride, heads, widths, dtype, seed):
     check(problem(kernel_device, size, side * stride, halo, stride, heads, widths, dtype=dtype, seed=seed))
 

@@ -20,7 +20,7 @@ def means_and_gradient(x, regions, backend):
     size=st.tuples(st.integers(1, 11), st.integers(1, 11)), regions=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     channels=st.integers(1, 70), dtype=st.sampled_from(DTYPES), layout=st.permutations(range(4)), seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_means_and_gradients_are_those_of_the_reference(kernel_device, size, regions, channels, dtype, layout, seed):
     x = torch.randn(2, *size, channels, generator=torch.Generator().manual_seed(seed)).to(kernel_device)
     strided = x.to(dtype).permute(layout).contiguous().permute([layout.index(i) for i in range(4)])
@@ -42,7 +42,7 @@ def routes_and_gradients(q, k, regions, topk, backend):
     sizes=st.tuples(*[st.tuples(st.integers(1, 13), st.integers(1, 13))] * 2), regions=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     channels=st.integers(1, 70), data=st.data(), seed=st.integers(0, 99),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_routes_and_gradients_are_those_of_the_reference(kernel_device, sizes, regions, channels, data, seed):
     topk = data.draw(st.integers(1, regions[0] * regions[1]))
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def test_routes_and_gradients_are_those_of_the_reference(kernel_device, sizes, r
 
 
 @given(dtype=st.sampled_from(DTYPES[1:]), seed=st.integers(0, 99))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_half_precision_chooses_by_affinities_of_float32(kernel_device, dtype, seed):
     q, k = torch.randn(2, 1, 9, 8, 33, generator=torch.Generator().manual_seed(seed)).to(kernel_device, dtype).unbind()
     routes, scores = region_routes(q, k, (5, 4), 5, "triton")

@@ -96,7 +96,7 @@ def test_gradients_in_float64(name):
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), regions=st.tuples(st.integers(1, 4), st.integers(1, 4)), data=st.data(),
     heads=st.integers(1, 3), seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_public_function_agrees_with_the_definition_on_any_shape(size, regions, data, heads, seed):
     topk = data.draw(st.integers(1, regions[0] * regions[1]))
     weighted = data.draw(st.booleans())

@@ -90,7 +90,7 @@ def test_values_and_gradients_are_those_of_the_definition(kernel_device, name, p
     kv_size=st.none() | st.tuples(st.integers(2, 5), st.integers(1, 5)), widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     weighted=st.booleans(), dtype=st.sampled_from(DTYPES), data=st.data(),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_shape(kernel_device, size, regions, kv_size, widths, weighted, dtype, data):
     topk = data.draw(st.integers(1, regions[0] * regions[1]))
     agree(problem(kernel_device, size, regions, topk, kv_size=kv_size, widths=widths, heads=1, weighted=weighted, dtype=dtype))

@@ -54,7 +54,7 @@ def test_is_the_definition_with_gradients_in_every_layout(name, layout, pool):
 
 
 @given(b=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6), c=st.integers(1, 4), k=st.integers(1, 5), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_shape(b, h, w, c, k, seed):
     with torch.no_grad():
         inputs = problem(b, h, w, c, k, seed=seed)

@@ -41,7 +41,7 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
         done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True, timeout=300, check=False)
+                              capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 

@@ -1,6 +1,4 @@
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,16 @@ from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from zoo.errors import InputError
+from zoo.measuring import robustness
+from zoo.measuring.robustness import ALEXNET, Robustness
 from zoo.mm import corruptions
-from zoo.mm.corruptions import ALEXNET, CORRUPTIONS, CorruptImage, Robustness
+from zoo.mm.corruptions import CorruptImage
 from zoo.mm.datasets import DigitsDataset, ImageFolderDataset, Sample, seeded
 from zoo.mm.mask_datasets import DigitScenesDataset
 from zoo.mm.metrics import Accuracy
+from zoo.reading.corruptions import CORRUPTIONS, corrupt
+from zoo.tools._cli import command
 
-ROOT = Path(__file__).parents[2]
 TRANSFORM = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
 
@@ -62,6 +63,8 @@ def test_grey_images_stay_grey_and_pipelines_get_arrays(picture):
 def test_unknown_corruptions(arguments, message):
     with pytest.raises(InputError, match=message):
         CorruptImage(*arguments)
+    with pytest.raises(InputError, match=message):
+        corrupt(np.zeros((40, 40, 3), np.uint8), *arguments)
 
 
 def test_small_images_are_refused_in_a_sentence(picture):
@@ -74,7 +77,7 @@ def test_a_dataset_corrupts_what_is_cropped_before_it_is_normalised():
     foggy = DigitsDataset("val", TRANSFORM, limit=3, corruption={"name": "fog", "severity": 5})
     sample = Sample(0, 7)
     with seeded(7):
-        pixels = CorruptImage("fog", 5)(clean.images[0])
+        pixels = CorruptImage("fog", 5)(clean.read(0)[0])
     expected = (torch.from_numpy(np.array(pixels)).float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(foggy[sample]["inputs"][0], expected)
     assert not torch.equal(clean[sample]["inputs"], foggy[sample]["inputs"])
@@ -103,7 +106,7 @@ def test_errors_are_of_the_score_of_the_task(metrics, error):
 
 
 def test_what_cannot_be_corrupted_is_known_before_it_is_evaluated(monkeypatch):
-    monkeypatch.setattr(corruptions, "evaluate", None)
+    monkeypatch.setattr(corruptions, "evaluate_each", None)
     with pytest.raises(InputError, match="attention_unet3d_mni152, of MNI152Dataset, cannot be corrupted: .* unknown key .corruption.;"):
         corruptions.evaluate_corruptions("attention_unet3d_mni152", "x.pth")
     with pytest.raises(InputError, match="in the place of image folders, and the test data of biformer_nano_digits are of DigitsDataset"):
@@ -119,25 +122,26 @@ def test_mean_corruption_error_is_the_papers():
     expected = np.mean([100 * (10 * i + 140) / (5 * 50.0) for i in range(15)])
     assert found.mean_corruption_error(baseline) == pytest.approx(expected)
     assert found.mean_error == pytest.approx(np.mean([10 * i + 140 for i in range(15)]) / 5)
+    assert tuple(ALEXNET) == CORRUPTIONS
     alexnet = Robustness(43.5, {name: (error,) * 5 for name, error in ALEXNET.items()})
     assert alexnet.mean_corruption_error(ALEXNET) == pytest.approx(100)
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["test.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools/test.py"), run_name="__main__")
+            command(["test", *map(str, arguments)])
         return end.value.code
     return run
 
 
 def test_the_tool_prints_writes_and_draws(tiny_train, tool, tmp_path, monkeypatch, capsys):
     _, metrics, folder = tiny_train("run", "train_cfg.max_epochs=1", "train_cfg.val_interval=1")
-    monkeypatch.setattr(corruptions, "CORRUPTIONS", ("fog", "contrast"))
-    monkeypatch.setattr(corruptions, "SEVERITIES", (1, 5))
-    monkeypatch.setattr(corruptions, "_draw", lambda found, baseline: _Page())
+    for module in (corruptions, robustness):
+        monkeypatch.setattr(module, "CORRUPTIONS", ("fog", "contrast"))
+        monkeypatch.setattr(module, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(robustness, "_draw", lambda found, baseline: _Page())
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps({"clean": 1.0, "errors": {"fog": [50.0], "contrast": [80.0]}}))
     command = ["biformer_nano_digits", folder / "epoch_1.pth", "--corruptions", tmp_path / "out", "--baseline", baseline,
@@ -162,7 +166,7 @@ class _Page:
 
 def test_curves_are_drawn_for_every_corruption(tmp_path):
     found = Robustness(5.0, dict.fromkeys(CORRUPTIONS, (10.0, 20.0, 30.0, 40.0, 50.0)))
-    _, curves = corruptions.write_report(found, tmp_path, ALEXNET)
+    _, curves = robustness.write_report(found, tmp_path, ALEXNET)
     with Image.open(curves) as drawn:
         assert drawn.width > 1000 and np.asarray(drawn.convert("L")).std() > 10
 

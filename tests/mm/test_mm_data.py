@@ -85,8 +85,8 @@ def test_digits_are_split_once_and_evenly():
     transform = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
     train, held_out = (DigitsDataset(split, transform) for split in ("train", "val"))
     assert (len(train), len(held_out)) == (1437, 360)
-    assert set(np.bincount(held_out.targets)) <= {35, 36, 37}
-    pixels = [{image.tobytes() for image in part.images} for part in (train, held_out)]
+    assert set(np.bincount(held_out.digits.targets)) <= {35, 36, 37}
+    pixels = [{image.tobytes() for image in part.digits.images} for part in (train, held_out)]
     assert not pixels[0] & pixels[1]
     assert train[Sample(0, 0)]["inputs"].shape == (1, 32, 32)
     assert DigitsDataset("val", {"input_size": 32}, mode="RGB")[Sample(0, 0)]["inputs"].shape == (3, 32, 32)

@@ -20,7 +20,7 @@ from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
 from zoo.mm.segmentor import Segmentor
-from zoo.predicting.sliding import segment
+from zoo.predicting.sliding_windows import segment
 from zoo.seeing.gate_pictures import picture_gates
 
 ROOT = Path(__file__).parents[2]

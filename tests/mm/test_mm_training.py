@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from short_runs import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,7 +40,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     options = [*TINY[2:4], *TINY[6:], "train_dataloader.num_workers=2", "train_cfg.max_epochs=3", "train_cfg.val_interval=1",
                "model.args.drop_path_rate=0.2", "model.mixup.prob=1.0"]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    python("tools/train.py", "biformer_nano_digits", "--work-dir", unbroken, "--cfg-options", *options)
+    python("-m", "zoo", "train", "biformer_nano_digits", "--work-dir", unbroken, "--cfg-options", *options)
 
     python("-c", KILL_IN_EPOCH, broken, *options, code=-9)
     assert (broken / "last_checkpoint").read_text().endswith("epoch_1.pth")
@@ -49,7 +50,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     assert not (broken / "epoch_2.pth").exists()
     assert load_from_local(broken / "epoch_1.pth")["meta"]["epoch"] == 1
 
-    done = python("tools/train.py", "biformer_nano_digits", "--work-dir", broken, "--resume", "--cfg-options", *options)
+    done = python("-m", "zoo", "train", "biformer_nano_digits", "--work-dir", broken, "--resume", "--cfg-options", *options)
     assert "resumed epoch: 1, iter: 4" in done.stdout and str(broken) in done.stdout.splitlines()[-1]
     assert not list(broken.glob(f"{TEMPORARY}*"))
     ends = [load_from_local(folder / "epoch_3.pth") for folder in (unbroken, broken)]
@@ -70,7 +71,7 @@ def test_a_run_leaves_averaged_weights_a_record_and_scalars(tiny_train):
         "task": "classification", "model": "test_vit",
         "model_args": {"num_classes": 10, "in_chans": 1, "img_size": 32, "drop_path_rate": 0.1},
         "classes": [str(digit) for digit in range(10)], "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,),
-        "interpolation": "bilinear", "crop_pct": 1.0}
+        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*"))))
     events.Reload()
@@ -91,6 +92,41 @@ def test_the_average_is_the_one_asked_for(tiny_train, monkeypatch):
     for head in heads[1:]:
         average = 0.7 * average + 0.3 * head
     torch.testing.assert_close(checkpoint["state_dict"]["model.head.weight"], average)
+
+
+@pytest.mark.parametrize("report", ["weights", "both"])
+def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, report):
+    options = ["custom_hooks.1.decay=0.5", "train_cfg.val_interval=1"]
+    average, own, _ = tiny_train("average", *options)
+    checkpoint, metrics, folder = tiny_train("reported", *options, f"custom_hooks.1.report={report}")
+    for name, value in checkpoint["state_dict"].items():  # the same run, told the other way round
+        assert torch.equal(value, average["ema_state_dict"][f"module.{name}"])
+        assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], average["state_dict"][name])
+    assert evaluate("biformer_nano_digits", folder / "epoch_2.pth", cfg_options=TINY) == {
+        name: value for name, value in metrics.items() if not name.endswith("_ema")}
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*"))))
+    events.Reload()
+    if report == "both":
+        assert {f"{name}_ema": value for name, value in own.items()}.items() <= metrics.items()
+        assert events.Scalars("accuracy/top1_ema")[-1].value == pytest.approx(own["accuracy/top1"])
+    else:
+        assert not any(name.endswith("_ema") for name in metrics)
+
+
+def test_resumed_training_tells_weights_and_average_apart(tiny_train, tmp_path):
+    """Whichever of them the checkpoint reports, and whichever the resumed run does."""
+    options = ["custom_hooks.1.decay=0.5", "train_cfg.max_epochs=3", "train_cfg.val_interval=3"]
+    whole, _, _ = tiny_train("whole", *options)
+    _, _, first = tiny_train("first", *options, "custom_hooks.1.report=weights")
+    for report, kept in (("average", whole["state_dict"]), ("weights", _without_module(whole["ema_state_dict"]))):
+        resumed, _, _ = tiny_train(f"resumed-{report}", *options, f"custom_hooks.1.report={report}", resume=first / "epoch_2.pth")
+        other = whole["state_dict"] if report == "weights" else _without_module(whole["ema_state_dict"])
+        for found, expected in ((resumed["state_dict"], kept), (_without_module(resumed["ema_state_dict"]), other)):
+            assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _without_module(state: dict) -> dict:
+    return {name.removeprefix("module."): value for name, value in state.items() if name.startswith("module.")}
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine(tiny_train):
@@ -132,6 +168,20 @@ def test_old_checkpoints_go_and_the_best_stays(tiny_train):
     _, _, folder = tiny_train("keep", "train_cfg.max_epochs=4", "default_hooks.checkpoint.max_keep_ckpts=2")
     assert {path.name for path in folder.glob("*.pth") if not path.name.startswith("best")} == {"epoch_3.pth", "epoch_4.pth"}
     assert len(list(folder.glob("best_accuracy_top1_*.pth"))) == 1
+    assert {path.stem for path in folder.glob("*.safetensors")} == {path.stem for path in folder.glob("*.pth")}
+
+
+def test_weights_beside_a_checkpoint_are_those_evaluated_and_timm_reads_them(tiny_train):
+    args = {"num_classes": 10, "in_chans": 1}
+    checkpoint, _, folder = tiny_train("beside", "model.name=biformer_nano", f"model.args={args}", "train_cfg.val_interval=1")
+    assert "ema_state_dict" in checkpoint  # the average is what is evaluated
+    for path in folder.glob("*.safetensors"):
+        evaluated = load_from_local(path.with_suffix(".pth"))["state_dict"]
+        for how in (dict(checkpoint_path=path), *(dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+                                                  for file in (path, path.with_suffix(".pth")))):
+            weights = timm.create_model("biformer_nano", **how, **args).state_dict()
+            assert all(torch.equal(value, evaluated[f"model.{name}"]) for name, value in weights.items())
+    assert len(list(folder.glob("*.safetensors"))) == 3  # two epochs and the best
 
 
 def test_resuming_a_finished_run_gives_its_metrics(tiny_train):
@@ -144,7 +194,7 @@ def test_two_processes_agree_with_one(python, tiny_train, tmp_path):
     same = ["model.mixup=None", "model.args.drop_path_rate=0.0", "optim_wrapper.optimizer={'type': 'SGD', 'lr': 0.05}"]
     one, _, _ = tiny_train("one", *same)
     two = tmp_path / "two"
-    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train.py", "biformer_nano_digits",
+    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "zoo", "train", "biformer_nano_digits",
            "--work-dir", two, "--cfg-options", *TINY, *same, "train_dataloader.batch_size=8", "val_dataloader.dataset.limit=41")
     both = load_from_local(two / "epoch_2.pth")
     for name, value in one["state_dict"].items():
@@ -152,7 +202,7 @@ def test_two_processes_agree_with_one(python, tiny_train, tmp_path):
 
 
 def test_the_digits_config_runs_in_two_processes(python, tmp_path):
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train.py", "biformer_nano_digits",
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "zoo", "train", "biformer_nano_digits",
                   "--work-dir", tmp_path, "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.limit=128",
                   "train_dataloader.batch_size=16", "val_dataloader.dataset.limit=41")
     checkpoint = load_from_local(tmp_path / "epoch_1.pth")

@@ -7,8 +7,8 @@ from torch import nn
 
 from benchmarks import resnet50
 from zoo.errors import InputError
-from zoo.measuring import benchmark as measuring
-from zoo.measuring.benchmark import Comparison, Side, benchmark
+from zoo.measuring import model_benchmark as measuring
+from zoo.measuring.model_benchmark import Comparison, Side, benchmark
 
 SIZE = ["--size", "32", "32", "--batch", "2", "--threads", "1", "--rounds", "3"]
 

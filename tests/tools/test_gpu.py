@@ -1,28 +1,34 @@
 import argparse
+import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import gpu as gpu_tool
 from benchmarks import kernel_cases
 from zoo.errors import InputError
+
+UNHURRIED = ["--seconds", "1000000"]  # no test depends on the machine's speed
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["tunes"], "there is no step 'tunes'; steps are check, tune, measure, train"),
     ([], "torch finds no GPU here; --dry-run goes through the steps on the CPU"),
 ])
-def test_wrong_use_is_one_line(load_tool, arguments, message, monkeypatch):
+def test_wrong_use_is_one_line(arguments, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=message):
-        load_tool("gpu").main(arguments)
+        gpu_tool.main(arguments)
 
 
 @pytest.fixture
-def dry(load_tool, monkeypatch):
+def dry(monkeypatch):
     """The tool, with one operator to measure, and what its pages say."""
-    gpu, pages = load_tool("gpu"), {}
+    gpu, pages = gpu_tool, {}
     monkeypatch.setattr(gpu, "write", lambda name, title, text, args: pages.__setitem__(name, text))
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": kernel_cases.CASES["region_routes"]})
     return gpu, pages
@@ -30,9 +36,9 @@ def dry(load_tool, monkeypatch):
 
 def test_dry_run_measures(dry, capsys):
     gpu, pages = dry
-    assert gpu.main(["measure", "--dry-run"]) == 0
+    assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
     assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | reference |" in pages["kernels"]
-    assert gpu.main(["train", "--dry-run"]) == 0
+    assert gpu.main(["train", "--dry-run", *UNHURRIED]) == 0
     assert "| biformer_nano | 2 |" in pages["training"]
     assert pages["kernels"] in capsys.readouterr().out
 
@@ -54,21 +60,26 @@ def test_what_fails_is_said_beside_what_was_measured(dry, monkeypatch):
             yield case._replace(rivals=case.rivals | {"broken": kernel_cases.side(torch.linalg.inv, torch.zeros(2, 3))})
 
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": cases})
-    assert gpu.main(["measure", "--dry-run"]) == 0
+    assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
     assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | pytorch | " in pages["kernels"]
 
     monkeypatch.setattr(gpu.benchmark, "training_throughput", lambda model, backend, *_: 1 / 0 if backend is None else 2.0)
     monkeypatch.setattr(gpu, "MODELS", ("biformer_nano",))
-    gpu.train("cpu", gpu.benchmark.Deadline(100), argparse.Namespace(dry_run=False))
+    gpu.train("cpu", gpu.benchmark.Deadline(math.inf), argparse.Namespace(dry_run=False))
     assert pages["training"].endswith("| biformer_nano | 64 | failed: ZeroDivisionError: division by zero | 2 |  |")
 
 
-def test_steps_are_processes_and_the_rest_goes_on(load_tool, monkeypatch, capsys):
-    gpu, done = load_tool("gpu"), []
+def test_steps_are_processes_and_the_rest_goes_on(monkeypatch, capsys):
+    gpu, done = gpu_tool, []
+
+    now = 5.0
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now))
 
     def run(command, timeout, **_):
-        step, left = command[2], int(command[4])
-        done.append((step, left, command[5:]))
+        nonlocal now
+        now += 10
+        step, left = command[3], int(command[5])
+        done.append((step, left, command[6:]))
         assert left < timeout
         if step == "tune":
             raise subprocess.TimeoutExpired(command, timeout)
@@ -77,25 +88,37 @@ def test_steps_are_processes_and_the_rest_goes_on(load_tool, monkeypatch, capsys
     monkeypatch.setattr(gpu.subprocess, "run", run)
     assert gpu.main(["--dry-run", "--seconds", "104", "--output", "there"]) == 1
     rest = ["--dry-run", "--output", gpu.Path("there")]
-    assert done == [("check", 30, rest), ("tune", 56, rest), ("measure", 86, rest), ("train", 104, rest)]
+    assert done == [("check", 30, rest), ("tune", 46, rest), ("measure", 66, rest), ("train", 74, rest)]  # of 30, 56, 86 and 104
     said = capsys.readouterr().out
     assert "tune did not end and was stopped" in said and "failed: check, tune" in said
 
 
-def test_a_step_is_a_process(load_tool):
-    assert load_tool("gpu").run_alone("train", 0, argparse.Namespace(dry_run=True, output=None))
+def test_a_step_is_a_process(monkeypatch):
+    gpu = gpu_tool
+    monkeypatch.setattr(gpu, "GRACE", math.inf)
+    assert gpu.run_alone("train", 0, argparse.Namespace(dry_run=True, output=None))
 
 
-def test_tests_that_take_too_long_are_stopped_and_say_what_failed(load_tool, monkeypatch, capfd):
-    gpu, popen = load_tool("gpu"), subprocess.Popen
-    slow = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('failed: this')"
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: popen([sys.executable, "-c", slow]))
-    assert not gpu.check("cpu", gpu.benchmark.Deadline(3), argparse.Namespace(dry_run=True, seconds=3))
+def test_tests_that_take_too_long_are_stopped_and_say_what_failed(monkeypatch, capfd, tmp_path):
+    gpu, popen, started = gpu_tool, subprocess.Popen, tmp_path / "started"
+    os.mkfifo(started)
+    endless = f"try:\n    open({str(started)!r}, 'w').close()\n    while True: pass\nexcept KeyboardInterrupt:\n    print('failed: this')"
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: popen([sys.executable, "-c", endless]))
+    monkeypatch.setattr(gpu, "LAST_WORDS", math.inf)
+
+    class WhenStarted:
+        """A deadline that has come when the tests have begun, however long that takes."""
+
+        @property
+        def left(self) -> int:
+            return len(started.read_text())
+
+    assert not gpu.check("cpu", WhenStarted(), argparse.Namespace(dry_run=True, seconds=3))
     said = capfd.readouterr().out
     assert "the tests were not done after 3 seconds and were stopped" in said and "failed: this" in said
 
 
-def test_results_are_copied(load_tool, tmp_path):
-    gpu = load_tool("gpu")
+def test_results_are_copied(tmp_path):
+    gpu = gpu_tool
     gpu.copy(gpu.CONFIGURATIONS, argparse.Namespace(output=tmp_path / "out"))
     assert (tmp_path / "out" / "configurations.json").read_bytes() == gpu.CONFIGURATIONS.read_bytes()

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 from zoo import checkpoints
 from zoo.errors import InputError
+from zoo.unpickling import Ignored
 
 
 class CreatesFile:
@@ -28,7 +30,8 @@ class Harmless:
 
 def record(**changes) -> dict:
     return {"task": "classification", "model": "test_resnet", "model_args": {"in_chans": 1}, "classes": ["a", "b"],
-            "input_size": (1, 32, 48), "mean": [0.1], "std": [0.2], "interpolation": "nearest", "crop_pct": 0.5, **changes}
+            "input_size": (1, 32, 48), "mean": [0.1], "std": [0.2], "interpolation": "nearest", "crop_pct": 0.5,
+            "crop_mode": "squash", **changes}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,8 @@ def test_reads_what_is_allowed_and_nothing_else(tmp_path):
     torch.save([Harmless(3)], tmp_path / "x.pth")
     assert checkpoints.read(tmp_path / "x.pth", allow=[Harmless]) == [Harmless(3)]
     with pytest.raises(InputError, match="Harmless"):
-        checkpoints.read(tmp_path / "x.pth")
+        checkpoints.read(tmp_path / "x.pth", allow=[argparse.Namespace])
+    assert isinstance(checkpoints.read(tmp_path / "x.pth")[0], Ignored)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, 1000, -10])
@@ -120,7 +124,7 @@ def test_model_of_training(tmp_path, weights):
     assert not model.training
     assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
     assert (info.name, info.classes, info.input_size) == ("test_resnet", ("a", "b"), (1, 32, 48))
-    expected = {"mean": (0.1,), "std": (0.2,), "interpolation": "nearest", "crop_pct": 0.5}
+    expected = {"mean": (0.1,), "std": (0.2,), "interpolation": "nearest", "crop_pct": 0.5, "crop_mode": "squash"}
     assert {key: info.data_config[key] for key in expected} == expected
 
 
@@ -139,7 +143,7 @@ def test_records_of_the_engine_are_read_as_nothing_and_without_it(tmp_path, weig
     hub = {"log_scalars": {"loss": log}, "runtime_info": {"lr": np.float64(0.1), "n": np.int64(3), "x": np.arange(2)}}
     path = tmp_path / "x.pth"
     torch.save(trained(weights) | {"message_hub": hub}, path)
-    assert isinstance(checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)["message_hub"]["log_scalars"]["loss"], checkpoints.Ignored)
+    assert isinstance(checkpoints.read(path)["message_hub"]["log_scalars"]["loss"], Ignored)
     script = ("import sys; sys.modules['mmengine'] = None\n"
               f"from zoo.checkpoints import load_model; print(load_model({str(path)!r})[1].classes)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -157,7 +161,7 @@ def test_stand_ins_hide_no_code(tmp_path, weights):
 def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     path = tmp_path / "x.pth"
     torch.save(weights, path)
-    with pytest.raises(InputError, match=r"not a checkpoint of tools/train.py: it holds conv1.0.weight, .* 'zoo' and 'state_dict'"):
+    with pytest.raises(InputError, match=r"not a checkpoint of `zoo train`: it holds conv1.0.weight, .* 'zoo' and 'state_dict'"):
         checkpoints.load_model(path)
     torch.save([1], path)
     with pytest.raises(InputError, match="it holds list"):
@@ -173,7 +177,7 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
         checkpoints.load_model(path)
     for task, kind in [("mmseg", "segmentor of mmsegmentation"), ("mmdet", "detector of mmdetection")]:
         torch.save({"zoo": {"task": task, "model": {"type": "X"}}, "state_dict": {}}, path)
-        with pytest.raises(InputError, match=f"x.pth holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does"):
+        with pytest.raises(InputError, match=f"x.pth holds a {kind}, which `zoo predict` and `zoo export` take and this does"):
             checkpoints.load_model(path)
 
 
@@ -185,6 +189,7 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     ("mean", ["a"], "a list of numbers is"), ("mean", [], "a list of numbers is"), ("mean", [float("nan")], "a list of numbers is"),
     ("std", [0.0], "a list of numbers above 0 is"), ("std", 1, "a list of numbers above 0 is"),
     ("interpolation", "foo", "one of nearest, bilinear, .* is"), ("interpolation", ["nearest"], "one of nearest, bilinear, .* is"),
+    ("crop_mode", "wide", "one of center, squash, border is"),
     ("crop_pct", "a", "a number from 0.01 to 1 is"), ("crop_pct", 0.0, "a number from 0.01 to 1 is"),
     ("spacing", (1, 1), "3 numbers above 0 is"), ("clip", (40, 40), "a number and a greater one is"),
 ])

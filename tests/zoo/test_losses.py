@@ -9,7 +9,7 @@ from torch.overrides import _get_current_function_mode_stack
 import zoo
 from zoo.kernels.attention_similarity.reference import row_similarity
 from zoo.layers import TokenMixing
-from zoo.measuring.benchmark import _peak_memory
+from zoo.measuring.model_benchmark import _peak_memory
 from zoo.models.biformer import GlobalAttention
 
 THRESHOLD = 0.9

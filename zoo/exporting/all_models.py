@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.exporting.single import INPUT, ExportError, export_onnx, open_session
+from zoo.exporting.onnx import INPUT, ExportError, export_onnx, open_session
 from zoo.files import make_folder, replacing
 from zoo.threads import torch_threads
 

@@ -1,19 +1,20 @@
-"""Checkpoints of the engine: read without running code, written so that a kill at any moment leaves a whole one.
-
-Importing this module replaces mmengine's loaders, all of which unpickle without restriction when the safe way fails,
-and the writer of local files.
-"""
+"""Checkpoints of the engine: read without running code, written so that a kill at any moment leaves a whole one."""
+import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from unittest import mock
 
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend
+from mmengine.fileio.backends import backends, prefix_to_backends
+from mmengine.fileio.io import backend_instances
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
@@ -52,10 +53,6 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     return checkpoint
 
 
-CheckpointLoader._schemes.clear()
-CheckpointLoader.register_scheme("", load_from_local)
-
-
 class AtomicBackend(LocalBackend):
     """Local files that appear under their name only once they are complete."""
 
@@ -74,8 +71,18 @@ class AtomicBackend(LocalBackend):
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def remove(self, filepath: str | Path) -> None:
+        """Removes a checkpoint together with the weights beside it."""
+        super().remove(filepath)
+        weights_beside(filepath).unlink(missing_ok=True)
+
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         self.put(obj.encode(encoding), filepath)
+
+
+def weights_beside(checkpoint: str | Path) -> Path:
+    """Where the weights alone of a checkpoint are, as safetensors by the names of the network, which timm.create_model reads."""
+    return Path(checkpoint).with_suffix(".safetensors")
 
 
 def _umask() -> int:
@@ -84,7 +91,15 @@ def _umask() -> int:
     return mask
 
 
-register_backend("local", AtomicBackend, prefixes="", force=True)
+@contextlib.contextmanager
+def safe_files() -> Iterator[None]:
+    """Inside, the engine reads checkpoints by `load_from_local` and writes local files by `AtomicBackend`, whoever asks it to.
+
+    Its own loaders, all of which unpickle without restriction when the safe way fails, are there again afterwards.
+    """
+    with (mock.patch.object(CheckpointLoader, "_schemes", {"": load_from_local}), mock.patch.dict(backends, local=AtomicBackend),
+          mock.patch.dict(prefix_to_backends, {"": AtomicBackend}), mock.patch.dict(backend_instances, clear=True)):
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -101,7 +116,32 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones."""
+    """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.
+
+    Beside every checkpoint of a network that timm knows there are its weights alone, see `weights_beside`: those that are evaluated,
+    the average where one is kept. They go when the checkpoint goes.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Comes after the other hooks, so that `state_dict` is what is evaluated."""
+        self.weights = None
+        if checkpoint.get("zoo", {}).get("task") in checkpoints.TASKS:
+            self.weights = {name.removeprefix(checkpoints.MODEL_PREFIX): value.clone(memory_format=torch.contiguous_format)
+                            for name, value in checkpoint["state_dict"].items() if name.startswith(checkpoints.MODEL_PREFIX)}
+
+    def _put_weights(self, checkpoint: str | Path) -> None:
+        if is_main_process() and self.weights is not None:
+            self.file_backend.put(safetensors.torch.save(self.weights, {"format": "pt"}), weights_beside(checkpoint))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        before = self._best_paths()
+        super()._save_best_checkpoint(runner, metrics)
+        for path in self._best_paths() - before:
+            self._put_weights(path)
+
+    def _best_paths(self) -> set[str]:
+        paths = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
+        return {path for path in paths if path}
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated: set[int] = set()
@@ -116,14 +156,17 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.save_checkpoint(self.out_dir, name, save_optimizer=self.save_optimizer,
                                save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
                                backend_args=self.backend_args)
+        self._put_weights(self.last_ckpt)
         if is_main_process():
             self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir) / "last_checkpoint")
             for old in outdated:
-                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+                path = Path(self.out_dir, self.filename_tmpl.format(old))
+                if path.exists():
+                    self.file_backend.remove(path)
 
 
-def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> None:
-    """Raises InputError unless the checkpoint at `path` holds weights for `model`.
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> dict:
+    """The weights in the checkpoint at `path`. Raises InputError unless they are weights for `model`.
 
     `whole`: all of them, and no others; otherwise at least one. With `optim_wrapper`, also what training needs to go on
     with it; its state is then the checkpoint's.
@@ -133,7 +176,11 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict):
-        raise InputError(f"{path} is not a checkpoint of tools/train.py: its state_dict is a {type(weights).__name__}")
+        raise InputError(f"{path} is not a checkpoint of `zoo train`: its state_dict is a {type(weights).__name__}")
+    weights = dict(weights)
+    for place, part in model.named_modules():
+        if hasattr(part, "take_authors_names"):  # as loading lets it
+            part.take_authors_names(weights, f"{place}.")
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
     if whole and needed != given:
@@ -144,6 +191,7 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
         raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")
     if optim_wrapper is not None:
         _check_resumable(path, checkpoint, optim_wrapper)
+    return weights
 
 
 def _check_resumable(path: str | Path, checkpoint: dict, optim_wrapper: OptimWrapper) -> None:

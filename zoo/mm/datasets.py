@@ -4,7 +4,6 @@ What augmentation draws is a pure function of (seed, epoch, image, repeat): the 
 index and the dataset draws under it. So neither the number of workers nor an interruption changes a batch.
 """
 import contextlib
-import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,14 +14,14 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform
-from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import auto_augment, create_transform
+from timm.data.constants import DEFAULT_CROP_MODE, DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets import ImageFolder
 
-from zoo.errors import InputError, near_misses
-from zoo.reading.masks import check_split
+from zoo.errors import InputError
+from zoo.reading.class_folders import find_classes, list_labelled
+from zoo.reading.digits import CLASSES, Digits
 from zoo.reading.pictures import open_picture
 
 
@@ -96,6 +95,7 @@ class LabelledImages(Dataset):
             self.transform = create_transform(**transform)
         except (TypeError, AssertionError) as error:
             raise InputError(f"the transform cannot be set up: {error}") from error
+        keep_a_bit(self.transform.transforms)
         if corruption is not None:
             steps = self.transform.transforms
             place = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
@@ -107,6 +107,7 @@ class LabelledImages(Dataset):
             "std": tuple(transform.get("std", IMAGENET_DEFAULT_STD)),
             "interpolation": transform.get("interpolation", "bilinear"),
             "crop_pct": transform.get("crop_pct") or DEFAULT_CROP_PCT,
+            "crop_mode": transform.get("crop_mode") or DEFAULT_CROP_MODE,
         }
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -118,49 +119,43 @@ class LabelledImages(Dataset):
             return {"inputs": self.transform(image), "targets": target}
 
 
+def keep_a_bit(steps: list) -> None:
+    """Lets the auto-augmentations among timm's `steps` posterize to one bit where they draw a strength of none, which Pillow refuses."""
+    for step in steps:
+        for parts in (getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            for part in parts:
+                if part.aug_fn is auto_augment.posterize:
+                    part.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **others: object) -> Image.Image:
+    return auto_augment.posterize(image, max(1, bits_to_keep), **others)
+
+
 def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)[-2:]
 
 
 @DATASETS.register_module()
 class DigitsDataset(LabelledImages):
-    """scikit-learn's 1797 handwritten digits, 8×8 grey pixels each, scaled up to `size`×`size` pixels.
-
-    The split is fixed: 360 digits, drawn once with equal shares of the classes, are the "val" part, the rest "train".
+    """scikit-learn's handwritten digits, `zoo.reading.digits.Digits`.
 
     Args:
-        split: "train" or "val".
+        split, size, mode, limit: see there; `size` is before the transform.
         transform: arguments of timm's `create_transform`.
-        size: pixels on a side before the transform.
-        mode: PIL's mode of the images, "L" (one channel) or "RGB".
-        limit: use only that many of the images.
         corruption: see `LabelledImages`.
     """
 
-    HELD_OUT = 360
-
     def __init__(self, split: str, transform: Mapping, size: int = 32, mode: str = "L", limit: int | None = None,
                  corruption: Mapping | None = None):
-        from sklearn.datasets import load_digits  # takes a second, which other datasets need not wait for
-        from sklearn.model_selection import train_test_split
-
-        super().__init__([str(digit) for digit in range(10)], transform, corruption)
-        check_split(split)
-        if mode not in ("L", "RGB"):
-            raise InputError(f"mode={mode!r}: it is 'L' or 'RGB'")
-        pixels, targets = load_digits(return_X_y=True)
-        pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        parts = train_test_split(pixels, targets, test_size=self.HELD_OUT, stratify=targets, random_state=0)
-        pixels, targets = parts[0::2] if split == "train" else parts[1::2]
-        upsample = lambda digit: Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).convert(mode)  # noqa: E731
-        self.images = [upsample(digit) for digit in pixels[:limit]]
-        self.targets = targets[:limit].tolist()
+        super().__init__(list(CLASSES), transform, corruption)
+        self.digits = Digits(split, size, mode, limit)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.digits)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.targets[index]
+        return self.digits.read(index)
 
 
 @DATASETS.register_module()
@@ -180,27 +175,14 @@ class ImageFolderDataset(LabelledImages):
 
     def __init__(self, root: str, split: str, transform: Mapping, classes: str | None = None, corruption: Mapping | None = None):
         self.folder = Path(root) / split
-        if not Path(root).is_dir():
-            raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
-        if not self.folder.is_dir():
-            raise InputError(f"the data folder {root} has no {split}/{near_misses(split, os.listdir(root))}")
-        folders = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
-        if not folders:
-            raise InputError(f"{self.folder} holds no folders of classes, where {split}/CLASS/*.jpg is needed")
-        names = folders if classes is None else _known_classes(classes)
-        if unknown := [name for name in folders if name not in names]:
-            raise InputError(f"{self.folder} has a folder {unknown[0]}, which is no class of {classes}")
+        names, self.scored = find_classes(root, split, classes)
         super().__init__(names, transform, corruption)
-        self.metainfo["scored"] = [names.index(name) for name in folders]
+        self.metainfo["scored"] = self.scored
         self.samples: list[tuple[str, int]] = []
 
     def full_init(self) -> None:
         """Lists the files, which takes a while for a large dataset; the engine calls it before it reads."""
-        try:
-            listed = ImageFolder(self.folder).samples
-        except FileNotFoundError as error:
-            raise InputError(f"{self.folder}: {error}") from None
-        self.samples = [(path, self.metainfo["scored"][folder]) for path, folder in listed]
+        self.samples = [(path, self.scored[folder]) for path, folder in list_labelled(self.folder)]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -208,10 +190,3 @@ class ImageFolderDataset(LabelledImages):
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
         return open_picture(path), target
-
-
-def _known_classes(name: str) -> list[str]:
-    try:
-        return ImageNetInfo(name).label_names()
-    except AssertionError as error:
-        raise InputError(f"classes={name!r} is no list of timm's; imagenet-1k is one") from error

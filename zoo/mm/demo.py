@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.checkpoints import load_trained
-from zoo.exporting.single import Exported, export_onnx
+from zoo.exporting.onnx import Exported, export_onnx
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
 from zoo.mm.datasets import DigitsDataset
 from zoo.mm.training import train
-from zoo.predicting.classes import Prediction, predict, write_annotated
+from zoo.predicting.classification import Prediction, predict, write_annotated
 
 CONFIG = "biformer_nano_digits"
 PICTURED = 36

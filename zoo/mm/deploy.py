@@ -1,4 +1,4 @@
-"""Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.single.export_onnx` takes.
+"""Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.onnx.export_onnx` takes.
 
 What comes before and after such a network is in the metadata of its file, as JSON:
 
@@ -8,24 +8,26 @@ What comes before and after such a network is in the metadata of its file, as JS
             of a pixel is the largest. Where `test_cfg` has the mode "slide", of windows of `crop_size` every `stride`,
             averaged where they overlap
     found   (B, N, 4 + classes), of a RetinaNet: at every anchor the box (left, top, right, bottom, as fractions of width and
-            height) and the score of each class. `detections` is what remains, in NumPy, with the numbers of `test_cfg`
+            height) and the score of each class. What remains is what
+            `zoo.predicting.detections.detections` gives, with the numbers of `test_cfg`
 """
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.checkpoints import ModelInfo
+from zoo.checkpoints import ModelInfo, Opened
 from zoo.errors import InputError
-from zoo.mm.downstream import SceneInfo, load_scene_model
+from zoo.exporting.adaptive_pooling import AdaptiveAvgPool
+from zoo.mm.downstream import load_scene_model
 from zoo.mm.networks import plain
+from zoo.predicting.scenes import SceneInfo
 
 
-def load_deployable(path: str | Path) -> tuple[nn.Module, ModelInfo]:
+def load_deployable(checkpoint: str | Path | Opened) -> tuple[nn.Module, ModelInfo]:
     """The network in a checkpoint of a segmentor or RetinaNet, and what its file is to say. Raises InputError for another."""
-    return deployable(*load_scene_model(path))
+    return deployable(*load_scene_model(checkpoint))
 
 
 def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
@@ -89,23 +91,6 @@ def _padded(images: Tensor, divisor: int) -> Tensor:
     return F.pad(images, (0, width, 0, height))
 
 
-class AdaptiveAvgPool(nn.Module):
-    """`nn.AdaptiveAvgPool2d` as a product of matrices, which ONNX has for any size of its input."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._weights(x.shape[2], x) @ x @ self._weights(x.shape[3], x).T
-
-    def _weights(self, length: int, like: Tensor) -> Tensor:
-        """(size, length): row i averages the positions from ⌊i·length / size⌋ to before ⌈(i + 1)·length / size⌉."""
-        i, position = torch.arange(self.size, device=like.device)[:, None], torch.arange(length, device=like.device)
-        inside = (position >= i * length // self.size) & (position < ((i + 1) * length + self.size - 1) // self.size)
-        return inside.to(like.dtype) / inside.sum(1, keepdim=True)
-
-
 def _exportable(model: nn.Module) -> nn.Module:
     """Puts layers that export with free sizes into the places of those that do not."""
     for parent in list(model.modules()):
@@ -115,32 +100,3 @@ def _exportable(model: nn.Module) -> nn.Module:
             elif type(child).__name__ == "Upsample" and getattr(child, "scale_factor", None):  # mmseg's multiplies sizes as floats
                 setattr(parent, name, nn.Upsample(None, child.scale_factor, child.mode, child.align_corners))
     return model
-
-
-def detections(found: np.ndarray, size: tuple[int, int], *, score_thr: float, iou_threshold: float, max_per_img: int,
-               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a RetinaNet sees in one picture of `size` (height, width): boxes (n, 4) in pixels, scores (n,), classes (n,).
-
-    `found` (N, 4 + classes) is the network's. Boxes outside the picture, of no area in it, are left out. Of the boxes of a
-    class that overlap by more than `iou_threshold` of their union the one with the best score stays, and of all the
-    `max_per_img` best. The toolbox keeps only `nms_pre` candidates of each level before; that makes a difference where more
-    of them score above `score_thr`.
-    """
-    has_area = (found[:, 2:4] > found[:, :2]).all(1, keepdims=True)
-    anchors, classes = np.nonzero((found[:, 4:] > score_thr) & has_area)
-    scores = found[anchors, 4 + classes]
-    order = np.argsort(-scores, kind="stable")
-    boxes, scores, classes = found[anchors[order], :4] * ([size[1], size[0]] * 2), scores[order], classes[order]
-    kept: list[int] = []
-    for i, box in enumerate(boxes):
-        rivals = [k for k in kept if classes[k] == classes[i]]
-        if len(kept) < max_per_img and not (_overlap(box, boxes[rivals]) > iou_threshold).any():
-            kept.append(i)
-    return boxes[kept], scores[kept], classes[kept]
-
-
-def _overlap(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union of `box` (4,) with each of `boxes` (n, 4)."""
-    sides = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0)
-    area = sides.prod(1)
-    return area / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - area)

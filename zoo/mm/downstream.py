@@ -1,10 +1,8 @@
 """Detectors and segmentors of mmdetection and mmsegmentation: what their checkpoints record, and how they are used without a config."""
 import contextlib
-import importlib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,16 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS, MODELS, TASK_UTILS, TRANSFORMS, DefaultScope, registry
 from mmengine.runner import Runner
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from zoo import checkpoints
 from zoo.errors import InputError
-from zoo.files import replacing
-from zoo.mm.config import INSTALL, TOOLBOXES
+from zoo.mm.config import import_toolbox
 from zoo.mm.networks import plain
-from zoo.predicting.sheets import contact_sheet, output_files
+from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
 from zoo.reading.pictures import open_picture
+from zoo.toolboxes import INSTALL, TOOLBOXES
 
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
@@ -44,7 +42,6 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "palette": (lambda value: isinstance(value, list | tuple) and all(_is_colour(colour) for colour in value),
                 "a list of colours, each 3 whole numbers from 0 to 255,"),
 }
-COLOURS = np.random.default_rng(3).integers(40, 256, (256, 3), dtype=np.uint8)  # of classes that bring none
 
 
 @HOOKS.register_module()
@@ -58,58 +55,22 @@ class RecordSceneHook(Hook):
                              "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette"))}
 
 
-@dataclass(frozen=True)
-class SceneInfo:
-    """What is known about a trained detector or segmentor: its toolbox, the names and colours of its classes, and the
-    steps of the toolbox's pipeline that a picture goes through."""
-
-    toolbox: str
-    classes: tuple[str, ...]
-    colours: np.ndarray
-    steps: list[dict]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What was found in the picture at `path`.
-
-    By a detector, instances with the best score first: `labels` (N,) class indices, `scores` (N,), `boxes` (N, 4) as left,
-    top, right, bottom in pixels, and `masks` (N, H, W) bool, or None where the detector gives none. By a segmentor, a map
-    `classes` (H, W) of class indices; the others are then None.
-    """
-
-    path: Path
-    labels: np.ndarray | None = None
-    scores: np.ndarray | None = None
-    boxes: np.ndarray | None = None
-    masks: np.ndarray | None = None
-    classes: np.ndarray | None = None
-
-    def described(self, names: tuple[str, ...]) -> list[str]:
-        """Lines of text: an instance each, or a class and its share of the picture."""
-        if self.classes is not None:
-            shares = np.bincount(self.classes.ravel(), minlength=len(names)) / self.classes.size
-            return [f"{name}  {share:.1%}" for name, share in zip(names, shares, strict=True) if share]
-        return [f"{names[label]}  {score:.1%}  at {', '.join(f'{edge:.0f}' for edge in box)}"
-                for label, score, box in zip(self.labels, self.scores, self.boxes, strict=True)]
-
-
-def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
-    """The detector or segmentor in a checkpoint of tools/train.py, in evaluation mode on the CPU, and what is known about it.
+def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Module, SceneInfo]:
+    """The detector or segmentor in a checkpoint of `zoo train`, in evaluation mode on the CPU, and what is known about it.
 
     Raises InputError for what `zoo.checkpoints.read` refuses, for another checkpoint, and without the toolbox.
     """
-    checkpoint = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOX_TASKS:
-        raise InputError(f"{path} is no detector or segmentor of tools/train.py")
+    checkpoint = checkpoints.opened(checkpoint)
+    path, record = checkpoint.path, checkpoint.record
+    if record is None or checkpoint.task not in checkpoints.TOOLBOX_TASKS:
+        raise InputError(f"{path} is no detector or segmentor of `zoo train`")
     toolbox = record["task"]
     try:
-        importlib.import_module(toolbox)
+        import_toolbox(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
-    if not isinstance(state := checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path} is no detector or segmentor of tools/train.py: it holds no 'state_dict'")
+    if not isinstance(state := checkpoint.content.get("state_dict"), dict):
+        raise InputError(f"{path} is no detector or segmentor of `zoo train`: it holds no 'state_dict'")
     checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
     parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
     check_parts(path, toolbox, [parts, *steps])
@@ -235,34 +196,3 @@ def predict_scenes(model: nn.Module, info: SceneInfo, paths: Iterable[str | Path
             scenes.append(Scene(path, found.labels, found.scores, found.bboxes, found.get("masks")))
         progress(len(scenes))
     return scenes
-
-
-def draw(scene: Scene, info: SceneInfo) -> Image.Image:
-    """The picture with what was found: coloured masks, boxes with class and score, or a segmentation map half transparent."""
-    picture = open_picture(scene.path)
-    pixels = np.asarray(picture).astype(np.float32)
-    if scene.classes is not None:
-        return Image.fromarray(((pixels + info.colours[scene.classes]) / 2).astype(np.uint8))
-    for mask, label in zip(() if scene.masks is None else scene.masks, scene.labels, strict=False):
-        pixels[mask] = (pixels[mask] + info.colours[label]) / 2
-    picture = Image.fromarray(pixels.astype(np.uint8))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, picture.height // 40))
-    for box, label, score in zip(scene.boxes, scene.labels, scene.scores, strict=True):
-        colour = tuple(map(int, info.colours[label]))
-        pen.rectangle(box.tolist(), outline=colour)
-        pen.text((box[0] + 2, box[1]), f"{info.classes[label]} {score:.0%}", fill=colour, font=font)
-    return picture
-
-
-def write_scenes(scenes: list[Scene], info: SceneInfo, output: str | Path) -> list[Path]:
-    """Draws the scenes into the files that `zoo.predicting.sheets.output_files` names, several in one file side by side; their paths."""
-    targets = output_files([scene.path for scene in scenes], output)
-    drawn = [draw(scene, info) for scene in scenes]
-    if len(targets) < len(drawn):
-        drawn = [contact_sheet(drawn)]
-    if targets[0] != Path(output):
-        Path(output).mkdir(exist_ok=True)
-    for target, picture in zip(targets, drawn, strict=True):
-        with replacing(target) as written:
-            picture.save(written)
-    return targets

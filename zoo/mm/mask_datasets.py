@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.registry import DATASETS, TRANSFORMS
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from zoo.errors import InputError, require
-from zoo.mm.datasets import DigitsDataset, Sample, seeded
+from zoo.errors import InputError, times
+from zoo.mm.datasets import Sample, seeded
 from zoo.mm.monai import monai_part
-from zoo.reading.masks import check_split, paired_files, read_decathlon, read_picture_mask
-from zoo.reading.pictures import PICTURE_SUFFIXES, open_picture, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, check_labels, check_same_grid, open_volume
+from zoo.reading.brain import MATTER, read_hemisphere
+from zoo.reading.digits import CLASSES, Digits, grey_scene
+from zoo.reading.masks import check_split, paired_files, read_decathlon, read_masked_picture
+from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid
 
 KEYS = ("inputs", "targets")
 
@@ -77,7 +78,7 @@ class MaskedImages(Dataset):
         inputs, targets = self.read(index)
         sizes = tuple(inputs.shape[1:])
         if self.patch is not None and any(n < p for n, p in zip(sizes, self.patch, strict=True)):
-            raise InputError(f"{self.names[index]} has {_times(sizes)} positions, fewer than a patch of {_times(self.patch)}; "
+            raise InputError(f"{self.names[index]} has {times(sizes)} positions, fewer than a patch of {times(self.patch)}; "
                              "make patches smaller")
         if self.kept is not None:
             self.kept[index] = inputs, targets
@@ -127,18 +128,14 @@ class Volumes(MaskedImages):
         return [str(image) for image, _ in self.files]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        image_path, mask_path = self.files[index]
-        image, mask = open_volume(image_path), open_volume(mask_path)
-        check_same_grid(image_path, image, mask_path, mask)
-        return self.grid.prepare(image), self.grid.prepare_mask(mask, len(self.metainfo["classes"]), mask_path)
+        return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]))
 
 
 @DATASETS.register_module()
 class MNI152Dataset(MaskedImages):
     """The T1 template of the MNI152 brain that nilearn ships, with grey and white matter, an image for each hemisphere.
 
-    A voxel is of the likeliest of grey matter, white matter, and neither, by the template's own maps. "train" is the left
-    hemisphere, "val" the right. The template is the symmetric one: the hemispheres are nearly mirror images.
+    See `zoo.reading.brain.read_hemisphere`; "train" is the left hemisphere, "val" the right.
 
     Args:
         split: "train" or "val".
@@ -148,19 +145,10 @@ class MNI152Dataset(MaskedImages):
     """
 
     def __init__(self, split: str, window: Sequence[int], resolution: int = 2, **args):
-        check_split(split)
-        super().__init__(["background", "grey matter", "white matter"], **args)
-        require("MNI152Dataset", "volumes", "nilearn")
-        from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+        super().__init__(MATTER, **args)
         self.names = [f"the {'left' if split == 'train' else 'right'} hemisphere"]
         self.data_config = {"input_size": (1, *window), "spacing": (float(resolution),) * 3, "clip": None}
-        image = load_mni152_template(resolution)
-        grey, white = (torch.from_numpy(load(resolution).get_fdata()) for load in (load_mni152_gm_template, load_mni152_wm_template))
-        volume = Grid.of({}).prepare(image)
-        labels = torch.stack([1 - grey - white, grey, white]).argmax(0, keepdim=True).to(torch.uint8)
-        across = image.affine[0, 0] * torch.arange(volume.shape[1]) + image.affine[0, 3]  # millimetres to the right of the middle
-        here = across < 0 if split == "train" else across > 0
-        self.volume = volume[:, here], labels[:, here]
+        self.volume = read_hemisphere(split, resolution)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return self.volume
@@ -229,23 +217,15 @@ class PictureMaskDataset(MaskedPictures):
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        image_path, mask_path = self.files[index]
         config = self.data_config
-        inputs = picture_tensor(open_picture(image_path, config["input_size"][0]), config["mean"], config["std"])
-        labels = read_picture_mask(mask_path)
-        if labels.shape != inputs.shape[1:]:
-            raise InputError(f"the mask {mask_path} is of shape {_times(labels.shape)}, its picture {image_path} of "
-                             f"{_times(inputs.shape[1:])}")
-        check_labels(labels, len(self.metainfo["classes"]), mask_path)
-        return inputs, labels[None].to(torch.uint8)
+        return read_masked_picture(*self.files[index], config["mean"], config["std"], len(self.metainfo["classes"]))
 
 
 @DATASETS.register_module()
 class DigitScenesDataset(MaskedPictures):
-    """Scenes of scikit-learn's handwritten digits on a grey, noisy ground; a pixel of ink is of its digit's class.
+    """Scenes of scikit-learn's handwritten digits, `zoo.reading.digits.grey_scene`; a pixel of ink is of its digit's class.
 
-    Scene i is a pure function of (split, i): 3 to 6 digits of 14 to 24 pixels, each turned by up to 15°, at places where it
-    overlaps no other. The digits of "train" and "val" are those of `DigitsDataset`.
+    Scene i is a pure function of (split, i). The digits of "train" and "val" are those of `DigitsDataset`.
 
     Args:
         split: "train" or "val".
@@ -254,34 +234,14 @@ class DigitScenesDataset(MaskedPictures):
         args: further arguments of `MaskedPictures`.
     """
 
-    INK = 0.4  # a pixel of a digit, between 0 and 1, that is ink
-
     def __init__(self, split: str, scenes: int, size: int = 64, **args):
-        super().__init__(["background", *map(str, range(10))], **args)
-        self.digits = DigitsDataset(split, {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)})
+        super().__init__(["background", *CLASSES], **args)
+        self.digits = Digits(split)
         self.split, self.size = split, size
         self.names = [f"scene {i}" for i in range(scenes)]
         self.data_config = {"input_size": (1, size, size), "mean": (0.5,), "std": (0.25,)}
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        random = np.random.default_rng((self.split == "val", index))
-        scene = random.uniform(0.0, 0.3) + random.normal(0.0, 0.05, (self.size, self.size))
-        labels = np.zeros((self.size, self.size), np.uint8)
-        taken = np.zeros((self.size, self.size), bool)
-        for _ in range(random.integers(3, 7)):
-            picture, digit = self.digits.read(int(random.integers(len(self.digits))))
-            side, turn = int(random.integers(14, 25)), float(random.uniform(-15, 15))
-            ink = np.asarray(picture.rotate(turn, Image.Resampling.BILINEAR).resize((side, side), Image.Resampling.BILINEAR)) / 255
-            top, left = random.integers(0, self.size - side + 1, 2)
-            place = slice(top, top + side), slice(left, left + side)
-            if taken[place].any():
-                continue
-            taken[place] = True
-            scene[place] = np.maximum(scene[place], ink * random.uniform(0.6, 1.0))
-            labels[place] = np.where(ink > self.INK, digit + 1, 0)
+        scene, labels = grey_scene(self.digits, self.size, np.random.default_rng((self.split == "val", index)))
         mean, std = self.data_config["mean"][0], self.data_config["std"][0]
-        return torch.from_numpy((scene.clip(0, 1) - mean) / std).float()[None], torch.from_numpy(labels)[None]
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes))
+        return torch.from_numpy((scene - mean) / std).float()[None], torch.from_numpy(labels)[None]

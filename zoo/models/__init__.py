@@ -1,21 +1,15 @@
 """Registered models: a file for each family, what families share, and U-Nets around them."""
+import importlib
+import pkgutil
+
 import timm
 
 from zoo.errors import InputError, near_misses
 
-from . import attnet, biformer, das, deit, fan, halonet, litv2, polarized, sknet, unet
-
+_NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name == "unet")  # which is around the others
+_MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]
 MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
-    "atconv": attnet,
-    "broadcast": deit,
-    "das": das,
-    "gates": unet,
-    "halo": halonet,
-    "hilo": litv2,
-    "polarized": polarized,
-    "routing": biformer,
-    "sk": sknet,
-    "tap": fan,
+    family.MECHANISM: family for family in sorted((m for m in _MODULES if hasattr(m, "MECHANISM")), key=lambda m: m.MECHANISM)
 }
 REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
     name: top1 for family in MECHANISMS.values() for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()

@@ -2,27 +2,34 @@
 
 timm's own networks with `PolarizedSelfAttention` after the first 3×3 convolution (and its norm and activation) of every
 residual block (paper, section 4); in HRNets of the basic blocks, as in the authors' code. They published weights of whole
-segmentation networks only. timm's weights load into everything but the new layers, which keep their initial values:
+segmentation networks only (Apache-2.0; https://github.com/DeLightCMU/PSA): the part of their HRNet with OCR that is the backbone
+loads as it is into `polarized_hrnet_w48_s` with `head=""` and `fuse="bilinear"`. timm's weights load into everything but the new
+layers, which keep their initial values:
 
     timm.create_model("polarized_resnet50_s", pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="timm/resnet50.a1_in1k"))
 """
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import DropPath, get_device_dtype
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet, cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import PolarizedSelfAttention
 from zoo.layers.polarized import Layout
+from zoo.models.building import build_model_with_cfg
+from zoo.models.staged import Reinitialized
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
 
+MECHANISM = "polarized"
+ATTACHABLE = PolarizedSelfAttention
+Fuse = Literal["nearest", "bilinear"]
 _SLOT = "aa"  # timm's place after the first 3×3 convolution of a block, otherwise for the blur that anti-aliases a stride
 
 
@@ -30,17 +37,19 @@ def _polarize(model: nn.Module, blocks: tuple[type[nn.Module], ...], layout: Lay
     """Puts the attention into every block of these types."""
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
         conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2
-        attention = PolarizedSelfAttention(conv.out_channels, layout, device=conv.weight.device, dtype=conv.weight.dtype)
+        attention = PolarizedSelfAttention(conv.out_channels, layout, **get_device_dtype(conv))
         blur = getattr(block, _SLOT)
         setattr(block, _SLOT, attention if isinstance(blur, nn.Identity) else nn.Sequential(blur, attention))
 
 
-class PolarizedResNet(ResNet):
+class PolarizedResNet(Reinitialized, ResNet):
     """timm's ResNet with polarized self-attention, any input size.
 
     Args: timm's, and
         layout: of the attention, "parallel" or "sequential".
     """
+
+    added = PolarizedSelfAttention
 
     def __init__(self, *args: Any, layout: Layout = "parallel", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -53,13 +62,14 @@ class PolarizedResNet(ResNet):
 class _FusedBranches(nn.Module):
     """timm's `HighResolutionModule` for maps of any size: what comes from below is resized to the map it is added to."""
 
-    def __init__(self, module: HighResolutionModule):
+    def __init__(self, module: HighResolutionModule, fuse: Fuse):
         super().__init__()
         self.branches, self.fuse_layers, self.fuse_act = module.branches, module.fuse_layers, module.fuse_act
+        self.fuse = fuse
         self.grad_checkpointing = False
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint(self._run, maps)
         return self._run(maps)
 
@@ -73,10 +83,10 @@ class _FusedBranches(nn.Module):
         if j <= i:
             return fuse(maps[j])
         conv, norm, _ = fuse
-        return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode="nearest")
+        return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode=self.fuse)
 
 
-class PolarizedHRNet(HighResolutionNet):
+class PolarizedHRNet(Reinitialized, HighResolutionNet):
     """timm's HRNet with polarized self-attention in its basic blocks, and what timm's lacks: any input size (timm: multiples
     of 32, where both agree), stochastic depth, gradient checkpointing, and the initial zeros of its ResNet in the last norm
     of every residual branch, without which untrained outputs reach 1e7.
@@ -84,23 +94,40 @@ class PolarizedHRNet(HighResolutionNet):
     Args: timm's, and
         layout: of the attention, "parallel" or "sequential".
         drop_path_rate: as in timm's ResNet, growing with depth.
+        fuse: how coarser maps are interpolated to finer ones: "nearest", which timm's weights for ImageNet were trained with, or
+            "bilinear" (align_corners=False), as in the segmentation networks of HRNet's authors, of PSA's, and of mmsegmentation.
+            Weights trained with one give wrong features with the other.
+
+    Raises ValueError for another `layout` or `fuse`.
     """
 
-    def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0, **kwargs: Any):
+    added = PolarizedSelfAttention
+
+    def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0,
+                 fuse: Fuse = "nearest", **kwargs: Any):
+        if fuse not in Fuse.__args__:
+            raise ValueError(f"fuse must be one of {', '.join(Fuse.__args__)}, got {fuse!r}")
         super().__init__(cfg, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, _FusedBranches):
+                module.fuse = fuse
+        self.fuse = fuse
         self.grad_checkpointing = False
         _polarize(self, (BasicBlock,), layout)
-        for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                module.zero_init_last()
         for rate, blocks in self._depths(drop_path_rate):
             for block in blocks:
                 block.drop_path = DropPath(rate) if rate else None
 
+    def init_weights(self, needs_reset: bool = True) -> None:
+        super().init_weights(needs_reset=needs_reset)
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.zero_init_last()
+
     def _make_stage(self, *args: Any, **kwargs: Any) -> tuple[nn.Sequential, list[int]]:
         stage, channels = super()._make_stage(*args, **kwargs)
         for i, module in enumerate(stage):
-            stage[i] = _FusedBranches(module)
+            stage[i] = _FusedBranches(module, "nearest")
         return stage, channels
 
     def _depths(self, drop_path_rate: float) -> list[tuple[float, list[nn.Module]]]:
@@ -111,21 +138,19 @@ class PolarizedHRNet(HighResolutionNet):
         return [(drop_path_rate * depth / (len(levels) - 1), blocks) for depth, blocks in enumerate(levels)]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        x = checkpoint_seq(self.layer1, x) if self.grad_checkpointing and not torch.jit.is_scripting() else self.layer1(x)
+        x = checkpoint_seq(self.layer1, x) if self.grad_checkpointing else self.layer1(x)
         maps = [x]
         for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3), (self.transition3, self.stage4)):
             # identities stand for maps that exist already; the others start from the smallest map
             maps = stage([maps[i] if isinstance(t, nn.Identity) else t(maps[-1]) for i, t in enumerate(transition)])
         return maps
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
         for module in self.modules():
             if isinstance(module, _FusedBranches):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         with_previous = (99999,)  # timm's mark of what shares the group before it
         head = (r"^(?:incre_modules|downsamp_modules|final_layer)", with_previous)
@@ -141,11 +166,19 @@ class PolarizedHRNet(HighResolutionNet):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Completes timm's weights of the same network without attention with the initial values of the attention in `model`.
 
-    Also turns the names of the authors' layer into ours.
+    Also turns the names of the authors' layer, and of the backbone in their segmentation network, into ours. Raises ValueError for
+    the latter where `model` fuses its maps otherwise.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
+    if any(".deattn." in name for name in state_dict):
+        if getattr(model, "fuse", None) != "bilinear":
+            raise ValueError('weights of the authors\' segmentation network were trained with fuse="bilinear", got '
+                             f"{getattr(model, 'fuse', None)!r}")
+        names = [name.removeprefix("module.") for name in state_dict]
+        part = "backbone." if any(name.startswith("backbone.") for name in names) else ""  # beside heads for segmentation
+        state_dict = {name.removeprefix(part): value for name, value in zip(names, state_dict.values(), strict=True)
+                      if name.startswith(part)}
     renames = dict(
-        conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
+        deattn=_SLOT, conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
         conv_v_left="spatial_value")
     state_dict = {".".join(renames.get(part, part) for part in name.split(".")): value for name, value in state_dict.items()}
     if any(f".{_SLOT}." in name for name in state_dict):

@@ -17,15 +17,19 @@ checkpoints (https://github.com/implus/PytorchInsight) load as they are:
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import SelectiveKernelUnit
+from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
+from zoo.models.staged import Reinitialized
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
 
+MECHANISM = "sk"
+ATTACHABLE = SelectiveKernelUnit
 REPORTED_IN = "the paper's table; of `sk_resnet` the authors' README"
 REPORTED_TOP1 = {"sknet50": 79.21, "sknet101": 79.81, "sk_resnet50": 77.54, "sk_resnet101": 78.79}
 
@@ -45,7 +49,7 @@ class SKBottleneck(Bottleneck):
         self.bn2, self.act2 = nn.Identity(), nn.Identity()
 
 
-class SKNet(ResNet):
+class SKNet(Reinitialized, ResNet):
     """timm's ResNet of `SKBottleneck`s, any input size; arguments as there, `unit_args` by `block_args`."""
 
     def no_weight_decay(self) -> set[str]:
@@ -73,7 +77,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The names of the authors' PyTorch variant, and of timm's `skresnext50_32x4d`, → ours, for a network and a single block."""
-    return {renamed(name, _RENAMES): value for name, value in state_dict.get("state_dict", state_dict.get("model", state_dict)).items()}
+    return {renamed(name, _RENAMES): value for name, value in state_dict.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

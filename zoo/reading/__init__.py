@@ -1,1 +1,1 @@
-"""Files of other people: pictures, volumes, masks, and which belong together."""
+"""Data: pictures, volumes and masks in files, which belong together, what ships inside packages, and what is composed of it."""

@@ -1,6 +1,7 @@
-"""Which mask belongs to which picture or volume, and masks in pictures."""
+"""Which mask belongs to which picture or volume, what may be in it, and masks in pictures."""
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, times
+from zoo.reading.pictures import open_picture, picture_tensor
 
 
 def paired_files(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
@@ -59,6 +61,29 @@ def read_picture_mask(path: Path) -> Tensor:
             return torch.from_numpy(np.array(mask))
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"the mask {path} cannot be read as a picture: {error}") from None
+
+
+def read_masked_picture(picture_path: Path, mask_path: Path, mean: Sequence[float], std: Sequence[float], classes: int,
+                        ) -> tuple[Tensor, Tensor]:
+    """The picture (C, H, W) as `picture_tensor` gives it, and the labels of its pixels (1, H, W) uint8.
+
+    Raises InputError for files that are no pictures, of different shapes, and for labels that are not below `classes`.
+    """
+    inputs = picture_tensor(open_picture(picture_path, len(mean)), mean, std)
+    labels = read_picture_mask(mask_path)
+    if labels.shape != inputs.shape[1:]:
+        raise InputError(f"the mask {mask_path} is of shape {times(labels.shape)}, its picture {picture_path} of {times(inputs.shape[1:])}")
+    check_labels(labels, classes, mask_path)
+    return inputs, labels[None].to(torch.uint8)
+
+
+def check_labels(labels: Tensor, classes: int, path: str | Path) -> None:
+    """Raises InputError unless `labels`, which the mask at `path` holds, are whole numbers from 0 to below `classes`."""
+    found = labels.unique()
+    unknown = [value for value in found.tolist() if value not in range(classes)]
+    if unknown:
+        shown = ", ".join(f"{value:g}" for value in unknown[:4]) + (", …" if len(unknown) > 4 else "")
+        raise InputError(f"the mask {path} has unknown labels {shown}; known are 0 to {classes - 1}")
 
 
 def _read_json(path: Path) -> dict:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import InputError, near_misses, require
+from zoo.errors import InputError, near_misses, require, times
 from zoo.files import replacing
+from zoo.reading.masks import check_labels
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
 
@@ -32,7 +33,7 @@ def open_volume(path: str | Path) -> Any:
         if len(image.shape) > 3:
             image = nibabel.squeeze_image(image)  # axes of length 1 after the third
         if len(image.shape) != 3:
-            raise InputError(f"{path} is of shape {'×'.join(map(str, image.shape))}, where a volume of three dimensions is needed")
+            raise InputError(f"{path} is of shape {times(image.shape)}, where a volume of three dimensions is needed")
         return image
     except InputError:
         raise
@@ -43,8 +44,8 @@ def open_volume(path: str | Path) -> Any:
 def check_same_grid(image_path: str | Path, image: Any, mask_path: str | Path, mask: Any) -> None:
     """Raises InputError unless both images have one shape and, to a thousandth of a millimetre, one affine."""
     if image.shape != mask.shape:
-        shapes = ["×".join(map(str, other.shape)) for other in (mask, image)]
-        raise InputError(f"the mask {mask_path} has {shapes[0]} voxels, its volume {image_path} {shapes[1]}; they have to be the same")
+        raise InputError(f"the mask {mask_path} has {times(mask.shape)} voxels, its volume {image_path} {times(image.shape)}; "
+                         "they have to be the same")
     difference = np.abs(np.asarray(image.affine) - mask.affine).max()
     if difference > 1e-3:
         raise InputError(f"the affine of the mask {mask_path} differs from that of {image_path} by {difference:.3g}; "
@@ -89,6 +90,12 @@ class Grid:
         labels = labels.to(torch.uint8)
         return labels if self.spacing is None else _nearest(labels, self.size(image))
 
+    def prepare_pair(self, image_path: str | Path, mask_path: str | Path, classes: int) -> tuple[Tensor, Tensor]:
+        """A volume and its mask in files, as `prepare` and `prepare_mask` give them. Raises InputError unless they share one grid."""
+        image, mask = open_volume(image_path), open_volume(mask_path)
+        check_same_grid(image_path, image, mask_path, mask)
+        return self.prepare(image), self.prepare_mask(mask, classes, mask_path)
+
     def size(self, image: Any) -> list[int]:
         """Voxels along each axis after resampling."""
         canonical = _canonical(image)
@@ -109,14 +116,6 @@ class Grid:
         mask.header.set_slope_inter(1, 0)
         with replacing(path) as written:
             nibabel.save(mask, written)
-
-
-def check_labels(labels: Tensor, classes: int, path: str | Path) -> None:
-    found = labels.unique()
-    unknown = [value for value in found.tolist() if value not in range(classes)]
-    if unknown:
-        shown = ", ".join(f"{value:g}" for value in unknown[:4]) + (", …" if len(unknown) > 4 else "")
-        raise InputError(f"the mask {path} has unknown labels {shown}; known are 0 to {classes - 1}")
 
 
 def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:

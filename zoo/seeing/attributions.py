@@ -1,16 +1,18 @@
-"""Which pixels speak for a class: heat over a picture, computed by captum and grad-cam (`pip install "zoo-attention[visualize]"`)."""
+"""Which pixels speak for a class: heat over a picture, with captum and grad-cam (`pip install "zoo-attention[visualize]"`)."""
 import contextlib
 from collections.abc import Iterator
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses, require
 from zoo.layers.fully_attentional import CancelledBiasLinear
+from zoo.seeing import ATTRIBUTIONS
 
-ATTRIBUTIONS = ("gradcam", "integrated_gradients", "fullgrad")
 STEPS = 32  # of integrated gradients
+SMALLEST = 1e-6  # added to what FullGrad divides by
 # Norms over the last axis; other kinds of LayerNorm are given maps (B, C, H, W) and normalize their channels.
 LAST_AXIS_NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32, timm.layers.LayerNormAct,
                    timm.layers.LayerNormActFp32)
@@ -30,8 +32,8 @@ def heat(model: nn.Module, image: Tensor, target: int, method: str) -> Tensor:
     Args:
         method: "gradcam" (arXiv 1610.02391), at what the model's head is given, the last map; in networks of tokens one block
             before, since a head that reads the class token alone is not moved by the last block's other tokens.
-            "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780), with the biases that
-            `BiasGradients` finds.
+            "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780, as in the authors'
+            code), with the biases that `BiasGradients` finds.
 
     Raises:
         InputError: an unknown method, or a model that the method does not suit.
@@ -105,8 +107,8 @@ class BiasGradients:
 
     def _note(self, name: str, bias: Tensor, gradient: Tensor) -> None:
         self.layers.append(name)
-        self.biases.append(bias.cpu().numpy())
-        self.gradients.append(gradient.detach().cpu().contiguous())
+        self.biases.append(bias)
+        self.gradients.append(gradient.detach())
 
     def release(self) -> None:
         """Forgets the pairs."""
@@ -156,19 +158,18 @@ def _integrated_gradients(model: nn.Module, image: Tensor, target: int) -> Tenso
 
 
 def _fullgrad(model: nn.Module, image: Tensor, target: int) -> Tensor:
-    from pytorch_grad_cam import FullGrad
-    from pytorch_grad_cam.base_cam import BaseCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    """Σ over the input's gradient times itself and every bias times its gradient: |part|, scaled to 0 … 1 over all channels and
+    positions of the part together, interpolated between corners, summed over channels."""
+    pairs = BiasGradients(model)
+    gradient, = torch.autograd.grad(pairs(image)[0, target], image)
+    parts = [image.detach() * gradient]
+    parts += [bias[:, None, None] * gradient for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True)]
+    return sum(F.interpolate(_scaled(part), image.shape[2:], mode="bilinear", align_corners=True).sum(1)[0] for part in parts)
 
-    class Paired(FullGrad):
-        """With the biases of `BiasGradients`: the library's own are in the order of construction, its gradients in that of use."""
 
-        def __init__(self, model: nn.Module):
-            BaseCAM.__init__(self, model, [], compute_input_gradient=True)
-            self.activations_and_grads = BiasGradients(model)
-            self.bias_data = self.activations_and_grads.biases
-
-    return torch.from_numpy(Paired(model)(image, [ClassifierOutputTarget(target)])[0])
+def _scaled(part: Tensor) -> Tensor:
+    size = part.abs() - part.abs().min()
+    return size / (size.max() + SMALLEST)
 
 
 METHODS = dict(zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad), strict=True))

@@ -11,9 +11,9 @@ from zoo.errors import InputError
 from zoo.files import check_writable, replacing
 from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
-from zoo.predicting.masks import prepare
+from zoo.predicting.segmentation import prepare
 from zoo.predicting.sheets import annotate, contact_sheet
-from zoo.seeing.mechanism_pictures import Seen
+from zoo.seeing.page import Seen
 
 
 def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: str | Path, *, slice_index: int | None = None) -> int:

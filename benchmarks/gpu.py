@@ -1,0 +1,202 @@
+"""Checks, tunes and measures the Triton kernels on the GPU of this machine. Steps, in this order, each a process of its own:
+
+  check    the kernels' tests, on the GPU instead of in Triton's interpreter
+  tune     the fastest configurations near the present ones, into kernels/configurations.json
+  measure  every operator beside its rivals, into benchmarks/kernels_<device>.md
+  train    training throughput of whole models with and without kernels, into benchmarks/training_<device>.md
+
+A step that fails or runs out of time keeps what it has, and the next one goes on.
+"""
+import argparse
+import contextlib
+import functools
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+
+import zoo  # noqa: F401  registers the models
+from zoo.errors import InputError
+from zoo.files import replacing
+from zoo.kernels import default_backend
+from zoo.kernels._launch import CONFIGURATIONS, Configuration, add_configurations
+from zoo.measuring import kernel_benchmark as benchmark
+from zoo.tools._cli import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARES = {"check": 150, "tune": 130, "measure": 150, "train": 90}  # of the time; what a step leaves is the next ones'
+STEPS = tuple(SHARES)
+MODELS = ("biformer_small", "attnet_t2", "halonet_h2_256", "litv2_s", "das_resnet50")
+DTYPE = torch.bfloat16
+GRACE = 20  # seconds by which a step may be late
+LAST_WORDS = 15  # seconds for tests that are stopped to say what has failed so far
+COMPILERS = 8  # processes, each with all problems in the GPU's memory
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="example: make gpu, or make gpu GPU_OPTIONS='measure train --seconds 300'")
+    parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(STEPS)} (default: all)")
+    parser.add_argument("--seconds", type=int, default=sum(SHARES.values()),
+                        help="after so long, what remains is left out (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="a folder that also gets copies of the files written")
+    parser.add_argument("--dry-run", action="store_true", help="tiny problems in Triton's interpreter on the CPU; writes nothing")
+    args = parser.parse_args(arguments)
+    unknown = [step for step in args.steps if step not in STEPS]
+    if unknown:
+        raise InputError(f"there is no step {unknown[0]!r}; steps are {', '.join(STEPS)}")
+    if not args.dry_run and not torch.cuda.is_available():
+        raise InputError("torch finds no GPU here; --dry-run goes through the steps on the CPU")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    steps = [step for step in STEPS if not args.steps or step in args.steps]
+    if len(steps) > 1:
+        failed = [step for step, left in remaining(steps, args.seconds) if not run_alone(step, left, args)]
+        say(f"failed: {', '.join(failed)}" if failed else "all steps done")
+        return int(bool(failed))
+    device = "cpu" if args.dry_run else "cuda"
+    with default_backend("triton" if args.dry_run else None):
+        failed = globals()[steps[0]](device, benchmark.Deadline(args.seconds), args) is False
+    return int(failed)
+
+
+def remaining(steps: list[str], seconds: float) -> Iterator[tuple[str, float]]:
+    """The steps, each when its turn has come, and how long it may take."""
+    start, whole = time.monotonic(), sum(SHARES[step] for step in steps)
+    for step, share in zip(steps, itertools.accumulate(SHARES[step] for step in steps), strict=True):
+        yield step, start + seconds * share / whole - time.monotonic()
+        say(f"{step} took until second {time.monotonic() - start:.0f}")
+
+
+def run_alone(step: str, seconds: float, args: argparse.Namespace) -> bool:
+    """In a process of its own: a kernel that reads where it must not leaves its process without a GPU."""
+    say(f"{step} …")
+    options = ["--seconds", f"{max(0, seconds):.0f}", *["--dry-run"] * args.dry_run]
+    options += ["--output", args.output] if args.output else []
+    try:
+        command = [sys.executable, "-m", "benchmarks.gpu", step, *options]
+        return subprocess.run(command, check=False, timeout=max(0, seconds) + GRACE).returncode == 0
+    except subprocess.TimeoutExpired:
+        say(f"{step} did not end and was stopped")
+        return False
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
+    tests = sorted(ROOT.glob("tests/kernels/test_*_triton.py"))
+    # The checkout stays as it is, and the little output that comes back from such a machine holds what failed.
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", *tests]
+    if not args.dry_run and subprocess.run([sys.executable, "-c", "import xdist"], check=False, capture_output=True).returncode == 0:
+        command += ["-n", "8"]
+    tested = subprocess.Popen(command + ["--collect-only"] * args.dry_run, cwd=ROOT)
+    try:
+        return tested.wait(deadline.left) == 0
+    except subprocess.TimeoutExpired:
+        say(f"the tests were not done after {args.seconds} seconds and were stopped")
+        tested.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tested.wait(LAST_WORDS)
+        tested.kill()
+        return False
+
+
+def tune(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> None:
+    from benchmarks.kernel_cases import tuning_cases
+    cases = functools.partial(tuning_cases, device, DTYPE, args.dry_run)
+    ahead = benchmark.compile_in_processes(cases, COMPILERS, benchmark.Deadline(deadline.left / 2))
+
+    def keep(kernel: str, key: str, chosen: Configuration) -> None:
+        add_configurations({kernel: {key: chosen}})
+        copy(CONFIGURATIONS, args)
+
+    if args.dry_run:  # the interpreter would take minutes
+        benchmark.tune(cases(), device, benchmark.Deadline(20), lambda wanted: None, lambda *found: None, say)
+    else:
+        benchmark.tune(cases(), device, deadline, ahead, keep, say)
+
+
+def measure(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
+    from benchmarks.kernel_cases import CASES
+    limits, rows, left_out, page = benchmark.ceilings(device, DTYPE, args.dry_run), [], [], ""
+    for operator, cases in CASES.items():
+        for case in cases(device, DTYPE, args.dry_run):
+            if deadline.over:
+                left_out.append(f"{operator}, {case.name}")
+                continue
+            say(f"  {operator}, {case.name}")
+            rows += benchmark.measure(case, device, limits)
+            page = f"{DTYPE}, medians; ratios above 1: ours is faster.\n\n{benchmark.table(rows, limits)}"
+            write("kernels", "The kernels against their rivals", page, args)
+    if rows and left_out:
+        page += "".join(f"\n\nNot measured, out of time: {name}." for name in left_out)
+        write("kernels", "The kernels against their rivals", page, args)
+    say(page)
+    if left_out:
+        say(f"not measured, out of time: {'; '.join(left_out)}")
+    return not any(row.failures.get("ours") for row in rows)
+
+
+def train(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
+    lines = ["Forward, backward and SGD under bfloat16 autocast.", "",
+             "| model | batch | images/s with kernels | images/s without | ratio |", "| --- | ---: | ---: | ---: | ---: |"]
+    batch, size, steps = (2, 32, 1) if args.dry_run else (64, None, 10)
+    failed = False
+    for model in ("biformer_nano",) if args.dry_run else MODELS:
+        if deadline.over:
+            say(f"not measured, out of time: {model}")
+            continue
+        say(f"  {model}")
+        rates = []
+        for backend in ("pytorch", "pytorch") if args.dry_run else (None, "pytorch"):
+            try:
+                rates.append(benchmark.training_throughput(model, backend, device, batch, size, steps))
+            except Exception as error:  # of compilers, drivers and memory, as in `measure`; the other models are still worth measuring
+                failed = True
+                rates.append(benchmark.reason(error))
+        numbers = [rate for rate in rates if not isinstance(rate, str)]
+        ratio = f"{rates[0] / rates[1]:.2f}" if len(numbers) == 2 else ""
+        with_kernels, without = (rate if isinstance(rate, str) else f"{rate:.0f}" for rate in rates)
+        lines.append(f"| {model} | {batch} | {with_kernels} | {without} | {ratio} |")
+        write("training", "Training with and without kernels", "\n".join(lines), args)
+    say("\n".join(lines))
+    return not failed
+
+
+def write(name: str, title: str, text: str, args: argparse.Namespace) -> None:
+    if args.dry_run:
+        return
+    processor = torch.cuda.get_device_name()
+    page = f"# {title}\n\nWritten by `make gpu` on {time.strftime('%Y-%m-%d')}, {processor}, torch {torch.__version__}, " \
+           f"timm {timm.__version__}, zoo from this checkout.\n\n{text}\n"
+    path = ROOT / "benchmarks" / f"{name}_{re.sub(r'[^a-z0-9]+', '_', processor.lower())}.md"
+    with replacing(path) as written:
+        written.write_text(page)
+    copy(path, args)
+
+
+def copy(path: Path, args: argparse.Namespace) -> None:
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, args.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""Segmentation in overlapping windows, with memory for one row of them."""
+import itertools
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import InputError, times
+
+SIGMA = 0.125  # of a window's Gaussian weights, over its size; as in MONAI
+LEAST = 1e-3  # weight, of the corners
+
+
+def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int, overlap: float = 0.25, batch: int = 4,
+            progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+    """The most probable class of every position: x (C, *sizes) → (*sizes) uint8, on the CPU.
+
+    Logits of overlapping windows are added with Gaussian weights that favour a window's centre. Windows run along the
+    first axis last, and positions are settled as soon as no window is left that holds them: beside x and the result, only
+    `classes` × window[0] numbers per position of the other axes are kept, however long the first axis.
+
+    `progress` is called with the numbers of windows done and in all. Raises InputError for a window that x does not hold.
+    """
+    sizes = tuple(x.shape[1:])
+    if len(window) != len(sizes):
+        raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
+    if any(n < w for n, w in zip(sizes, window, strict=True)):
+        raise InputError(f"the input has {times(sizes)} positions, fewer than the window of {times(window)}; choose a smaller window")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
+    device = next(model.parameters()).device
+    starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
+    rows, places = starts[0], list(itertools.product(*starts[1:]))
+    weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
+    labels = torch.empty(sizes, dtype=torch.uint8)
+    sums = torch.zeros(classes, window[0], *sizes[1:])
+    done = 0
+    for row, following in zip(rows, [*rows[1:], sizes[0]], strict=True):
+        for i in range(0, len(places), batch):
+            chunk = places[i:i + batch]
+            cuts = [tuple(slice(start, start + w) for start, w in zip(place, window[1:], strict=True)) for place in chunk]
+            windows = torch.stack([x[(slice(None), slice(row, row + window[0]), *cut)] for cut in cuts])
+            with torch.inference_mode():
+                logits = model(windows.to(device)).float().cpu()
+            for cut, scores in zip(cuts, logits, strict=True):
+                sums[(slice(None), slice(None), *cut)] += scores * weights
+            done += len(chunk)
+            progress(done, len(rows) * len(places))
+        settled = following - row
+        labels[row:following] = sums[:, :settled].argmax(0).to(torch.uint8)
+        sums = torch.cat([sums[:, settled:], torch.zeros_like(sums[:, :settled])], 1)
+    return labels
+
+
+def _starts(size: int, window: int, overlap: float) -> list[int]:
+    step = max(1, int(window * (1 - overlap)))
+    return [*range(0, size - window, step), size - window]
+
+
+def _gaussian(window: int) -> Tensor:
+    place = torch.arange(window) - (window - 1) / 2
+    return torch.exp(-0.5 * (place / (SIGMA * window)) ** 2)

@@ -1,0 +1,39 @@
+"""What pictures of a model are drawn with: matplotlib (`pip install "zoo-attention[visualize]"`)."""
+import io
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from zoo.errors import require
+
+
+def new_figure(count: int):
+    """A figure with so many axes side by side, and the axes."""
+    require("seeing", "visualize", "matplotlib")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.5 * count, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for each in axes:
+        each.set_axis_off()
+    return figure, axes
+
+
+def overlay(axes, image: np.ndarray, heat: Tensor, extent: tuple[float, ...]) -> None:
+    """The image (H, W, 3) under the map `heat` (h, w), both stretched over `extent`."""
+    axes.imshow(image, extent=extent)
+    axes.imshow(heat.float().cpu().numpy(), extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
+
+
+def rectangle(box: tuple[int, int, int, int], **style):
+    """Around the positions that begin at a row and a column, so many rows and columns."""
+    from matplotlib.patches import Rectangle
+    row, column, height, width = box
+    return Rectangle((column - 0.5, row - 0.5), width, height, **style)
+
+
+def render(figure) -> Image.Image:
+    """The figure as a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
