@@ -61,7 +61,7 @@ def test_what_fails_is_said_beside_what_was_measured(dry, monkeypatch):
 
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": cases})
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | reference | " in pages["kernels"]
+    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | pytorch | " in pages["kernels"]
 
     monkeypatch.setattr(gpu.benchmark, "training_throughput", lambda model, backend, *_: 1 / 0 if backend is None else 2.0)
     monkeypatch.setattr(gpu, "MODELS", ("biformer_nano",))
