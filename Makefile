@@ -9,7 +9,7 @@ WORKERS ?= $(shell nproc)
 .PHONY: demo mm test check lint docs models measure exports gpu clean
 
 demo: $(READY)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m zoo demo
 
 # mmdetection and mmsegmentation, for detection and segmentation.
 mm: $(MM_READY)
@@ -32,22 +32,22 @@ docs: $(READY)
 
 # The tables of mechanisms and models, from their pages, the registry and what the next two have measured.
 models: $(READY)
-	$(BIN)/python tools/model_table.py README.md docs/models.md
+	$(BIN)/python -m benchmarks.model_table README.md docs/models.md
 
 # The time of the tables' models beside ResNet-50's. On a quiet machine with two cores: five minutes.
 measure: $(READY)
-	$(BIN)/python tools/benchmark.py $$($(BIN)/python -c "from zoo.measuring.model_table import listed; print(*listed())") \
+	$(BIN)/python -m zoo benchmark $$($(BIN)/python -c "from zoo.measuring.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)
-	$(BIN)/python tools/export_onnx.py --all --jobs 2 -o build/onnx
+	$(BIN)/python -m zoo export --all --jobs 2 -o build/onnx
 	cp build/onnx/exports.json build/onnx/exports.md benchmarks/
 
 # Everything that needs a GPU, in under 9 minutes, with the python3 of a machine that has torch, triton, timm and pytest and from
 # which nothing can be downloaded.
 gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) tools/gpu.py $(GPU_OPTIONS)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB, once."
@@ -55,8 +55,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
 	@touch $(READY)
 
-$(MM_READY): $(READY) tools/install_mm.sh
-	@tools/install_mm.sh $(BIN)/python
+$(MM_READY): $(READY) zoo/toolboxes.py
+	@$(BIN)/python -m zoo install-mm
 	@touch $(MM_READY)
 
 clean:

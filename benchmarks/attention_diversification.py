@@ -1,6 +1,6 @@
-"""A network that adds its attention diversification loss to its logits: the rival of tools/benchmark.py that shows what the loss costs.
+"""A network that adds its attention diversification loss to its logits: the rival of `zoo benchmark` that shows what the loss costs.
 
-    python tools/benchmark.py deit_small_patch16_224_cb --against benchmarks.attention_diversification:build --size 512 512 --batch 2
+    zoo benchmark deit_small_patch16_224_cb --against benchmarks.attention_diversification:build --size 512 512 --batch 2
 
 compares training steps of 12 layers at 1,024 tokens (and the class token) without and with it: the loss costs the rival's memory
 and time over ours. Forward passes are in evaluation, without it.

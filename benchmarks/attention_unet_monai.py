@@ -4,7 +4,7 @@
 
 trains both, and `unet3d`, by configs/volumes/attention_unet3d_mni152.py, with the same patches in the same order, and prints
 parameters, Dice on the held-out hemisphere and processor time; then time and memory of a pass. `build` is the rival of
-tools/benchmark.py.
+`zoo benchmark`.
 """
 import argparse
 import time

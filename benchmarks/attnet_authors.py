@@ -1,4 +1,4 @@
-"""AttNet in the formulation of the paper (arXiv 2510.20092, section IV) in plain PyTorch: the rival of tools/benchmark.py.
+"""AttNet in the formulation of the paper (arXiv 2510.20092, section IV) in plain PyTorch: the rival of `zoo benchmark`.
 
 Everything is NCHW and contiguous: the context is projected before it is pooled, the per-sample convolution is one with as
 many groups as there are samples times channels, and norms, layer scale and gates are separate passes over the map.

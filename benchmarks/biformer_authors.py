@@ -1,4 +1,4 @@
-"""BiFormer in the formulation of the paper (arXiv 2303.08810, algorithm 1) in plain PyTorch: the rival of tools/benchmark.py.
+"""BiFormer in the formulation of the paper (arXiv 2303.08810, algorithm 1) in plain PyTorch: the rival of `zoo benchmark`.
 
 Regions are cut out of the map, the keys and values of the routed regions are gathered (copied top-k times), and
 attention is two matrix products around a softmax. The widths are read off the zoo's model of the same name.

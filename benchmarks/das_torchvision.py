@@ -1,4 +1,4 @@
-"""DAS networks around torchvision's deformable convolution: the rival of tools/benchmark.py."""
+"""DAS networks around torchvision's deformable convolution: the rival of `zoo benchmark`."""
 import timm
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d

@@ -1,4 +1,4 @@
-"""Halo attention beside timm's `HaloAttn`: `build` is the rival of tools/benchmark.py; run as a module this compares layers.
+"""Halo attention beside timm's `HaloAttn`: `build` is the rival of `zoo benchmark`; run as a module this compares layers.
 
     python -m benchmarks.halo_timm
 """

@@ -1,4 +1,4 @@
-"""LITv2 in the formulation of the paper (arXiv 2205.13213) in plain PyTorch: the rival of tools/benchmark.py.
+"""LITv2 in the formulation of the paper (arXiv 2205.13213) in plain PyTorch: the rival of `zoo benchmark`.
 
 Tokens lie as (B, N, C) and are turned into maps for every depthwise convolution; attention is two matrix products around a
 softmax; token merging is torchvision's deformable convolution. For sizes that 32 divides.

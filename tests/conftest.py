@@ -5,9 +5,6 @@ import os
 import random
 import re
 import resource
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,13 +45,14 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def load_tool_help():
-    """What a tool prints for --help."""
+    """What `zoo NAME --help` prints."""
+    from zoo.tools._cli import command  # after triton has been told where to run
 
     @functools.cache
-    def read(path: Path) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(sys, "argv", [str(path), "--help"])
-            runpy.run_path(str(path), run_name="__main__")
+    def read(name: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+            command([name, "--help"])
+        assert end.value.code == 0, f"there is no program {name}"
         return said.getvalue()
 
     return read

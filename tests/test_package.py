@@ -72,6 +72,9 @@ def test_a_fresh_clone_is_the_package(clone, installed):
 
 def test_an_installed_wheel_works_anywhere(installed, tmp_path):
     check_runs(tmp_path, installed, [installed])
+    command = [sys.executable, installed / "bin" / "zoo", "models", "biformer_n?no", "--details"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(installed)}).stdout
+    assert "\nbiformer_nano  routing" in listed
 
 
 @pytest.mark.parametrize("broken", [False, True])

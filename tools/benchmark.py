@@ -1,18 +1,20 @@
 """Measures models, each side by side with a rival: forward, forward plus backward, and peak memory. Prints Markdown."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import json
 import sys
 from pathlib import Path
 
 from zoo.files import check_writable, replacing
-from zoo.measuring.model_benchmark import DTYPES, FORWARD, PASSES, benchmark, load_callable
-from zoo.tools._cli import run
+from zoo.measuring import DTYPES
+from zoo.tools._cli import Parser, run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/benchmark.py biformer_tiny --against benchmarks.biformer_authors:build --batch 4 --size 224 224")
+    parser = Parser(__file__, __doc__, "biformer_tiny resnet50 --batch 4 --size 224 224",
+                    "biformer_tiny --against my_models:build --forward-only  # build(\"biformer_tiny\") in my_models.py gives the rival")
     parser.add_argument("models", nargs="+", metavar="model", help="a registered model's name or a checkpoint")
     parser.add_argument("--against", metavar="MODULE:CALLABLE",
                         help="called with a model's name, returns its rival, a torch.nn.Module (default: no rival)")
@@ -30,6 +32,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+
+    from zoo.measuring.model_benchmark import FORWARD, PASSES, benchmark, load_callable
+
     if args.json is not None:
         check_writable(args.json)
     against = None if args.against is None else load_callable(args.against)

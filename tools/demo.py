@@ -1,17 +1,24 @@
 """Trains biformer_nano on handwritten digits, exports it to ONNX, compares, and pictures its predictions."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import sys
 from pathlib import Path
 
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
 
 REQUIRED = 97.0  # per cent of the held-out digits
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/demo.py --work-dir work_dirs/demo")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__file__, __doc__, "--work-dir work_dirs/demo")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="where to write (default: work_dirs/demo)")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
 
     from zoo.mm.demo import run_demo
 

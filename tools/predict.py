@@ -1,29 +1,33 @@
-"""Names the classes of pictures, with probabilities, by a trained model; or writes masks of pictures and volumes, or
-draws what a detector or segmentor of the toolboxes finds."""
+"""Uses a trained model on pictures and volumes.
+
+Names the classes of pictures, with probabilities; writes masks of pictures and volumes; draws what a detector or segmentor of the
+toolboxes finds.
+"""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from zoo.checkpoints import TOOLBOX_TASKS, ModelInfo, load_trained, recorded_task
 from zoo.errors import InputError
-from zoo.predicting.classification import Prediction, predict, write_annotated
-from zoo.predicting.segmentation import write_masks
-from zoo.predicting.sheets import output_files
-from zoo.reading.pictures import find_pictures
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.checkpoints import ModelInfo, Opened
+    from zoo.predicting.classification import Prediction
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/predict.py work_dirs/digits/latest.pth seven.png\n"
-               "  python tools/predict.py work_dirs/digits/latest.pth scans/ --top 3 -o sheet.png\n"
-               "  python tools/predict.py work_dirs/ct/best.pth abdomen.nii.gz -o mask.nii.gz\n"
-               "  python tools/predict.py work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o found/")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that tools/train.py wrote")
+    parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth seven.png",
+                    "work_dirs/digits/epoch_20.pth scans/ --top 3 -o sheet.png",
+                    "work_dirs/ct/epoch_200.pth abdomen.nii.gz -o mask.nii.gz",
+                    "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o found/")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each picture (default: 5)")
@@ -39,11 +43,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    if recorded_task(args.checkpoint) in TOOLBOX_TASKS:
-        return find(args)
-    model, info = load_trained(args.checkpoint)
-    if info.task == "segmentation":
-        return segment(args, model, info)
+
+    from zoo.checkpoints import TOOLBOX_TASKS, load_trained, opened
+
+    checkpoint = opened(args.checkpoint)
+    if checkpoint.task in TOOLBOX_TASKS:
+        return find(args, checkpoint)
+    model, info = load_trained(checkpoint)
+    return segment(args, model, info) if info.task == "segmentation" else name(args, model, info)
+
+
+def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
+    """Prints, and writes onto the pictures where asked, the most probable classes."""
+    from zoo.predicting.classification import predict, write_annotated
+    from zoo.predicting.sheets import output_files
+    from zoo.reading.pictures import find_pictures
+
     pictures = find_pictures(args.pictures)
     if args.output is not None:
         output_files(pictures, args.output)  # before the work, not after it
@@ -60,7 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
+def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
+    """Writes masks, and prints the shares of the classes in them."""
+    from zoo.predicting.segmentation import write_masks
+
     if args.output is None:
         raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
 
@@ -80,15 +98,17 @@ def segment(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> int:
     return 0
 
 
-def find(args: argparse.Namespace) -> int:
+def find(args: argparse.Namespace, checkpoint: "Opened") -> int:
     """Prints, and draws where asked, the instances or classes in every picture."""
     from zoo.mm.downstream import load_scene_model, predict_scenes
     from zoo.predicting.scenes import write_scenes
+    from zoo.predicting.sheets import output_files
+    from zoo.reading.pictures import find_pictures
 
     pictures = find_pictures(args.pictures)
     if args.output is not None:
         output_files(pictures, args.output)
-    model, info = load_scene_model(args.checkpoint)
+    model, info = load_scene_model(checkpoint)
 
     def show(done: int) -> None:
         if len(pictures) > 1:
@@ -104,7 +124,7 @@ def find(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(predictions: list[Prediction]) -> None:
+def report(predictions: "list[Prediction]") -> None:
     width = max(len(name) for prediction in predictions for name, _ in prediction.classes)
     for prediction in predictions:
         print(prediction.path)

@@ -1,20 +1,26 @@
 """Writes scenes of handwritten digits, in the formats of COCO and of mmsegmentation, for the *_digits configs."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import sys
 from pathlib import Path
 
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python tools/prepare_digits.py data/digits --train 1000 --val 100")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__file__, __doc__, "data/digits --train 1000 --val 100")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/digits"), help="where to write (default: data/digits)")
     parser.add_argument("--train", type=int, default=1000, help="scenes to train on (default: 1000)")
     parser.add_argument("--val", type=int, default=100, help="scenes of other digits to evaluate on (default: 100)")
     parser.add_argument("--size", type=int, default=96, help="pixels on a side (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
 
     from zoo.reading.digits import write_digit_scenes
 

@@ -1,4 +1,7 @@
-"""Evaluates a checkpoint."""
+"""Evaluates a checkpoint on the test data of its config."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import os
 import sys
@@ -6,16 +9,14 @@ from pathlib import Path
 
 from zoo.errors import InputError
 from zoo.files import make_folder
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint on the test data of its config.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/test.py biformer_nano_digits work_dirs/biformer_nano_digits/epoch_40.pth\n"
-               "  python tools/test.py biformer_tiny_in1k tiny.pth --corruptions work_dirs/tiny --imagenet-c /data/imagenet-c")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__file__, __doc__, "biformer_nano_digits work_dirs/digits/epoch_20.pth",
+                    "biformer_tiny_in1k tiny.pth --corruptions work_dirs/tiny --imagenet-c /data/imagenet-c")
     parser.add_argument("config", help="path of a config, or name of an installed one")
-    parser.add_argument("checkpoint", help="a checkpoint that tools/train.py wrote")
+    parser.add_argument("checkpoint", help="a checkpoint that `zoo train` wrote")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="default: pytorch under torchrun, else none")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
                         help="changes to the config, such as data_root=/data/in1k")
@@ -24,11 +25,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--baseline", metavar="FILE", help="corruptions.json of the model that mean corruption error is relative to "
                                                            "(default for 1000 classes: AlexNet)")
     parser.add_argument("--imagenet-c", type=Path, metavar="ROOT", help="read ImageNet-C's images instead of corrupting the test data")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     if args.corruptions is not None:
         return corruptions(args)
     if args.baseline or args.imagenet_c:

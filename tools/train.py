@@ -1,15 +1,16 @@
-"""Trains a config."""
+"""Trains a config, on one machine or, under torchrun, slurm or mpi, on many."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import os
 
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train a config on one machine or, under torchrun, slurm or mpi, on many.",
-        epilog="example: python tools/train.py configs/classification/biformer_nano_digits.py --work-dir runs/digits "
-               "--cfg-options train_cfg.max_epochs=20 model.args.drop_path_rate=0.1")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__file__, __doc__, "biformer_nano_digits --work-dir work_dirs/digits",
+                    "my_config.py --amp --cfg-options train_cfg.max_epochs=20 model.args.drop_path_rate=0.1")
     parser.add_argument("config", help="path of a config, or name of an installed one, such as biformer_nano_digits")
     parser.add_argument("--work-dir", help="where to write checkpoints and logs (default: work_dirs/NAME)")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
@@ -19,7 +20,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed of everything random (default: the config's)")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
                         help="changes to the config, such as data_root=/data/in1k")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
 
     from zoo.mm import train
 

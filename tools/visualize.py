@@ -3,35 +3,33 @@
 Of classifiers: a picture of the mechanism for every stage, and attributions. Of U-Nets: what their attention gates let through, over
 a picture or a slice of a volume. PNG files and one HTML page in a folder; of one input of a U-Net, one sheet if a picture is named.
 """
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from zoo.checkpoints import ModelInfo, load_model
 from zoo.errors import InputError
-from zoo.predicting.segmentation import find_inputs
-from zoo.predicting.sheets import output_files
-from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture
-from zoo.seeing.attributions import ATTRIBUTIONS, check_method
-from zoo.seeing.classifiers import attribution, check_target, mechanisms
-from zoo.seeing.gate_pictures import picture_gates, see_gates
-from zoo.seeing.mechanism_pictures import WITH_QUERY, pictured
-from zoo.seeing.page import Seen, folder_for_pictures, write
-from zoo.tools._cli import run
+from zoo.seeing import ATTRIBUTIONS
+from zoo.tools._cli import Parser, run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.checkpoints import ModelInfo
+    from zoo.seeing.page import Seen
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/visualize.py work_dirs/digits/latest.pth seven.png -o seen\n"
-               "  python tools/visualize.py biformer_tiny cat.jpg -o seen --query 0.3 0.7 --attributions gradcam\n"
-               "  python tools/visualize.py work_dirs/ct/best.pth abdomen.nii.gz --slice 60 -o gates.png")
-    parser.add_argument("model", help="a checkpoint that tools/train.py wrote, or a registered model's name (random weights)")
+    parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth seven.png -o seen",
+                    "biformer_tiny cat.jpg -o seen --query 0.3 0.7 --attributions gradcam",
+                    "work_dirs/ct/epoch_200.pth abdomen.nii.gz --slice 60 -o gates.png")
+    parser.add_argument("model", help="a checkpoint that `zoo train` wrote, or a registered model's name (random weights)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture or a folder of pictures; for 3-D networks NIfTI volumes")
     parser.add_argument("-o", "--output", type=Path, required=True,
@@ -45,8 +43,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def see_classes(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> Callable[[Path], list[Seen]]:
+def see_classes(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> "Callable[[Path], list[Seen]]":
     """What shows a classifier's picture; all options are checked before."""
+    from zoo.reading.pictures import open_picture
+    from zoo.seeing.attributions import check_method
+    from zoo.seeing.classifiers import attribution, check_target, mechanisms
+    from zoo.seeing.mechanism_pictures import WITH_QUERY, pictured
+
     refuse(args, f"is for volumes, and {info.name} takes whole pictures", "slice")
     methods = list(dict.fromkeys(ATTRIBUTIONS if args.attributions is None else args.attributions))
     for method in methods:
@@ -60,7 +63,7 @@ def see_classes(args: argparse.Namespace, model: nn.Module, info: ModelInfo) -> 
         known = ", ".join(sorted(kind.__name__ for kind in WITH_QUERY))
         refuse(args, f"is for {known}, and {info.name} has none of these layers", "query")
 
-    def see(path: Path) -> list[Seen]:
+    def see(path: Path) -> "list[Seen]":
         picture = open_picture(path, info.input_size[0])
         # Attributions do not need layers with pictures of their own; without either, `mechanisms` says what it needs.
         seen = mechanisms(model, info, picture, tuple(args.query or (0.5, 0.5))) if kinds or not methods else []
@@ -77,6 +80,14 @@ def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+
+    from zoo.checkpoints import load_model
+    from zoo.predicting.segmentation import find_inputs
+    from zoo.predicting.sheets import output_files
+    from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures
+    from zoo.seeing.gate_pictures import picture_gates, see_gates
+    from zoo.seeing.page import folder_for_pictures, write
+
     model, info = load_model(args.model)
     if info.task == "segmentation":
         refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target")

@@ -1,25 +1,28 @@
 """Attention mechanisms as timm models: `import zoo`, then `timm.create_model(...)`."""
-from .attach import attach
-from .layers import capture
-from .losses import AttentionDiversificationLoss
-from .models import (
-    MECHANISMS,
-    REPORTED_TOP1,
-    attnet,
-    biformer,
-    das,
-    deit,
-    fan,
-    halonet,
-    list_models,
-    litv2,
-    mechanism_of,
-    polarized,
-    sknet,
-    unet,
-)
+from . import _command
 
 __version__ = "0.2.0"
+
+if not _command.import_is_put_off:
+    from .attach import attach
+    from .layers import capture
+    from .losses import AttentionDiversificationLoss
+    from .models import (
+        MECHANISMS,
+        REPORTED_TOP1,
+        attnet,
+        biformer,
+        das,
+        deit,
+        fan,
+        halonet,
+        list_models,
+        litv2,
+        mechanism_of,
+        polarized,
+        sknet,
+        unet,
+    )
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",

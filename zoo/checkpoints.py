@@ -1,5 +1,6 @@
 """Reading checkpoints without ever running code from them, and models from names or checkpoints."""
 import contextlib
+import dataclasses
 import math
 import reprlib
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -15,6 +16,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+import zoo.models  # noqa: F401  registers what checkpoints name
 from zoo.errors import InputError, near_misses
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")
@@ -122,17 +124,35 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
 
 
-def recorded_task(path: str | Path) -> str | None:
-    """What tools/train.py trained the checkpoint at `path` for; None if it is another's."""
-    checkpoint = read(path, allow=ENGINE_RECORDS)
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    return record.get("task") if isinstance(record, dict) else None
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that has been read: its path, and what it holds. Whatever loads models takes it in the place of the path."""
+
+    path: Path
+    content: object = dataclasses.field(repr=False)
+
+    @property
+    def record(self) -> dict | None:
+        """What zoo's training recorded in it beside weights; None if the checkpoint is another's."""
+        record = self.content.get("zoo") if isinstance(self.content, dict) else None
+        return record if isinstance(record, dict) else None
+
+    @property
+    def task(self) -> object:
+        """What it was trained for: one of `TASKS` or `TOOLBOX_TASKS`, unless its record is unsound; None without a record."""
+        return None if self.record is None else self.record.get("task")
 
 
-def load_trained(path: str | Path, **model_args) -> tuple[nn.Module, ModelInfo]:
-    """Like `load_model` for the path of a checkpoint only: a model with trained weights, never random ones."""
-    path = Path(path)
-    record, weights = _trained_parts(path, read(path, allow=ENGINE_RECORDS))
+def opened(checkpoint: str | Path | Opened) -> Opened:
+    """The checkpoint at a path, read once for all that is done with it. Raises InputError for what `read` refuses."""
+    return checkpoint if isinstance(checkpoint, Opened) else Opened(Path(checkpoint), read(checkpoint, allow=ENGINE_RECORDS))
+
+
+def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Module, ModelInfo]:
+    """Like `load_model` for a checkpoint only: a model with trained weights, never random ones."""
+    checkpoint = opened(checkpoint)
+    path = checkpoint.path
+    record, weights = _trained_parts(checkpoint)
     name = record["model"]
     if not timm.is_model(name):
         raise InputError(f"{path} holds a model {name!r} that is not registered here{near_misses(name, timm.list_models())}")
@@ -206,18 +226,18 @@ def check_record(path: str | Path, record: Mapping, fields: Mapping[str, tuple[C
             raise InputError(f"{path} records {field}={' '.join(reprlib.repr(value).split())}, where {called} is needed")
 
 
-def _trained_parts(path: Path, checkpoint: object) -> tuple[dict, dict[str, Tensor]]:
+def _trained_parts(checkpoint: Opened) -> tuple[dict, dict[str, Tensor]]:
     """The record `zoo` of a checkpoint that training wrote, sound, and the model's weights by the model's own names."""
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or not isinstance(state, dict):
-        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise InputError(f"{path} is not a checkpoint of tools/train.py: it holds {found or 'nothing'}, "
+    path, content, record = checkpoint.path, checkpoint.content, checkpoint.record
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if record is None or not isinstance(state, dict):
+        found = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path} is not a checkpoint of `zoo train`: it holds {found or 'nothing'}, "
                          "where 'zoo' and 'state_dict' are needed")
     task = record.get("task")
     if task in TOOLBOX_TASKS:
         kind = "detector of mmdetection" if task == "mmdet" else "segmentor of mmsegmentation"
-        raise InputError(f"{path} holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does not")
+        raise InputError(f"{path} holds a {kind}, which `zoo predict` and `zoo export` take and this does not")
     if task not in TASKS:
         raise InputError(f"{path} holds a model for {task!r}, not for {' or '.join(map(repr, TASKS))}")
     check_record(path, record)

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class MissingPackageError(InputError, ImportError):
+    """A package that an extra of the project brings is not installed."""
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """A clause naming the entries of `known` that `name` may have been meant to be, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
@@ -23,9 +27,10 @@ def times(sizes: Iterable[int]) -> str:
 
 
 def require(what: str, extra: str, *packages: str) -> None:
-    """Raises InputError, saying how to install it, for the first of `packages` that `what` needs and that is not there."""
+    """Raises MissingPackageError, saying how to install it, for the first of `packages` that `what` needs and that is not there."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{what} needs the package {package}; install it with: pip install 'zoo-attention[{extra}]'") from error
+            raise MissingPackageError(
+                f"{what} needs the package {package}; install it with: pip install 'zoo-attention[{extra}]'") from error

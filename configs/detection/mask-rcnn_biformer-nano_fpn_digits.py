@@ -1,4 +1,4 @@
-# A small Mask R-CNN on scenes of digits, which tools/prepare_digits.py writes; from scratch in minutes on two cores.
+# A small Mask R-CNN on scenes of digits, which `zoo prepare-digits` writes; from scratch in minutes on two cores.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# A small UPerNet on scenes of digits, which tools/prepare_digits.py writes; from scratch to a mean IoU of 0.8 in minutes on two cores.
+# A small UPerNet on scenes of digits, which `zoo prepare-digits` writes; from scratch to a mean IoU of 0.8 in minutes on two cores.
 _base_ = 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py'
 
 model = dict(

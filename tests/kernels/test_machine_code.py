@@ -37,7 +37,7 @@ def test_kernels_compile_for_every_target(operator):
 @pytest.mark.parametrize("operator", operators_with_kernels())
 def test_table_shows_these_kernels_without_spills_within_limits(operator):
     section = TABLE.read_text().partition(f"\n## {operator}\n")[2].partition("\n## ")[0]
-    assert f"`{digest(operator)}`" in section, f"kernels changed: run python tools/kernel_table.py {operator}"
+    assert f"`{digest(operator)}`" in section, f"kernels changed: run python -m benchmarks.kernel_table {operator}"
     rows = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) of (\d+) \|", section)
     assert len(rows) >= 3
     assert all(spilled == "0" and float(taken) <= int(limit) for _, spilled, taken, limit in rows)

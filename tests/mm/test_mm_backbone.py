@@ -214,5 +214,5 @@ for ask in (lambda: load_config("upernet_biformer-nano_digits"), lambda: load_co
         print(error)
 """
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 3 and all("make mm" in line for line in lines)
+    assert len(lines) == 3 and all("zoo install-mm (which is: pip install " in line for line in lines)
     assert "needs mmsegmentation" in lines[0] and "needs mmdetection" in lines[1] and "needs mmsegmentation" in lines[2]

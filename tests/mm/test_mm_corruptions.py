@@ -1,6 +1,4 @@
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ from zoo.mm.datasets import DigitsDataset, ImageFolderDataset, Sample, seeded
 from zoo.mm.mask_datasets import DigitScenesDataset
 from zoo.mm.metrics import Accuracy
 from zoo.reading.corruptions import CORRUPTIONS, corrupt
+from zoo.tools._cli import command
 
-ROOT = Path(__file__).parents[2]
 TRANSFORM = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
 
@@ -108,7 +106,7 @@ def test_errors_are_of_the_score_of_the_task(metrics, error):
 
 
 def test_what_cannot_be_corrupted_is_known_before_it_is_evaluated(monkeypatch):
-    monkeypatch.setattr(corruptions, "evaluate", None)
+    monkeypatch.setattr(corruptions, "evaluate_each", None)
     with pytest.raises(InputError, match="attention_unet3d_mni152, of MNI152Dataset, cannot be corrupted: .* unknown key .corruption.;"):
         corruptions.evaluate_corruptions("attention_unet3d_mni152", "x.pth")
     with pytest.raises(InputError, match="in the place of image folders, and the test data of biformer_nano_digits are of DigitsDataset"):
@@ -130,11 +128,10 @@ def test_mean_corruption_error_is_the_papers():
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["test.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools/test.py"), run_name="__main__")
+            command(["test", *map(str, arguments)])
         return end.value.code
     return run
 

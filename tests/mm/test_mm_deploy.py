@@ -1,7 +1,5 @@
 """Segmentors and RetinaNet as ONNX files: the same logits and boxes as the toolboxes', with the recorded steps around them."""
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +21,8 @@ from zoo.mm.downstream import predict_scenes
 from zoo.mm.networks import plain
 from zoo.predicting.detections import detections
 from zoo.predicting.scenes import SceneInfo
+from zoo.tools import export
 
-ROOT = Path(__file__).parents[2]
 EXPORTED = ["upernet_biformer-small_8xb2-160k_ade20k-512x512", "sem-fpn_attnet-t2_4xb4-80k_ade20k-512x512",
             "retinanet_litv2-s_fpn_1x_coco"]
 
@@ -99,7 +97,7 @@ def test_a_checkpoint_is_enough(tmp_path):
         model = MODELS.build(config.model)
     record = {"task": "mmseg", "model": plain(config.model), "steps": [], "classes": ["a"] * 11, "palette": None}
     torch.save({"zoo": record, "state_dict": model.state_dict()}, tmp_path / "a.pth")
-    network, info = runpy.run_path(str(ROOT / "tools/export_onnx.py"))["load"](str(tmp_path / "a.pth"))
+    network, info = export.load(str(tmp_path / "a.pth"))
     assert info.name == "biformer_nano" and info.output == "logits" and network(torch.randn(1, 3, 70, 50)).shape == (1, 11, 70, 50)
 
 

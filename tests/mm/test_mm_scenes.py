@@ -1,6 +1,6 @@
 """Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw; and what checkpoints must not do."""
 import copy
-import runpy
+import importlib
 import sys
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def test_predictions_are_those_of_the_toolbox(trained, scenes):
 
 def test_the_tool_draws_folders(trained, scenes, tmp_path, capsys):
     _, folder, _ = trained
-    main = runpy.run_path(str(ROOT / "tools/predict.py"))["main"]
+    main = importlib.import_module("zoo.tools.predict").main
     assert main([str(latest_checkpoint(folder)), str(scenes / "images/val"), "-o", str(tmp_path / "out"), "--threshold", "0.0"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{i:06d}.png" for i in range(3)}
     said = capsys.readouterr().out
@@ -212,9 +212,9 @@ def test_the_tools_refuse_code_in_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"zoo": _changed(_record("mmseg"), "model", POPEN), "state_dict": {}}, "x.pth")
     Image.new("RGB", (9, 9)).save("a.png")
-    for tool, arguments in [("predict", ["a.png", "-o", "o.png"]), ("export_onnx", ["-o", "o.onnx"])]:
+    for tool, arguments in [("predict", ["a.png", "-o", "o.png"]), ("export", ["-o", "o.onnx"])]:
         with pytest.raises(InputError, match="would run"):
-            runpy.run_path(str(ROOT / f"tools/{tool}.py"))["main"](["x.pth", *arguments])
+            importlib.import_module(f"zoo.tools.{tool}").main(["x.pth", *arguments])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "x.pth"]
 
 

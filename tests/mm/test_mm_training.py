@@ -39,7 +39,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     options = [*TINY[2:4], *TINY[6:], "train_dataloader.num_workers=2", "train_cfg.max_epochs=3", "train_cfg.val_interval=1",
                "model.args.drop_path_rate=0.2", "model.mixup.prob=1.0"]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    python("tools/train.py", "biformer_nano_digits", "--work-dir", unbroken, "--cfg-options", *options)
+    python("-m", "zoo", "train", "biformer_nano_digits", "--work-dir", unbroken, "--cfg-options", *options)
 
     python("-c", KILL_IN_EPOCH, broken, *options, code=-9)
     assert (broken / "last_checkpoint").read_text().endswith("epoch_1.pth")
@@ -49,7 +49,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     assert not (broken / "epoch_2.pth").exists()
     assert load_from_local(broken / "epoch_1.pth")["meta"]["epoch"] == 1
 
-    done = python("tools/train.py", "biformer_nano_digits", "--work-dir", broken, "--resume", "--cfg-options", *options)
+    done = python("-m", "zoo", "train", "biformer_nano_digits", "--work-dir", broken, "--resume", "--cfg-options", *options)
     assert "resumed epoch: 1, iter: 4" in done.stdout and str(broken) in done.stdout.splitlines()[-1]
     assert not list(broken.glob(f"{TEMPORARY}*"))
     ends = [load_from_local(folder / "epoch_3.pth") for folder in (unbroken, broken)]
@@ -144,7 +144,7 @@ def test_two_processes_agree_with_one(python, tiny_train, tmp_path):
     same = ["model.mixup=None", "model.args.drop_path_rate=0.0", "optim_wrapper.optimizer={'type': 'SGD', 'lr': 0.05}"]
     one, _, _ = tiny_train("one", *same)
     two = tmp_path / "two"
-    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train.py", "biformer_nano_digits",
+    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "zoo", "train", "biformer_nano_digits",
            "--work-dir", two, "--cfg-options", *TINY, *same, "train_dataloader.batch_size=8", "val_dataloader.dataset.limit=41")
     both = load_from_local(two / "epoch_2.pth")
     for name, value in one["state_dict"].items():
@@ -152,7 +152,7 @@ def test_two_processes_agree_with_one(python, tiny_train, tmp_path):
 
 
 def test_the_digits_config_runs_in_two_processes(python, tmp_path):
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train.py", "biformer_nano_digits",
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "zoo", "train", "biformer_nano_digits",
                   "--work-dir", tmp_path, "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.limit=128",
                   "train_dataloader.batch_size=16", "val_dataloader.dataset.limit=41")
     checkpoint = load_from_local(tmp_path / "epoch_1.pth")

@@ -1,5 +1,5 @@
-"""Tools loaded from their files, and checkpoints for them to read: good, foreign, damaged and malicious."""
-import importlib.util
+"""Programs as modules and as processes, and checkpoints for them to read: good, foreign, damaged and malicious."""
+import importlib
 import os
 import subprocess
 import sys
@@ -18,20 +18,15 @@ CLASSES = ("circle", "square", "star")
 
 @pytest.fixture(scope="session")
 def load_tool() -> Callable[[str], ModuleType]:
-    """tools/NAME.py as a module, so that its `main` can be called without starting a process."""
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    return load
+    """A program as a module, so that its `main` can be called without starting a process."""
+    return lambda name: importlib.import_module(f"zoo.tools.{name}")
 
 
 @pytest.fixture(scope="session")
 def run_tool() -> Callable[..., subprocess.CompletedProcess]:
-    """tools/NAME.py in a process of its own."""
+    """`python -m zoo NAME …` in a process of its own."""
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)], capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-m", "zoo", name, *map(str, arguments)], capture_output=True, text=True,
                               cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     return run
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def demo(work_dir: Path) -> dict[str, str]:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "demo.py", "--work-dir", work_dir], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "zoo", "demo", "--work-dir", work_dir], capture_output=True, text=True,
                           cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return dict(re.findall(r"^(\S.*?)  +(\S.*)$", done.stdout.rsplit("\n\n", 1)[1], re.M))

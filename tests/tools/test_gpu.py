@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import gpu as gpu_tool
 from benchmarks import kernel_cases
 from zoo.errors import InputError
 
@@ -18,16 +19,16 @@ UNHURRIED = ["--seconds", "1000000"]  # no test depends on the machine's speed
     (["tunes"], "there is no step 'tunes'; steps are check, tune, measure, train"),
     ([], "torch finds no GPU here; --dry-run goes through the steps on the CPU"),
 ])
-def test_wrong_use_is_one_line(load_tool, arguments, message, monkeypatch):
+def test_wrong_use_is_one_line(arguments, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=message):
-        load_tool("gpu").main(arguments)
+        gpu_tool.main(arguments)
 
 
 @pytest.fixture
-def dry(load_tool, monkeypatch):
+def dry(monkeypatch):
     """The tool, with one operator to measure, and what its pages say."""
-    gpu, pages = load_tool("gpu"), {}
+    gpu, pages = gpu_tool, {}
     monkeypatch.setattr(gpu, "write", lambda name, title, text, args: pages.__setitem__(name, text))
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": kernel_cases.CASES["region_routes"]})
     return gpu, pages
@@ -68,8 +69,8 @@ def test_what_fails_is_said_beside_what_was_measured(dry, monkeypatch):
     assert pages["training"].endswith("| biformer_nano | 64 | failed: ZeroDivisionError: division by zero | 2 |  |")
 
 
-def test_steps_are_processes_and_the_rest_goes_on(load_tool, monkeypatch, capsys):
-    gpu, done = load_tool("gpu"), []
+def test_steps_are_processes_and_the_rest_goes_on(monkeypatch, capsys):
+    gpu, done = gpu_tool, []
 
     now = 5.0
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now))
@@ -77,8 +78,8 @@ def test_steps_are_processes_and_the_rest_goes_on(load_tool, monkeypatch, capsys
     def run(command, timeout, **_):
         nonlocal now
         now += 10
-        step, left = command[2], int(command[4])
-        done.append((step, left, command[5:]))
+        step, left = command[3], int(command[5])
+        done.append((step, left, command[6:]))
         assert left < timeout
         if step == "tune":
             raise subprocess.TimeoutExpired(command, timeout)
@@ -92,14 +93,14 @@ def test_steps_are_processes_and_the_rest_goes_on(load_tool, monkeypatch, capsys
     assert "tune did not end and was stopped" in said and "failed: check, tune" in said
 
 
-def test_a_step_is_a_process(load_tool, monkeypatch):
-    gpu = load_tool("gpu")
+def test_a_step_is_a_process(monkeypatch):
+    gpu = gpu_tool
     monkeypatch.setattr(gpu, "GRACE", math.inf)
     assert gpu.run_alone("train", 0, argparse.Namespace(dry_run=True, output=None))
 
 
-def test_tests_that_take_too_long_are_stopped_and_say_what_failed(load_tool, monkeypatch, capfd, tmp_path):
-    gpu, popen, started = load_tool("gpu"), subprocess.Popen, tmp_path / "started"
+def test_tests_that_take_too_long_are_stopped_and_say_what_failed(monkeypatch, capfd, tmp_path):
+    gpu, popen, started = gpu_tool, subprocess.Popen, tmp_path / "started"
     os.mkfifo(started)
     endless = f"try:\n    open({str(started)!r}, 'w').close()\n    while True: pass\nexcept KeyboardInterrupt:\n    print('failed: this')"
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: popen([sys.executable, "-c", endless]))
@@ -117,7 +118,7 @@ def test_tests_that_take_too_long_are_stopped_and_say_what_failed(load_tool, mon
     assert "the tests were not done after 3 seconds and were stopped" in said and "failed: this" in said
 
 
-def test_results_are_copied(load_tool, tmp_path):
-    gpu = load_tool("gpu")
+def test_results_are_copied(tmp_path):
+    gpu = gpu_tool
     gpu.copy(gpu.CONFIGURATIONS, argparse.Namespace(output=tmp_path / "out"))
     assert (tmp_path / "out" / "configurations.json").read_bytes() == gpu.CONFIGURATIONS.read_bytes()

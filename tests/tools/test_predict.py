@@ -7,6 +7,7 @@ from PIL import Image
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
 from zoo.predicting import classification as prediction
+from zoo.reading.pictures import find_pictures
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_batches_change_nothing(checkpoint, pixels, tmp_path):
     for i in range(5):
         Image.fromarray(np.roll(pixels, 7 * i, axis=0)).save(tmp_path / f"{i}.png")
     model, info = load_trained(checkpoint)
-    found = [prediction.predict(model, info, prediction.find_pictures([tmp_path]), batch=batch) for batch in (1, 2, 8)]
+    found = [prediction.predict(model, info, find_pictures([tmp_path]), batch=batch) for batch in (1, 2, 8)]
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert a.path == b.path

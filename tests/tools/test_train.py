@@ -1,8 +1,4 @@
-"""What tools/train.py and tools/test.py answer to input that cannot be used."""
-import os
-import runpy
-import subprocess
-import sys
+"""What `zoo train` and `zoo test` answer to input that cannot be used."""
 from pathlib import Path
 
 import pytest
@@ -10,16 +6,16 @@ import timm
 import torch
 
 import zoo.mm  # noqa: F401  so that the first test is not the slow one
+from zoo.tools._cli import command
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs/classification/biformer_nano_digits.py"
 
 
-def _fails(monkeypatch, capfd, tool: str, *arguments: object) -> str:
-    """Runs a tool; checks the manner of its failure and returns its one line."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+def _fails(capfd, program: str, *arguments: object) -> str:
+    """Runs a program; checks the manner of its failure and returns its one line."""
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+        command([program, *map(str, arguments)])
     lines = capfd.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in lines[0]
@@ -54,7 +50,7 @@ def _fails(monkeypatch, capfd, tool: str, *arguments: object) -> str:
 ])
 def test_train_refuses(arguments, message, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert message in _fails(monkeypatch, capfd, "train.py", *arguments)
+    assert message in _fails(capfd, "train", *arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -112,14 +108,14 @@ def test_bad_checkpoints_are_refused(make, way, monkeypatch, capfd, tmp_path):
     bad = tmp_path / "bad.pth"
     message = make(bad)
     if way == "test":
-        line = _fails(monkeypatch, capfd, "test.py", DIGITS, bad)
+        line = _fails(capfd, "test", DIGITS, bad)
     elif way == "resume":
-        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--resume", bad)
+        line = _fails(capfd, "train", DIGITS, "--resume", bad)
     elif way == "resume newest":
         (tmp_path / "last_checkpoint").write_text(str(bad))
-        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--work-dir", tmp_path, "--resume")
+        line = _fails(capfd, "train", DIGITS, "--work-dir", tmp_path, "--resume")
     else:
-        line = _fails(monkeypatch, capfd, "train.py", DIGITS, "--cfg-options", f"load_from={bad}")
+        line = _fails(capfd, "train", DIGITS, "--cfg-options", f"load_from={bad}")
     assert message in line and "bad.pth" in line
     assert {path.name for path in tmp_path.iterdir()} <= {"bad.pth", "last_checkpoint"}
 
@@ -132,7 +128,7 @@ def test_bad_checkpoints_are_refused(make, way, monkeypatch, capfd, tmp_path):
 def test_what_training_cannot_go_on_from(more, message, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": _weights(), **more}, "bad.pth")
-    assert message in _fails(monkeypatch, capfd, "train.py", DIGITS, "--resume", "bad.pth")
+    assert message in _fails(capfd, "train", DIGITS, "--resume", "bad.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 
 
@@ -141,24 +137,3 @@ def test_config_text_in_a_checkpoint_is_not_executed(tmp_path):
 
     torch.save({"state_dict": {}, "meta": {"config": f"open({str(tmp_path / 'executed')!r}, 'w')", "epoch": 1}}, tmp_path / "a.pth")
     assert load_from_local(tmp_path / "a.pth")["meta"] == {"epoch": 1}
-
-
-def test_no_loader_of_the_engine_is_left():
-    from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
-
-    from zoo.errors import InputError
-
-    assert [loader.__module__ for loader in CheckpointLoader._schemes.values()] == ["zoo.mm.checkpoint"]
-    for name in ("https://example.invalid/a.pth", "torchvision://resnet50", "open-mmlab://x"):
-        with pytest.raises(InputError):
-            _load_checkpoint(name)
-
-
-@pytest.mark.parametrize("tool", ["train.py", "test.py"])
-def test_as_a_process(tool, tmp_path):
-    command = [sys.executable, ROOT / "tools" / tool]
-    help_text = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "python tools/" in help_text
-    done = subprocess.run([*command, "biformer_nano_digit", "x.pth"][:3 if tool == "train.py" else 4], cwd=tmp_path,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

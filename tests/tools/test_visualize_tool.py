@@ -85,8 +85,8 @@ def test_one_sheet_is_for_one_input(main, grey, tmp_path):
 def test_what_cannot_be_written_is_said_before_the_work(tool, grey, monkeypatch, model):
     def works(*_, **__):
         raise AssertionError("the work has begun")
-    for name in ("mechanisms", "attribution", "see_gates"):
-        monkeypatch.setattr(tool, name, works)
+    for name in ("classifiers.mechanisms", "classifiers.attribution", "gate_pictures.see_gates"):
+        monkeypatch.setattr(f"zoo.seeing.{name}", works)
     for output in (f"{grey}/sub", f"{grey}/sub/further", "x" * 300, grey + "/../" + "x" * 300):
         with pytest.raises(InputError, match="cannot"):
             tool.main([model, grey, "-o", output])

@@ -157,7 +157,7 @@ def test_stand_ins_hide_no_code(tmp_path, weights):
 def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     path = tmp_path / "x.pth"
     torch.save(weights, path)
-    with pytest.raises(InputError, match=r"not a checkpoint of tools/train.py: it holds conv1.0.weight, .* 'zoo' and 'state_dict'"):
+    with pytest.raises(InputError, match=r"not a checkpoint of `zoo train`: it holds conv1.0.weight, .* 'zoo' and 'state_dict'"):
         checkpoints.load_model(path)
     torch.save([1], path)
     with pytest.raises(InputError, match="it holds list"):
@@ -173,7 +173,7 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
         checkpoints.load_model(path)
     for task, kind in [("mmseg", "segmentor of mmsegmentation"), ("mmdet", "detector of mmdetection")]:
         torch.save({"zoo": {"task": task, "model": {"type": "X"}}, "state_dict": {}}, path)
-        with pytest.raises(InputError, match=f"x.pth holds a {kind}, which tools/predict.py and tools/export_onnx.py take and this does"):
+        with pytest.raises(InputError, match=f"x.pth holds a {kind}, which `zoo predict` and `zoo export` take and this does"):
             checkpoints.load_model(path)
 
 

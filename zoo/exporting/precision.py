@@ -13,7 +13,6 @@ from zoo.errors import InputError
 from zoo.exporting.onnx import INPUT, ExportError, open_session
 from zoo.reading.pictures import find_pictures, open_picture
 
-PRECISIONS = ("float32", "float16", "int8")
 FLOAT32_ONLY = ("DeformConv", "GridSample")  # ONNX Runtime has no other kernels of them on the CPU
 ARITHMETIC = ("Conv", "Gemm", "MatMul")  # what int8 makes faster; the rest stays as it is
 CALIBRATED = 128  # pictures at most

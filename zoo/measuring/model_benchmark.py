@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from zoo.checkpoints import load_model
 from zoo.errors import InputError, near_misses
+from zoo.measuring import DTYPES
 from zoo.threads import torch_threads
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORWARD = "forward"
 PASSES = (FORWARD, "forward + backward")
 
@@ -107,9 +107,9 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
             shape = tuple(size or info.input_size[1:])
             sizes[info.name] = "x".join(map(str, shape))
             images = torch.randn(batch, info.input_size[0], *shape, generator=torch.Generator().manual_seed(0))
-            images = images.to(device, DTYPES[dtype])
+            images = images.to(device, getattr(torch, dtype))
             for model in filter(None, (ours, rival)):
-                model.to(device, DTYPES[dtype])
+                model.to(device, getattr(torch, dtype))
             for kind in passes:
                 progress(f"{info.name}, {kind}")
                 comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))

@@ -19,12 +19,11 @@ import torchvision  # noqa: F401  has the deformable convolution that is counted
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import zoo
 import zoo.kernels
 from zoo.errors import InputError
 from zoo.exporting.all_models import read_records
 from zoo.kernels.deform_conv2d.reference import flops
-from zoo.models import unet
+from zoo.models import MECHANISMS, REPORTED_TOP1, list_models, mechanism_of, unet
 
 NONE = "–"
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +67,7 @@ def kernels(model: nn.Module) -> list[str]:
 
 
 def latencies(folder: Path) -> dict[str, float]:
-    """Models' forward times over ResNet-50's, from what tools/benchmark.py wrote to `folder`/models.json."""
+    """Models' forward times over ResNet-50's, from what `zoo benchmark` wrote to `folder`/models.json."""
     path = folder / "models.json"
     rows = json.loads(path.read_text())["comparisons"] if path.exists() else []
     pairs = {row["model"]: zip(row["ours"]["seconds"], row["rival"]["seconds"], strict=True) for row in rows if row["kind"] == "forward"}
@@ -76,14 +75,24 @@ def latencies(folder: Path) -> dict[str, float]:
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """What images models' ONNX files take, from what tools/export_onnx.py wrote to `folder`/exports.json."""
+    """What images models' ONNX files take, from what `zoo export --all` wrote to `folder`/exports.json."""
     return {name: "no" if record.failure else "one size" if record.reason else "any size"
             for name, record in read_records(folder / "exports.json").items()}
 
 
 def listed() -> list[str]:
     """The models of the tables: all of the zoo but the U-Nets around each of the others."""
-    return [name for name in zoo.list_models() if name not in unet.ENCODERS]
+    return [name for name in list_models() if name not in unet.ENCODERS]
+
+
+DETAILS = ("model", "mechanism", "parameters", "MACs", "size", "reported top-1", "licence of the authors' weights", "paper")
+
+
+def details(name: str) -> tuple[str, ...]:
+    """What `DETAILS` are of a model, as plain text."""
+    model = _model(name)
+    _, licence = _weights(model)
+    return name, mechanism_of(name) or NONE, *_counts(name, model), _top1(name), licence, model.pretrained_cfg["paper_ids"]
 
 
 class Page(NamedTuple):
@@ -103,8 +112,8 @@ def read_page(mechanism: str, folder: Path = PAGES) -> Page:
 def mechanism_table() -> str:
     """A Markdown table for the README: every mechanism in a sentence, its smallest network, its paper."""
     rows = [_row("mechanism", "idea", "smallest network", "paper"), _row("---", "---", "---", "---")]
-    for mechanism in zoo.MECHANISMS:
-        page, smallest = read_page(mechanism), min(zoo.list_models("*_nano*", mechanism), key=len)
+    for mechanism in MECHANISMS:
+        page, smallest = read_page(mechanism), min(list_models("*_nano*", mechanism), key=len)
         rows.append(_row(f"[{page.title}](docs/{mechanism}.md)", page.lead, f"`{smallest}`", page.paper.replace("arXiv ", "")))
     return "\n".join(rows)
 
@@ -116,8 +125,8 @@ def model_table(names: Iterable[str], folder: Path = MEASUREMENTS) -> str:
     rows = [_row(*heads), _row("---", "---", "---:", "---:", "---:", "---:", "---", "---", "---", "---:", "---", "---")]
     latency, onnx = latencies(folder), exported(folder)
     for name in names:
-        model, family, mechanism = _model(name), timm.model_entrypoint(name).__module__, zoo.mechanism_of(name)
-        top1 = f"{_top1(name)}, {sys.modules[family].REPORTED_IN}" if name in zoo.REPORTED_TOP1 else NONE
+        model, family, mechanism = _model(name), timm.model_entrypoint(name).__module__, mechanism_of(name)
+        top1 = f"{_top1(name)}, {sys.modules[family].REPORTED_IN}" if name in REPORTED_TOP1 else NONE
         page = f"[{mechanism}]({mechanism}.md)" if mechanism else NONE
         rows.append(_row(
             f"`{name}`", page, *_counts(name, model), top1, _paper(model), *_weights(model),
@@ -140,7 +149,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _top1(name: str) -> str:
-    return f"{zoo.REPORTED_TOP1[name]} %" if name in zoo.REPORTED_TOP1 else NONE
+    return f"{REPORTED_TOP1[name]} %" if name in REPORTED_TOP1 else NONE
 
 
 def _paper(model: nn.Module) -> str:

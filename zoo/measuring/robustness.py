@@ -43,7 +43,7 @@ def read_baseline(path: str | Path) -> dict[str, float]:
     except OSError as error:
         raise InputError(f"cannot read the baseline {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a corruptions.json of tools/test.py: {error}") from error
+        raise InputError(f"{path} is not a corruptions.json of `zoo test`: {error}") from error
 
 
 def check_baseline(baseline: Mapping[str, float]) -> None:

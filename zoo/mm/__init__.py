@@ -1,6 +1,10 @@
 """Models and tools on OpenMMLab's engine: importing registers everything that configs name."""
-from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, mask_datasets, metrics, optim, segmentor  # noqa: F401  registered so
-from zoo.mm.backbone import TimmBackbone
-from zoo.mm.training import evaluate, train
+from zoo.errors import require
+
+require("zoo.mm, which trains and tests,", "train", "mmengine")
+
+from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, mask_datasets, metrics, optim, segmentor  # noqa: F401, E402  registered so
+from zoo.mm.backbone import TimmBackbone  # noqa: E402
+from zoo.mm.training import evaluate, train  # noqa: E402
 
 __all__ = ["TimmBackbone", "evaluate", "train"]

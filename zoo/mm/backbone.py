@@ -33,7 +33,7 @@ class TimmBackbone(BaseModule):
             strides 4, 8, 16 and 32.
         out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only.
         checkpoint: the authors' released file, in any format that timm's `pretrained_cfg_overlay=dict(file=...)` takes, or a
-            checkpoint of tools/train.py. Read when training starts; what evaluates or resumes does not need it.
+            checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
             work as in evaluation: 0 none, 1 the stem, 2 the stem and the first stage, …
         norm_eval: batch norms keep their running statistics in training.
@@ -121,9 +121,10 @@ def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path)
 
     Raises InputError unless every weight of `network` is there.
     """
-    given = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
+    checkpoint = checkpoints.opened(path)
+    given = checkpoint.content
     if isinstance(given, dict) and "zoo" in given:
-        whole, _ = checkpoints.load_trained(path)
+        whole, _ = checkpoints.load_trained(checkpoint)
     else:
         for key in ("state_dict", "model"):
             given = given.get(key, given) if isinstance(given, dict) else {}

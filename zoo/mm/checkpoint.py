@@ -1,19 +1,19 @@
-"""Checkpoints of the engine: read without running code, written so that a kill at any moment leaves a whole one.
-
-Importing this module replaces mmengine's loaders, all of which unpickle without restriction when the safe way fails,
-and the writer of local files.
-"""
+"""Checkpoints of the engine: read without running code, written so that a kill at any moment leaves a whole one."""
+import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from unittest import mock
 
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend
+from mmengine.fileio.backends import backends, prefix_to_backends
+from mmengine.fileio.io import backend_instances
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
@@ -52,10 +52,6 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     return checkpoint
 
 
-CheckpointLoader._schemes.clear()
-CheckpointLoader.register_scheme("", load_from_local)
-
-
 class AtomicBackend(LocalBackend):
     """Local files that appear under their name only once they are complete."""
 
@@ -84,7 +80,15 @@ def _umask() -> int:
     return mask
 
 
-register_backend("local", AtomicBackend, prefixes="", force=True)
+@contextlib.contextmanager
+def safe_files() -> Iterator[None]:
+    """Inside, the engine reads checkpoints by `load_from_local` and writes local files by `AtomicBackend`, whoever asks it to.
+
+    Its own loaders, all of which unpickle without restriction when the safe way fails, are there again afterwards.
+    """
+    with (mock.patch.object(CheckpointLoader, "_schemes", {"": load_from_local}), mock.patch.dict(backends, local=AtomicBackend),
+          mock.patch.dict(prefix_to_backends, {"": AtomicBackend}), mock.patch.dict(backend_instances, clear=True)):
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -122,8 +126,8 @@ class AtomicCheckpointHook(CheckpointHook):
                 Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
 
-def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> None:
-    """Raises InputError unless the checkpoint at `path` holds weights for `model`.
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> dict:
+    """The weights in the checkpoint at `path`. Raises InputError unless they are weights for `model`.
 
     `whole`: all of them, and no others; otherwise at least one. With `optim_wrapper`, also what training needs to go on
     with it; its state is then the checkpoint's.
@@ -133,7 +137,7 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict):
-        raise InputError(f"{path} is not a checkpoint of tools/train.py: its state_dict is a {type(weights).__name__}")
+        raise InputError(f"{path} is not a checkpoint of `zoo train`: its state_dict is a {type(weights).__name__}")
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
     if whole and needed != given:
@@ -144,6 +148,7 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
         raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")
     if optim_wrapper is not None:
         _check_resumable(path, checkpoint, optim_wrapper)
+    return weights
 
 
 def _check_resumable(path: str | Path, checkpoint: dict, optim_wrapper: OptimWrapper) -> None:

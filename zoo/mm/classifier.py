@@ -9,8 +9,8 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from zoo import AttentionDiversificationLoss
 from zoo.errors import InputError
+from zoo.losses import AttentionDiversificationLoss
 from zoo.mm.networks import create_network, plain
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")

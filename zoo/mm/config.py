@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Number
 from pathlib import Path
+from unittest import mock
 
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
@@ -33,6 +34,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from zoo.errors import InputError, near_misses
+from zoo.toolboxes import INSTALL, TOOLBOXES
 
 # Beside the arguments of Runner: what it looks up in the config later, and the folder that `load_config` hands on.
 TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
@@ -40,9 +42,6 @@ TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "activation_checkpointing", "efficient_conv_bn_eval",
 }
 PARTS = ("train", "val", "test")
-TOOLBOXES = {"mmcv": "mmcv", "mmdet": "mmdetection", "mmseg": "mmsegmentation"}
-MODULE2PACKAGE["mmseg"] = "mmseg"  # the engine would look for the package under upstream's name
-INSTALL = "tools/install_mm.sh (`make mm`) installs it"
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
@@ -57,7 +56,8 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     """
     path = find_config(str(name))
     try:
-        config = Config.fromfile(path)
+        with mock.patch.dict(MODULE2PACKAGE, mmseg="mmseg"):  # the engine would look for the package under upstream's name
+            config = Config.fromfile(path)
         importlib.import_module(config.get("default_scope") or "mmengine")
     except ImportError as error:
         missing = next((name for name in TOOLBOXES if name in str(error) or TOOLBOXES[name] in str(error)), None)

@@ -13,7 +13,7 @@ from PIL import Image
 from zoo.errors import InputError
 from zoo.measuring.robustness import Robustness
 from zoo.mm.config import load_config
-from zoo.mm.training import evaluate
+from zoo.mm.training import evaluate_each
 from zoo.reading.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, check_library, corrupt
 
 SCORES = {"accuracy/top1": 1, "iou/mean": 1, "dice/mean": 1, "mIoU": 1, "coco/bbox_mAP": 100}  # and what makes them per cent
@@ -60,15 +60,14 @@ def evaluate_corruptions(config: str | Path, checkpoint: str | Path, *, folder: 
     """
     check_corruptible(config, cfg_options, folder)
     points = list(itertools.product(CORRUPTIONS, SEVERITIES))
-
-    def error(options: Sequence[str]) -> float:
-        quiet = "log_level=WARNING"  # what the engine says of itself, 76 times
-        return _error(evaluate(config, checkpoint, launcher=launcher, cfg_options=[quiet, *cfg_options, *options]))
+    changes = itertools.chain([()], (_options(config, cfg_options, name, severity, folder) for name, severity in points))
+    quiet = "log_level=WARNING"  # what the engine says of itself, 76 times
+    found = map(_error, evaluate_each(config, checkpoint, changes, launcher=launcher, cfg_options=[quiet, *cfg_options]))
 
     progress(f"1/{len(points) + 1} clean")
-    clean, errors = error(()), {name: [] for name in CORRUPTIONS}
-    for number, (name, severity) in enumerate(points, 2):
-        errors[name].append(error(_options(config, cfg_options, name, severity, folder)))
+    clean, errors = next(found), {name: [] for name in CORRUPTIONS}
+    for (number, (name, severity)), error in zip(enumerate(points, 2), found, strict=True):
+        errors[name].append(error)
         progress(f"{number}/{len(points) + 1} {name}, severity {severity}: error {errors[name][-1]:.2f} %")
     return Robustness(clean, errors)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.checkpoints import ModelInfo
+from zoo.checkpoints import ModelInfo, Opened
 from zoo.errors import InputError
 from zoo.exporting.adaptive_pooling import AdaptiveAvgPool
 from zoo.mm.downstream import load_scene_model
@@ -25,9 +25,9 @@ from zoo.mm.networks import plain
 from zoo.predicting.scenes import SceneInfo
 
 
-def load_deployable(path: str | Path) -> tuple[nn.Module, ModelInfo]:
+def load_deployable(checkpoint: str | Path | Opened) -> tuple[nn.Module, ModelInfo]:
     """The network in a checkpoint of a segmentor or RetinaNet, and what its file is to say. Raises InputError for another."""
-    return deployable(*load_scene_model(path))
+    return deployable(*load_scene_model(checkpoint))
 
 
 def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:

@@ -19,10 +19,10 @@ from torch import nn
 
 from zoo import checkpoints
 from zoo.errors import InputError
-from zoo.mm.config import INSTALL, TOOLBOXES
 from zoo.mm.networks import plain
 from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
 from zoo.reading.pictures import open_picture
+from zoo.toolboxes import INSTALL, TOOLBOXES
 
 READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
@@ -55,22 +55,22 @@ class RecordSceneHook(Hook):
                              "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette"))}
 
 
-def load_scene_model(path: str | Path) -> tuple[nn.Module, SceneInfo]:
-    """The detector or segmentor in a checkpoint of tools/train.py, in evaluation mode on the CPU, and what is known about it.
+def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Module, SceneInfo]:
+    """The detector or segmentor in a checkpoint of `zoo train`, in evaluation mode on the CPU, and what is known about it.
 
     Raises InputError for what `zoo.checkpoints.read` refuses, for another checkpoint, and without the toolbox.
     """
-    checkpoint = checkpoints.read(path, allow=checkpoints.ENGINE_RECORDS)
-    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict) or record.get("task") not in checkpoints.TOOLBOX_TASKS:
-        raise InputError(f"{path} is no detector or segmentor of tools/train.py")
+    checkpoint = checkpoints.opened(checkpoint)
+    path, record = checkpoint.path, checkpoint.record
+    if record is None or checkpoint.task not in checkpoints.TOOLBOX_TASKS:
+        raise InputError(f"{path} is no detector or segmentor of `zoo train`")
     toolbox = record["task"]
     try:
         importlib.import_module(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
-    if not isinstance(state := checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path} is no detector or segmentor of tools/train.py: it holds no 'state_dict'")
+    if not isinstance(state := checkpoint.content.get("state_dict"), dict):
+        raise InputError(f"{path} is no detector or segmentor of `zoo train`: it holds no 'state_dict'")
     checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
     parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
     check_parts(path, toolbox, [parts, *steps])

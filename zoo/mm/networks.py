@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import timm
 from torch import nn
 
-import zoo  # noqa: F401  registers the models
+import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses
 
 

@@ -2,7 +2,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import InputError
 from zoo.mm.backbone import TimmBackbone
-from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished
+from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished, safe_files
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.hooks import LastMetricsHook
+from zoo.threads import torch_threads
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
 LAUNCHERS = {
@@ -35,6 +36,7 @@ BUILT_BY_ENGINE = (
 CLASSIFYING = re.compile(r"\.((bbox|mask|decode|auxiliary)_head(\.\d+)?)?$")
 
 
+@safe_files()
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
           launcher: str | None = None, seed: int | None = None, cfg_options: Sequence[str] = ()) -> tuple[Path, dict[str, float]]:
     """Trains a config and returns the folder that it wrote and the metrics of the last evaluation.
@@ -72,14 +74,14 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     if config.load_from:
         check_fits(config.load_from, model, whole=config.resume, optim_wrapper=optim_wrapper if config.resume else None)
     _start_processes(config, launcher)
-    _share_cores(config)
     remove_unfinished(work_dir)
-    runner = Runner.from_cfg(config)
-    last = LastMetricsHook()
-    runner.register_hook(last)
-    _run(runner.train)
-    if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
-        runner.val_loop.run()
+    with torch_threads(_threads(config)):
+        runner = Runner.from_cfg(config)
+        last = LastMetricsHook()
+        runner.register_hook(last)
+        _run(runner.train)
+        if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
+            runner.val_loop.run()
     _end_processes()
     return work_dir, last.metrics or {}
 
@@ -87,6 +89,36 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
 def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
              cfg_options: Sequence[str] = ()) -> dict[str, float]:
     """The metrics of a checkpoint on the test data of its config; leaves no files. Arguments and errors as in `train`."""
+    metrics, = evaluate_each(config, checkpoint, [()], launcher=launcher, cfg_options=cfg_options)
+    return metrics
+
+
+def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[Sequence[str]], *, launcher: str | None = None,
+                  cfg_options: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+    """As `evaluate`, once for each of `changes`, further options that change the test data and nothing of the model.
+
+    The checkpoint is read, and its model built, one time for all of them.
+    """
+    model = None
+    try:
+        for change in changes:
+            with safe_files():
+                changed = _test_config(config, [*cfg_options, *change], launcher)
+                if model is None:
+                    model = _build_model(changed)
+                    _check_data(changed, PARTS[2:], model)
+                    model.load_state_dict(check_fits(checkpoint, model, whole=True), strict=False)
+                else:
+                    _check_data(changed, PARTS[2:], model)
+                _join_processes(changed)
+                metrics = _test(changed, model)
+            yield metrics
+    finally:
+        _end_processes()
+
+
+def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str | None) -> Config:
+    """The config with what testing takes, and nothing else."""
     config, _ = _prepare(config, None, cfg_options)
     if config.get("test_dataloader") is None:
         raise InputError(f"the config {config.filename} has no test_dataloader")
@@ -96,14 +128,23 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
     for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
         config.pop(key, None)
     config.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
-    config.load_from, config.resume = str(checkpoint), False
-    check_fits(checkpoint, _check_parts(config, PARTS[2:]), whole=True)
-    _start_processes(config, launcher)
+    config.load_from, config.resume = None, False
+    if preprocessor := config.get("data_preprocessor"):  # the engine puts it into a model that it builds
+        config.model.setdefault("data_preprocessor", preprocessor)
+    _choose_launcher(config, launcher)
+    return config
+
+
+def _test(config: Config, model: nn.Module) -> dict[str, float]:
+    class GivenModelRunner(Runner):
+        def build_model(self, described: Mapping) -> nn.Module:
+            return model
+
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
-        metrics = _run(Runner.from_cfg(config).test)
-    _end_processes()
+        metrics = _run(GivenModelRunner.from_cfg(config).test)
+    vars(model).pop("test_step", None)  # where the config asks to compile, the engine leaves the compiled one
     return metrics
 
 
@@ -126,8 +167,19 @@ def _too_late(scheduler: Mapping, config: Config) -> bool:
 
 def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
     """Builds the model, the datasets and the metrics once, so that what is wrong with them is known early; the model."""
+    model = _build_model(config)
+    _check_data(config, parts, model)
+    return model
+
+
+def _build_model(config: Config) -> nn.Module:
     with scope(config):
-        model = _build("model", lambda: MODELS.build(config.model))
+        return _build("model", lambda: MODELS.build(config.model))
+
+
+def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> None:
+    """Builds the datasets and metrics once, and compares their classes with the model's."""
+    with scope(config):
         for part in parts:
             if loader := config.get(f"{part}_dataloader"):
                 dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
@@ -137,7 +189,6 @@ def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
             evaluators = config.get(f"{part}_evaluator") or []
             for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
-    return model
 
 
 def _check_classes(model: nn.Module, part: str, classes: int) -> None:
@@ -166,7 +217,12 @@ def _run(work: Callable) -> object:
 
 
 def _start_processes(config: Config, launcher: str | None) -> None:
-    """Settles `config.launcher`, and without GPUs joins the processes by gloo, which the engine has no way to do."""
+    _choose_launcher(config, launcher)
+    _join_processes(config)
+
+
+def _choose_launcher(config: Config, launcher: str | None) -> None:
+    """Settles `config.launcher`, and how the model is wrapped where there are no GPUs."""
     if launcher is None:
         launcher = "pytorch" if "RANK" in os.environ else "none"
     config.launcher = launcher
@@ -176,24 +232,29 @@ def _start_processes(config: Config, launcher: str | None) -> None:
         return
     if missing := [name for name in LAUNCHERS[launcher] if name not in os.environ]:
         raise InputError(f"the launcher {launcher} has not started this process: {', '.join(missing)} are not set")
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+
+
+def _join_processes(config: Config) -> None:
+    """Without GPUs joins the processes by gloo, which the engine has no way to do."""
+    if config.launcher == "none" or torch.cuda.is_available() or torch.distributed.is_initialized():
         return
-    for name, source in zip(LAUNCHERS["pytorch"], LAUNCHERS[launcher], strict=True):
+    for name, source in zip(LAUNCHERS["pytorch"], LAUNCHERS[config.launcher], strict=True):
         os.environ[name] = os.environ[source]
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29500")
     torch.distributed.init_process_group("gloo")
-    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
 
 
-def _share_cores(config: Config) -> None:
-    """Leaves cores to the workers that load data, unless OMP_NUM_THREADS says how many threads to compute with.
+def _threads(config: Config) -> int:
+    """How many to train with: leaves cores to the workers that load data, unless OMP_NUM_THREADS says how many.
 
     Threads that wait for one another in small kernels take many times longer when they lack a core.
     """
     if config.launcher == "none" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores - config.train_dataloader.get("num_workers", 0)))
+        return max(1, len(os.sched_getaffinity(0)) - config.train_dataloader.get("num_workers", 0))
+    return torch.get_num_threads()
 
 
 def _end_processes() -> None:

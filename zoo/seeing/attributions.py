@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses, require
 from zoo.layers.fully_attentional import CancelledBiasLinear
+from zoo.seeing import ATTRIBUTIONS
 
-ATTRIBUTIONS = ("gradcam", "integrated_gradients", "fullgrad")
 STEPS = 32  # of integrated gradients
 SMALLEST = 1e-6  # added to what FullGrad divides by
 # Norms over the last axis; other kinds of LayerNorm are given maps (B, C, H, W) and normalize their channels.

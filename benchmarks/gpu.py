@@ -33,7 +33,6 @@ from zoo.measuring import kernel_benchmark as benchmark
 from zoo.tools._cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for benchmarks; not first, where its folder zoo would hide the package
 SHARES = {"check": 150, "tune": 130, "measure": 150, "train": 90}  # of the time; what a step leaves is the next ones'
 STEPS = tuple(SHARES)
 MODELS = ("biformer_small", "attnet_t2", "halonet_h2_256", "litv2_s", "das_resnet50")
@@ -44,7 +43,8 @@ COMPILERS = 8  # processes, each with all problems in the GPU's memory
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="example: make gpu, or make gpu GPU_OPTIONS='measure train --seconds 300'")
     parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--seconds", type=int, default=sum(SHARES.values()),
@@ -89,7 +89,8 @@ def run_alone(step: str, seconds: float, args: argparse.Namespace) -> bool:
     options = ["--seconds", f"{max(0, seconds):.0f}", *["--dry-run"] * args.dry_run]
     options += ["--output", args.output] if args.output else []
     try:
-        return subprocess.run([sys.executable, __file__, step, *options], check=False, timeout=max(0, seconds) + GRACE).returncode == 0
+        command = [sys.executable, "-m", "benchmarks.gpu", step, *options]
+        return subprocess.run(command, check=False, timeout=max(0, seconds) + GRACE).returncode == 0
     except subprocess.TimeoutExpired:
         say(f"{step} did not end and was stopped")
         return False

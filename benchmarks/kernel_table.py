@@ -14,13 +14,14 @@ from zoo.tools._cli import run
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels_machine_code.md"
 HEAD = """# The kernels' machine code
 
-Written by `python tools/kernel_table.py`: every kernel in its default configurations, compiled for NVIDIA's A100 (sm_80) and
+Written by `python -m benchmarks.kernel_table`: every kernel in its default configurations, compiled for NVIDIA's A100 (sm_80) and
 H100 (sm_90) and AMD's MI300 (gfx942). Registers and spilled bytes are those of one thread, shared memory that of one program.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/kernel_table.py routing_attention")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_table", description=__doc__,
+                                     epilog="example: python -m benchmarks.kernel_table routing_attention")
     parser.add_argument("operators", nargs="*", metavar="operator", help="compile only these (default: those changed since the last time)")
     parser.add_argument("--file", type=Path, default=FILE, help="the Markdown file (default: benchmarks/kernels_machine_code.md)")
     args = parser.parse_args(arguments)

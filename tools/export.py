@@ -1,29 +1,33 @@
 """Exports a model to ONNX, runs the file in ONNX Runtime at several sizes and compares it with PyTorch."""
+if __name__ == "__main__":
+    import _checkout  # noqa: F401  so that the checkout's own zoo is used
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from zoo import list_models
-from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOX_TASKS, ModelInfo, load_model, recorded_task
 from zoo.errors import InputError
-from zoo.exporting.all_models import TABLE, Record, export_all
-from zoo.exporting.onnx import AXES, Exported, ExportError, export_onnx
-from zoo.exporting.precision import PRECISIONS, Change, check_pictures, lower_precision
+from zoo.exporting import PRECISIONS
 from zoo.files import replacing
-from zoo.tools._cli import run
+from zoo.tools._cli import Parser, run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.checkpoints import ModelInfo
+    from zoo.exporting.all_models import Record
+    from zoo.exporting.onnx import Exported
+    from zoo.exporting.precision import Change
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx\n"
-               "  python tools/export_onnx.py biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1\n"
-               "  python tools/export_onnx.py work_dirs/digits/latest.pth -o digits.onnx --precision int8 --pictures scans/\n"
-               "  python tools/export_onnx.py work_dirs/scenes/iter_1500.pth -o upernet.onnx\n"
-               "  python tools/export_onnx.py --all '*_nano' --jobs 2 -o build/onnx")
-    parser.add_argument("model", nargs="?", help="a checkpoint that tools/train.py wrote, also of mmsegmentation's models and RetinaNet, "
+    parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth -o digits.onnx",
+                    "biformer_tiny -o tiny.onnx --size 384 384 --static-size --batch 1",
+                    "work_dirs/digits/epoch_20.pth -o digits.onnx --precision int8 --pictures scans/",
+                    "work_dirs/scenes/iter_1500.pth -o upernet.onnx",
+                    "--all '*_nano' --jobs 2 -o build/onnx")
+    parser.add_argument("model", nargs="?", help="a checkpoint that `zoo train` wrote, also of mmsegmentation's models and RetinaNet, "
                                                  "or a registered model's name (random weights)")
     parser.add_argument("--all", nargs="?", const="*", metavar="PATTERN",
                         help="export every registered model (that matches), and write a table; goes on where it was stopped")
@@ -50,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export_one(args: argparse.Namespace) -> int:
+    from zoo.exporting.onnx import ExportError, export_onnx
+    from zoo.exporting.precision import check_pictures, lower_precision
+
     if args.jobs != 1:
         raise InputError("--jobs is for --all")
     if args.pictures and args.precision == "float32":
@@ -72,6 +79,9 @@ def export_one(args: argparse.Namespace) -> int:
 
 
 def export_many(args: argparse.Namespace) -> int:
+    from zoo.exporting.all_models import TABLE, export_all
+    from zoo.models import list_models
+
     one = {"--size": args.size, "--static-size": args.static_size or None, "--batch": args.batch, "--pictures": args.pictures,
            "--precision": None if args.precision == "float32" else args.precision}
     for option, value in one.items():
@@ -88,20 +98,28 @@ def export_many(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def load(name_or_path: str) -> tuple[nn.Module, ModelInfo]:
+def load(name_or_path: str) -> "tuple[nn.Module, ModelInfo]":
     """As `load_model`; also segmentors of mmsegmentation and RetinaNet."""
-    if name_or_path.endswith(CHECKPOINT_SUFFIXES) and recorded_task(name_or_path) in TOOLBOX_TASKS:
-        from zoo.mm.deploy import load_deployable
+    from zoo.checkpoints import CHECKPOINT_SUFFIXES, TOOLBOX_TASKS, load_model, load_trained, opened
 
-        return load_deployable(name_or_path)
-    return load_model(name_or_path)
+    if not name_or_path.endswith(CHECKPOINT_SUFFIXES):
+        return load_model(name_or_path)
+    checkpoint = opened(name_or_path)
+    if checkpoint.task not in TOOLBOX_TASKS:
+        return load_trained(checkpoint)
+
+    from zoo.mm.deploy import load_deployable
+
+    return load_deployable(checkpoint)
 
 
 def show(step: str) -> None:
     print(f"{step} …", file=sys.stderr, flush=True)
 
 
-def report(exported: Exported) -> None:
+def report(exported: "Exported") -> None:
+    from zoo.exporting.onnx import AXES
+
     axes = AXES[len(exported.comparisons[0].size)]
     print(f"batch  {' x '.join(axes)}  largest difference to PyTorch, in standard deviations")
     for row in exported.comparisons:
@@ -111,7 +129,7 @@ def report(exported: Exported) -> None:
     print(f"batch size: {'any' if exported.free_batch else 'fixed'}; {' and '.join(axes)}: {sizes}")
 
 
-def report_change(precision: str, change: Change) -> None:
+def report_change(precision: str, change: "Change") -> None:
     print(f"{precision} differs from float32 by {change.difference:.2e} standard deviations for a random image")
     if not change.pictures:
         return
@@ -123,7 +141,7 @@ def report_change(precision: str, change: Change) -> None:
         print(f"accuracy{pictures}: float32 {change.before:.2f} %, {precision} {change.after:.2f} % ({change.after - change.before:+.2f})")
 
 
-def summary(record: Record) -> str:
+def summary(record: "Record") -> str:
     if record.failure:
         return f"failed: {record.failure}"
     return f"{record.bytes / 1e6:.1f} MB, difference {record.difference:.1e}, size {'fixed: ' + record.reason if record.reason else 'any'}"

@@ -7,7 +7,8 @@ from zoo.tools._cli import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/model_table.py README.md docs/models.md")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_table", description=__doc__,
+                                     epilog="example: python -m benchmarks.model_table README.md docs/models.md")
     parser.add_argument("files", nargs="+", type=Path, metavar="file", help="a Markdown file with the marks of a table")
     for path in parser.parse_args().files:
         print(f"{path}: wrote the table of {' and '.join(write_tables(path))}")
