@@ -1,5 +1,6 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from ._capture import capture
+from ._scripting import refuse_scripting
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
@@ -9,13 +10,16 @@ from .deformable_token_merging import DeformableTokenMerging
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hilo import HiLoAttention
-from .pointwise_linear import PointwiseLinear
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PointwiseLinear", "PolarizedSelfAttention",
+    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PolarizedSelfAttention",
     "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
+
+for _layer in [globals()[name] for name in __all__]:
+    if isinstance(_layer, type):
+        _layer.__prepare_scriptable__ = refuse_scripting

@@ -5,12 +5,12 @@ norms over channels, and one of B·C channels, for depthwise convolutions whose 
 copies a map. Shapes are (B, C, H, W) all the same. Maps in another layout are copied into this one. Exported graphs hold
 the ordinary operators.
 """
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
+
+from ._plain import is_plain
 
 
 def positions_first(x: Tensor) -> Tensor:
@@ -27,6 +27,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(image, weight, bias).permute(0, 2, 3, 1).reshape(h, w, b, -1).permute(2, 3, 0, 1)
 
 
+def convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), of a 1×1 `nn.Conv2d`."""
+    return pointwise(x, conv.weight, conv.bias) if is_plain(conv, nn.Conv2d) else conv(x)
+
+
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution, zero padded, by kernels (C, 1, k, k) of odd size."""
     b, c, h, w = x.shape
@@ -36,16 +41,6 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     image = x.permute(2, 3, 0, 1).reshape(1, h, w, b * c).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight.repeat(b, 1, 1, 1), bias.repeat(b), padding=padding, groups=b * c)
     return out.permute(0, 2, 3, 1).reshape(h, w, b, c).permute(2, 3, 0, 1)
-
-
-class PointwiseConv(nn.Conv2d):
-    """1×1 convolution as a module."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, **where: Any):
-        super().__init__(in_channels, out_channels, 1, bias=bias, **where)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -13,7 +13,7 @@ Norm = Literal["batch", "instance", "group"]
 GROUP_WIDTH = 8
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 SIZES = {2: "H, W", 3: "D, H, W"}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -34,14 +34,14 @@ class _GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Module:
+def norm_layer(norm: Norm, spatial_dims: int, dim: int, **dd: Any) -> nn.Module:
     """Batch norm; instance norm with factors and offsets, which takes maps of one position; groups of 8 channels.
 
     Where 8 does not divide the channels, groups have the largest common divisor.
     """
     if norm == "batch":
-        return _BATCH_NORM[spatial_dims](dim, **where)
-    return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
+        return _BATCH_NORM[spatial_dims](dim, **dd)
+    return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **dd)
 
 
 def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:

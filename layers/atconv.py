@@ -8,7 +8,7 @@ from zoo.kernels._layout import in_layout_of
 from zoo.kernels.depthwise_dynamic_conv2d.reference import inhibited
 
 from ._capture import report
-from ._positions_first import PointwiseConv, positions_first
+from ._positions_first import convolved, positions_first
 
 
 class ATConv(nn.Module):
@@ -51,12 +51,16 @@ class ATConv(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.dim, self.kernel_size = dim, kernel_size
-        where = dict(device=device, dtype=dtype)
-        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **where)
-        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **where)
-        self.x_proj = PointwiseConv(dim, dim, bias=bias, **where)
-        self.proj = PointwiseConv(dim, dim, bias=bias, **where)
-        self.difference_control = nn.Parameter(torch.zeros(dim, **where))
+        dd = dict(device=device, dtype=dtype)
+        self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)
+        self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **dd)
+        self.x_proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)
+        self.proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)
+        self.difference_control = nn.Parameter(torch.empty(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.difference_control)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
@@ -64,8 +68,8 @@ class ATConv(nn.Module):
         maps = positions_first(x)
         kernels = self.kernels(maps)
         report(self, kernels=lambda: inhibited(kernels, self.difference_control))
-        out = depthwise_dynamic_conv2d(self.x_proj(maps), kernels, self.difference_control)
-        return in_layout_of(x, self.proj(out))
+        out = depthwise_dynamic_conv2d(convolved(self.x_proj, maps), kernels, self.difference_control)
+        return in_layout_of(x, convolved(self.proj, out))
 
     def kernels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, k, k), before the inhibition."""

@@ -61,12 +61,12 @@ class AttentionGate(nn.Module):
             if width < 1:
                 raise ValueError(f"{name} must be at least 1, got {width}")
         self.dim, self.gate_dim, self.spatial_dims, self.normalization = dim, gate_dim, spatial_dims, normalization
-        conv, where = CONV[spatial_dims], dict(device=device, dtype=dtype)
-        self.theta = conv(dim, hidden_dim, 2, stride=2, bias=False, **where)
-        self.phi = conv(gate_dim, hidden_dim, 1, **where)
-        self.psi = conv(hidden_dim, 1, 1, **where)
-        self.proj = conv(dim, dim, 1, **where)
-        self.norm = norm_layer(norm, spatial_dims, dim, **where)
+        conv, dd = CONV[spatial_dims], dict(device=device, dtype=dtype)
+        self.theta = conv(dim, hidden_dim, 2, stride=2, bias=False, **dd)
+        self.phi = conv(gate_dim, hidden_dim, 1, **dd)
+        self.psi = conv(hidden_dim, 1, 1, **dd)
+        self.proj = conv(dim, dim, 1, **dd)
+        self.norm = norm_layer(norm, spatial_dims, dim, **dd)
 
     def attention(self, x: Tensor, g: Tensor) -> Tensor:
         """a, one number for every position of x."""
@@ -120,11 +120,11 @@ class MultiAttentionGate(nn.Module):
         super().__init__()
         if num_gates < 1:
             raise ValueError(f"num_gates must be at least 1, got {num_gates}")
-        where = dict(device=device, dtype=dtype)
+        dd = dict(device=device, dtype=dtype)
         self.gates = nn.ModuleList(
-            AttentionGate(dim, gate_dim, hidden_dim, spatial_dims, normalization, norm, **where) for _ in range(num_gates))
-        self.combine = CONV[spatial_dims](num_gates * dim, dim, 1, **where)
-        self.norm = norm_layer(norm, spatial_dims, dim, **where)
+            AttentionGate(dim, gate_dim, hidden_dim, spatial_dims, normalization, norm, **dd) for _ in range(num_gates))
+        self.combine = CONV[spatial_dims](num_gates * dim, dim, 1, **dd)
+        self.norm = norm_layer(norm, spatial_dims, dim, **dd)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         return F.relu(self.norm(self.combine(torch.cat([gate(x, g) for gate in self.gates], 1))))

@@ -1,6 +1,7 @@
 """Bi-level routing attention (BiFormer, arXiv 2303.08810)."""
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from zoo.kernels._regions import region_size
 from zoo.kernels.routing_attention.reference import attention
 
 from ._capture import report
-from .pointwise_linear import PointwiseLinear
+from ._linear import linear
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
 
@@ -52,6 +53,7 @@ class BiLevelRoutingAttention(nn.Module):
             graphs then hold for one size).
         qkv_bias: bias of the query, key and value projection.
         out_proj: False leaves the output projection out.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code (ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling of
     regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
@@ -78,6 +80,8 @@ class BiLevelRoutingAttention(nn.Module):
         mask_padding: bool = True,
         qkv_bias: bool = True,
         out_proj: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
@@ -88,10 +92,11 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing, self.differentiable_routing, self.mask_padding = soft_routing, differentiable_routing, mask_padding
         self._check(lepe_kernel, learned_routing)
 
-        self.qkv = PointwiseLinear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
-        self.router = PointwiseLinear(self.qk_dim, self.qk_dim) if learned_routing else None
-        self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim) if lepe_kernel else None
-        self.proj = PointwiseLinear(dim, dim) if out_proj else nn.Identity()
+        dd = dict(device=device, dtype=dtype)
+        self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias, **dd)
+        self.router = nn.Linear(self.qk_dim, self.qk_dim, **dd) if learned_routing else None
+        self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd) if lepe_kernel else None
+        self.proj = nn.Linear(dim, dim, **dd) if out_proj else nn.Identity()
 
     def _check(self, lepe_kernel: int, learned_routing: bool) -> None:
         n_regions = self.regions[0] * self.regions[1]
@@ -118,7 +123,7 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1:3]
         if not self.mask_padding:
             x = F.pad(x, (0, 0, 0, -width % self.regions[1], 0, -height % self.regions[0]))
-        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        q, k, v = linear(self.qkv, x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         routes, weights = self._route(q, k)
         kv_size = region_size(*k.shape[1:3], self.regions)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.lepe is not None else None
@@ -129,13 +134,13 @@ class BiLevelRoutingAttention(nn.Module):
         out = routing_attention(q, k, v, *shared)
         if lepe is not None:
             out = out + lepe
-        return self.proj(out[:, :height, :width])
+        return linear(self.proj, out[:, :height, :width])
 
     def _route(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.differentiable_routing:
             q, k = q.detach(), k.detach()
         if self.router is not None:
-            q, k = (self.router(self._region_map(x)) for x in (q, k))
+            q, k = (linear(self.router, self._region_map(x)) for x in (q, k))
         routes, affinity = region_routes(q, k, self.regions, self.topk)
         report(self, routes=routes, affinity=affinity)
         return routes, (affinity * self.scale).softmax(-1) if self.soft_routing else None

@@ -18,17 +18,25 @@ class ContextBroadcast(nn.Module):
         dim: C.
         scaled: CB_S, with a learned λ per channel that starts at 0, so that a trained network's outputs are at first what
             they were. CB has no parameters.
+        device, dtype: of the parameters, as in torch.
 
     Raises:
         ValueError: a width below 1, at construction; tokens of another width, or none, in `forward`.
     """
 
-    def __init__(self, dim: int, scaled: bool = False, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, dim: int, scaled: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.dim = dim
-        self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if scaled else None
+        self.scale = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if scaled else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.scale is not None:
+            nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[-1] != self.dim:

@@ -25,6 +25,7 @@ class DAS(nn.Module):
         kernel_size: of the depthwise and the deformable convolution and of the one that predicts the offsets, odd.
         group_width: channels of the gate that each group of the deformable convolution makes, from round(ratio · group_width)
             channels of X_c; the largest common divisor with `dim` is taken. None: one group, and round(ratio · dim) channels.
+        device, dtype: of the parameters, as in torch.
 
     The offsets begin at zero and the LayerNorm runs over the channels of each position, without the position's neighbours.
 
@@ -39,7 +40,7 @@ class DAS(nn.Module):
 
     def __init__(
         self, dim: int, ratio: float = 0.2, kernel_size: int = 3, group_width: int | None = 16,
-        device: torch.device | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if dim < 1:
@@ -53,17 +54,20 @@ class DAS(nn.Module):
         width = dim if group_width is None else math.gcd(dim, group_width)
         self.dim, self.padding = dim, kernel_size // 2
         self.hidden_dim = dim // width * max(1, round(ratio * width))
-        made = dict(device=device, dtype=dtype)
-        self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=self.padding, groups=dim, bias=False, **made)
-        self.pointwise = nn.Conv2d(dim, self.hidden_dim, 1, bias=False, **made)
+        dd = dict(device=device, dtype=dtype)
+        self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=self.padding, groups=dim, bias=False, **dd)
+        self.pointwise = nn.Conv2d(dim, self.hidden_dim, 1, bias=False, **dd)
         self.act = nn.GELU()
-        self.offset = nn.Conv2d(self.hidden_dim, 2 * kernel_size**2, kernel_size, padding=self.padding, **made)
-        self.weight = nn.Parameter(torch.empty(dim, self.hidden_dim * width // dim, kernel_size, kernel_size, **made))
-        self.bias = nn.Parameter(torch.zeros(dim, **made))
-        self.norm = LayerNorm2d(dim, **made)
+        self.offset = nn.Conv2d(self.hidden_dim, 2 * kernel_size**2, kernel_size, padding=self.padding, **dd)
+        self.weight = nn.Parameter(torch.empty(dim, self.hidden_dim * width // dim, kernel_size, kernel_size, **dd))
+        self.bias = nn.Parameter(torch.empty(dim, **dd))
+        self.norm = LayerNorm2d(dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for zero in (self.bias, self.offset.weight, self.offset.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)

@@ -21,6 +21,7 @@ class DeformableTokenMerging(nn.Module):
     Args:
         dim: C.
         out_dim: Co, default 2C.
+        device, dtype: of the parameters, as in torch.
 
     The offsets begin at zero; the authors let their convolution learn at 1/100 of the rate. Difference from the authors' code: odd
     sizes are padded by a row or column of zeros (theirs: an error).
@@ -30,21 +31,24 @@ class DeformableTokenMerging(nn.Module):
     """
 
     def __init__(
-        self, dim: int, out_dim: int | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None,
+        self, dim: int, out_dim: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
         out_dim = 2 * dim if out_dim is None else out_dim
         if dim < 1 or out_dim < 1:
             raise ValueError(f"dim and out_dim must be at least 1, got {dim} and {out_dim}")
         self.dim = dim
-        made = dict(device=device, dtype=dtype)
-        self.offset = nn.Conv2d(dim, 8, 2, stride=2, **made)
-        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **made))
-        self.bias = nn.Parameter(torch.zeros(out_dim, **made))
-        self.norm, self.act = nn.BatchNorm2d(out_dim, **made), nn.GELU()
+        dd = dict(device=device, dtype=dtype)
+        self.offset = nn.Conv2d(dim, 8, 2, stride=2, **dd)
+        self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **dd))
+        self.bias = nn.Parameter(torch.empty(out_dim, **dd))
+        self.norm, self.act = nn.BatchNorm2d(out_dim, **dd), nn.GELU()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for zero in (self.bias, self.offset.weight, self.offset.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:

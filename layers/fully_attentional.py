@@ -1,4 +1,6 @@
 """The fully attentional block, FAN (arXiv 2204.12451), with token-aware average pooling (arXiv 2303.11126) where asked for."""
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
@@ -6,7 +8,7 @@ from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from ._attention import attend, attention
-from .pointwise_linear import PointwiseLinear
+from ._linear import linear
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 
@@ -26,13 +28,13 @@ class TokenMixing(nn.Module):
     (B, H, W, C) → (B, H, W, C).
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.kv, self.proj = PointwiseLinear(dim, dim), PointwiseLinear(dim, 2 * dim), PointwiseLinear(dim, dim)
+        self.q, self.kv, self.proj = (nn.Linear(dim, width, device=device, dtype=dtype) for width in (dim, 2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
+        return linear(self.proj, attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
 
     def attention(self, x: Tensor) -> Tensor:
         """softmax(Q Kᵀ / √d), (B, heads, H·W, H·W), for looking at: `forward` does not make it."""
@@ -42,7 +44,7 @@ class TokenMixing(nn.Module):
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, height, width, c = x.shape
         heads = (b, height * width, self.num_heads, c // self.num_heads)
-        return tuple(y.reshape(heads).transpose(1, 2) for y in (self.q(x), *self.kv(x).split(c, -1)))
+        return tuple(y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
 
 
 class DepthwiseMlp(nn.Module):
@@ -51,18 +53,22 @@ class DepthwiseMlp(nn.Module):
     (B, H, W, C) → (B, H, W, C).
     """
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, **dd: Any):
         super().__init__()
-        self.fc1 = PointwiseLinear(dim, hidden)
-        self.dwconv = LPI(hidden)
-        self.gamma = nn.Parameter(torch.ones(hidden))
-        self.fc2 = PointwiseLinear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = LPI(hidden, **dd)
+        self.gamma = nn.Parameter(torch.empty(hidden, **dd))
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = linear(self.fc1, x)
         lpi = self.dwconv  # whose own forward takes tokens in a row
         local = lpi.conv2(lpi.bn(lpi.act(lpi.conv1(x.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1)
-        return self.fc2(torch.addcmul(x, self.gamma, local))
+        return linear(self.fc2, torch.addcmul(x, self.gamma, local))
 
 
 class ChannelProcessing(nn.Module):
@@ -74,12 +80,19 @@ class ChannelProcessing(nn.Module):
     (B, H, W, C) → (B, H, W, C).
     """
 
-    def __init__(self, dim: int, num_heads: int, hidden: int):
+    def __init__(
+        self, dim: int, num_heads: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.q = CancelledBiasLinear(dim, dim)
-        self.mlp = DepthwiseMlp(dim, hidden)
-        self.norm = nn.LayerNorm(dim)
+        dd = dict(device=device, dtype=dtype)
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
+        self.q = CancelledBiasLinear(dim, dim, **dd)
+        self.mlp = DepthwiseMlp(dim, hidden, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x)[:, None, None] * self.norm(self.mlp(x))
@@ -104,6 +117,7 @@ class FullyAttentionalBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over C.
         num_scales: of `TokenAwareAvgPool`, which reads what attention would; None: no pool, as in plain FAN.
         drop_path: rate of stochastic depth.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code: maps need not be square, and attention is not materialised.
 
@@ -111,17 +125,21 @@ class FullyAttentionalBlock(nn.Module):
         ValueError: at construction, if num_heads does not divide dim.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, num_scales: int | None = None, drop_path: float = 0.0):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, num_scales: int | None = None, drop_path: float = 0.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
-        self.pool = nn.Identity() if num_scales is None else TokenAwareAvgPool(dim, num_scales)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = TokenMixing(dim, num_heads)
-        self.ls1 = LayerScale(dim, init_values=1.0)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = ChannelProcessing(dim, num_heads, int(dim * mlp_ratio))
-        self.ls2 = LayerScale(dim, init_values=1.0)
+        dd = dict(device=device, dtype=dtype)
+        self.pool = nn.Identity() if num_scales is None else TokenAwareAvgPool(dim, num_scales, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = TokenMixing(dim, num_heads, **dd)
+        self.ls1 = LayerScale(dim, init_values=1.0, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = ChannelProcessing(dim, num_heads, int(dim * mlp_ratio), **dd)
+        self.ls2 = LayerScale(dim, init_values=1.0, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

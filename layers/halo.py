@@ -1,4 +1,6 @@
 """Halo attention (HaloNet, arXiv 2103.12731)."""
+from typing import Any
+
 import torch
 from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from ._capture import report
 class RelativePositions(nn.Module):
     """What is learned for every offset of a key from a query, in rows and in columns, under timm's names."""
 
-    def __init__(self, offsets: int, dim_head: int, device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(self, offsets: int, dim_head: int, **dd: Any):
         super().__init__()
-        self.height_rel = nn.Parameter(torch.empty(offsets, dim_head, device=device, dtype=dtype))
-        self.width_rel = nn.Parameter(torch.empty(offsets, dim_head, device=device, dtype=dtype))
+        self.height_rel = nn.Parameter(torch.empty(offsets, dim_head, **dd))
+        self.width_rel = nn.Parameter(torch.empty(offsets, dim_head, **dd))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.height_rel, self.width_rel
 
 
 class HaloAttention(nn.Module):
@@ -71,13 +76,13 @@ class HaloAttention(nn.Module):
             raise ValueError(f"block_size must be at least 1 and halo_size at least 0, got {block_size} and {halo_size}")
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
-        made = dict(device=device, dtype=dtype)
+        dd = dict(device=device, dtype=dtype)
         self.dim, self.num_heads, self.block_size, self.halo_size = dim, num_heads, block_size, halo_size
         self.stride = 1 if block_size % stride else stride
         self.dim_head = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
-        self.q = nn.Conv2d(dim, num_heads * self.dim_head, 1, stride=self.stride, bias=qkv_bias, **made)
-        self.kv = nn.Conv2d(dim, num_heads * self.dim_head + dim_out, 1, bias=qkv_bias, **made)
-        self.pos_embed = RelativePositions(2 * (block_size + 2 * halo_size) - 1, self.dim_head, **made)
+        self.q = nn.Conv2d(dim, num_heads * self.dim_head, 1, stride=self.stride, bias=qkv_bias, **dd)
+        self.kv = nn.Conv2d(dim, num_heads * self.dim_head + dim_out, 1, bias=qkv_bias, **dd)
+        self.pos_embed = RelativePositions(2 * (block_size + 2 * halo_size) - 1, self.dim_head, **dd)
         self.pool = nn.Identity() if self.stride == stride else nn.AvgPool2d(2, ceil_mode=True)
         self.reset_parameters()
 
@@ -95,7 +100,7 @@ class HaloAttention(nn.Module):
         k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
         q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
-        tables = [table[unread:] for table in (self.pos_embed.height_rel, self.pos_embed.width_rel)]
+        tables = [table[unread:] for table in self.pos_embed()]
         report(self, attention=lambda: attention(q, k, *tables, self.block_size, self.halo_size, self.dim_head**-0.5))
         out = halo_attention(q, k, v, *tables, self.block_size, self.halo_size, self.stride)
         return self.pool(in_layout_of(x, out.flatten(3).permute(0, 3, 1, 2)))

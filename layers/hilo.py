@@ -8,8 +8,8 @@ from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
+from ._linear import linear
 from ._spatial import pad_to_multiple
-from .pointwise_linear import PointwiseLinear
 
 
 class HiLoAttention(nn.Module):
@@ -31,6 +31,7 @@ class HiLoAttention(nn.Module):
         qkv_bias: bias of the query, key and value projections.
         mask_padding: where windows overhang the map, True leaves the overhang out of attention and means; False pads with zeros,
             whose projections take part, as the authors do.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code: masked padding, and no dropout.
 
@@ -40,6 +41,7 @@ class HiLoAttention(nn.Module):
 
     def __init__(
         self, dim: int, num_heads: int = 8, window: int = 2, alpha: float = 0.5, qkv_bias: bool = True, mask_padding: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -52,11 +54,12 @@ class HiLoAttention(nn.Module):
         self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)
         self.hi_heads = num_heads - self.lo_heads
         hi, lo = (heads * (dim // num_heads) for heads in (self.hi_heads, self.lo_heads))
+        dd = dict(device=device, dtype=dtype)
         if hi:
-            self.hi_qkv, self.hi_proj = PointwiseLinear(dim, 3 * hi, bias=qkv_bias), PointwiseLinear(hi, hi)
+            self.hi_qkv, self.hi_proj = nn.Linear(dim, 3 * hi, bias=qkv_bias, **dd), nn.Linear(hi, hi, **dd)
         if lo:
-            self.lo_q, self.lo_kv = PointwiseLinear(dim, lo, bias=qkv_bias), PointwiseLinear(dim, 2 * lo, bias=qkv_bias)
-            self.lo_proj = PointwiseLinear(lo, lo)
+            self.lo_q, self.lo_kv = (nn.Linear(dim, width, bias=qkv_bias, **dd) for width in (lo, 2 * lo))
+            self.lo_proj = nn.Linear(lo, lo, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[-1] != self.dim:
@@ -70,21 +73,21 @@ class HiLoAttention(nn.Module):
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
-        q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
+        q, k, v = cut(linear(self.hi_qkv, padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
         overhang = self.mask_padding and (padded.shape != x.shape or is_exporting())
         mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)
-        return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
+        return linear(self.hi_proj, out[:, : x.shape[1], : x.shape[2]])
 
     def _lo(self, x: Tensor) -> Tensor:
         means = x
         if self.window > 1:  # that of an overhanging window is of what lies on the map
             source = x if self.mask_padding else self._padded(x)
             means = F.avg_pool2d(source.permute(0, 3, 1, 2), self.window, ceil_mode=True).permute(0, 2, 3, 1)
-        q, k, v = (self._heads(y) for y in (self.lo_q(x), *self.lo_kv(means).chunk(2, -1)))
+        q, k, v = (self._heads(y) for y in (linear(self.lo_q, x), *linear(self.lo_kv, means).chunk(2, -1)))
         report(self, lo=lambda: attention(q, k))
-        return self.lo_proj(attend(q, k, v).transpose(1, 2).reshape(*x.shape[:3], self.lo_proj.in_features))
+        return linear(self.lo_proj, attend(q, k, v).transpose(1, 2).reshape(*x.shape[:3], self.lo_proj.in_features))
 
     def _heads(self, y: Tensor) -> Tensor:
         b, height, width, c = y.shape

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._capture import report
+from ._plain import is_plain
 
 Layout = Literal["parallel", "sequential"]
 
@@ -32,7 +33,8 @@ class PolarizedSelfAttention(nn.Module):
 
     Differences from the authors' code (PSA.py, PSA_p and PSA_s): none in what is computed. Sums over positions change places
     with the convolutions beside them, which are linear: the parallel layout then costs O(NC + C²) instead of O(NC²), the
-    sequential one a third of what it did.
+    sequential one a third of what it did. Where `spatial_value` has hooks or is not what was built here (pruning, adapters), the
+    parallel layout calls it.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.
@@ -63,6 +65,9 @@ class PolarizedSelfAttention(nn.Module):
                 nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm((narrow, 1, 1), **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
         self.spatial_query = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.spatial_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for conv in (self.channel_query, self.channel_value, self.spatial_query, self.spatial_value):
             nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
 
@@ -75,9 +80,11 @@ class PolarizedSelfAttention(nn.Module):
     def spatial_gate(self, x: Tensor) -> Tensor:
         """(B, 1, H, W), in (0, 1)."""
         query = self.spatial_query(x.mean((2, 3), keepdim=True)).flatten(1)
-        if self.layout == "parallel":
+        if self.layout == "parallel" and is_plain(self.spatial_value, nn.Conv2d):
             key = F.linear(query, self.spatial_value.weight.flatten(1).t())  # queryᵀ V(x) = (Vᵀ query)ᵀ x
             scores = (key.unsqueeze(1) @ x.flatten(2)).softmax(-1)
+        elif self.layout == "parallel":
+            scores = (query.unsqueeze(1) @ self.spatial_value(x).flatten(2)).softmax(-1)
         else:
             scores = query.unsqueeze(1) @ self.spatial_value(x).flatten(2).softmax(-1)
         return scores.to(x.dtype).unflatten(2, x.shape[2:]).sigmoid()

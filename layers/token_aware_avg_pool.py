@@ -19,6 +19,7 @@ class TokenAwareAvgPool(nn.Module):
     Args:
         dim: C.
         num_scales: K, of the pools.
+        device, dtype: of the parameters, as in torch.
 
     Differences from the authors' code: maps need not be square, and no K maps are kept for the backward pass
     (see `zoo.kernels.token_aware_avg_pool`).
@@ -27,15 +28,17 @@ class TokenAwareAvgPool(nn.Module):
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.
     """
 
-    def __init__(self, dim: int, num_scales: int = 4, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, dim: int, num_scales: int = 4, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if dim < 1 or num_scales < 1:
             raise ValueError(f"dim and num_scales must be at least 1, got {dim} and {num_scales}")
-        made = dict(device=device, dtype=dtype)
+        dd = dict(device=device, dtype=dtype)
         self.dim, self.num_scales = dim, num_scales
-        self.conv1 = nn.Conv2d(dim, num_scales, 3, padding=1, bias=False, **made)
-        self.norm = nn.BatchNorm2d(num_scales, **made)
-        self.conv2 = nn.Conv2d(num_scales, num_scales, 3, padding=1, bias=False, **made)
+        self.conv1 = nn.Conv2d(dim, num_scales, 3, padding=1, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(num_scales, **dd)
+        self.conv2 = nn.Conv2d(num_scales, num_scales, 3, padding=1, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.weights(x)

@@ -23,7 +23,12 @@ class Attached(nn.Module):
     def __init__(self, layer: nn.Module, dim: int, keep_outputs: bool):
         super().__init__()
         self.layer = layer
-        self.gate = nn.Parameter(torch.zeros(dim)) if keep_outputs else None
+        self.gate = nn.Parameter(torch.empty(dim)) if keep_outputs else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)

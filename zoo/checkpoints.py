@@ -27,6 +27,7 @@ MODEL_PREFIX = "model."  # the training task holds the network as its attribute 
 # loading it neither opens the files that they name nor downloads anything.
 SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
 
 
 class Ignored:
@@ -56,9 +57,9 @@ class ModelInfo:
 
     `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
-    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`. For
-    segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what
-    `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
+    (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
+    `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
+    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
     """
 
     name: str
@@ -207,6 +208,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of numbers above 0"),
     "interpolation": (lambda value: isinstance(value, str) and value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop_pct": (lambda value: _are_numbers([value]) and 0.01 <= value <= 1, "a number from 0.01 to 1"),
+    "crop_mode": (lambda value: isinstance(value, str) and value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "spacing": (lambda value: _are_numbers(value) and len(value) == 3 and min(value) > 0, "3 numbers above 0"),
     "clip": (lambda value: _are_numbers(value) and len(value) == 2 and value[0] < value[1], "a number and a greater one"),
 }
@@ -261,7 +263,7 @@ def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Ma
 
 def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict:
     config = timm.data.resolve_model_data_config(model)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "spacing", "clip")
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "spacing", "clip")
     config.update({key: record[key] for key in keys if record.get(key) is not None})
     channels = model_args.get("in_chans", config["input_size"][0])
     config["input_size"] = (channels, *config["input_size"][1:])

@@ -1,4 +1,4 @@
-# The authors' settings for T2, but for their adaptive gradient clipping (factor 0.01), which the engine does not have.
+# The authors' settings. They name adaptive gradient clipping, which their loop does not pass on: gradients are not clipped.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(
@@ -12,9 +12,7 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=4e-3, weight_decay=0.05))  # none on norms, biases, layer scale and lateral inhibition
 auto_scale_lr = dict(base_batch_size=4096)
 
-param_scheduler = [
-    dict(type='LinearLR', start_factor=2.5e-4, begin=0, end=5, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min_ratio=2.5e-4, begin=5, convert_to_iter_based=True),
-]
+param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-6, lag=1)]
 
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99995), dict(type='RecordHook')]
+custom_hooks = [
+    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99995, report='weights'), dict(type='RecordHook')]

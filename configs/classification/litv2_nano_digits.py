@@ -7,4 +7,4 @@ model = dict(
     mixup=dict(mixup_alpha=0.2, cutmix_alpha=1.0, prob=0.3, switch_prob=0.3),
     label_smoothing=0.1)
 
-optim_wrapper = dict(paramwise_cfg=dict(lr_multipliers={r'downsample\.offset\.': 0.01}))
+optim_wrapper = dict(paramwise_cfg=dict(lr_multipliers={r'downsample\.offset\.weight$': 0.01}))

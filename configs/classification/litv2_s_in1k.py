@@ -9,13 +9,11 @@ model = dict(
     label_smoothing=0.1)
 
 optim_wrapper = dict(
-    paramwise_cfg=dict(lr_multipliers={r'downsample\.offset\.': 0.01}),  # where the tokens to merge lie
+    paramwise_cfg=dict(lr_multipliers={r'downsample\.offset\.weight$': 0.01}),  # where the tokens to merge lie
     clip_grad=dict(max_norm=5.0))
 
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, begin=0, end=20, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=20, convert_to_iter_based=True),
-]
+    dict(type='WarmupCosineLR', warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5, lag=1, convert_to_iter_based=True)]
 
 train_dataloader = dict(sampler=dict(repeats=1))
 custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]

@@ -10,3 +10,5 @@ model = dict(
 train_dataloader = dict(
     sampler=dict(repeats=1),
     dataset=dict(transform=dict(auto_augment=None, color_jitter=0.0, re_prob=0.0, interpolation='bilinear')))
+val_dataloader = dict(dataset=dict(transform=dict(interpolation='bilinear')))
+test_dataloader = val_dataloader

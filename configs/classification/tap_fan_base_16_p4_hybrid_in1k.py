@@ -1,3 +1,4 @@
+# The authors' settings.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(
@@ -9,15 +10,16 @@ model = dict(
     attention_diversification=1.0)
 
 # 64 GPUs with 64 images each
-train_dataloader = dict(batch_size=64, sampler=dict(repeats=1), dataset=dict(transform=dict(re_prob=0.3)))
+train_dataloader = dict(
+    batch_size=64, sampler=dict(repeats=1), dataset=dict(transform=dict(re_prob=0.3, interpolation='random')))
 val_dataloader = dict(dataset=dict(transform=dict(crop_pct=1.0)))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(optimizer=dict(lr=4e-3, weight_decay=0.05))
 auto_scale_lr = dict(base_batch_size=4096)
 
-param_scheduler = [
-    dict(type='LinearLR', start_factor=2.5e-4, begin=0, end=10, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min_ratio=2.5e-4, begin=10, end=300, convert_to_iter_based=True),
-]
+param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=10, warmup_lr=1e-6, min_lr=1e-6, end=300)]
 train_cfg = dict(max_epochs=310)  # the last ten at the lowest rate
+
+custom_hooks = [
+    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99996, report='both'), dict(type='RecordHook')]

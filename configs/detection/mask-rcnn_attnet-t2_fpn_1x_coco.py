@@ -1,5 +1,5 @@
 # The usual 1x recipe with AdamW: the authors released none for detection.
-# Start from ImageNet: --cfg-options model.backbone.checkpoint=attnet_t2.pth, the authors' file.
+# Start from ImageNet: --cfg-options model.backbone.checkpoint=AttNet_T2.pth, the authors' file.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 model = dict(

@@ -1,4 +1,5 @@
 # The authors' settings: 8×8 regions; eight GPUs, twice the rate and half the steps.
+# Padding takes part in attention, as theirs does; model.backbone.args.attn_args.mask_padding=True leaves it out.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=biformer_small_best.pth, the authors' file.
 _base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
 
@@ -6,7 +7,7 @@ model = dict(
     pretrained=None,
     backbone=dict(
         _delete_=True, type='TimmBackbone', name='biformer_small', out_norm=True,
-        args=dict(drop_path_rate=0.15, attn_args=dict(regions=8))),
+        args=dict(drop_path_rate=0.15, attn_args=dict(regions=8, mask_padding=False))),
     neck=dict(in_channels=[64, 128, 256, 512]))
 
 optim_wrapper = dict(
@@ -20,3 +21,5 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=80000, val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=8000))
+
+sync_bn = 'torch'  # of the backbone over all processes

@@ -1,11 +1,12 @@
-# The authors' settings.
+# The authors' settings. Tools take their files as they are.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=litv2_s.pth, the authors' file.
 _base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
 
 model = dict(
     pretrained=None,
     backbone=dict(
-        _delete_=True, type='TimmBackbone', name='litv2_s', out_norm=True, args=dict(drop_path_rate=0.2)),
+        _delete_=True, type='TimmBackbone', name='litv2_s', out_norm=True, norm_eps=1e-5,
+        args=dict(drop_path_rate=0.2, attn_args=dict(mask_padding=False))),
     neck=dict(in_channels=[96, 192, 384, 768]))
 
 optim_wrapper = dict(

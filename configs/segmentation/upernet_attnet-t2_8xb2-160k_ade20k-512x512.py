@@ -1,5 +1,5 @@
 # The recipe of Swin: the authors released none for segmentation.
-# Start from ImageNet: --cfg-options model.backbone.checkpoint=attnet_t2.pth, the authors' file.
+# Start from ImageNet: --cfg-options model.backbone.checkpoint=AttNet_T2.pth, the authors' file.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 
 model = dict(

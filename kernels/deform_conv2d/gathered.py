@@ -85,7 +85,7 @@ def _gather_backward(grad: Tensor, table: Tensor, index: Tensor, factors: Tensor
 
 
 def _image(rows: Tensor) -> Tensor:
-    """(P, C) as a channels-last image: oneDNN's 1×1 convolutions are faster than the BLAS (see `zoo.layers.PointwiseLinear`)."""
+    """(P, C) as a channels-last image: oneDNN's 1×1 convolutions are faster than the BLAS (see `zoo.layers._linear`)."""
     return rows[None, None].permute(0, 3, 1, 2)
 
 

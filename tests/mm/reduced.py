@@ -10,20 +10,21 @@ from zoo.mm.config import change_texts, scope
 
 WIDTHS = {"channels", "ocr_channels", "in_channels", "out_channels", "feat_channels", "conv_out_channels", "fc_out_channels"}
 SHRINK = 8
+KEPT = {"attn_args", "class_attention_map"}
 
 
 def reduced(config: Config) -> Config:
     """The smallest model of the zoo with the longest common name in place of the backbone, and heads of an eighth of their width.
 
-    Heads read the new backbone's channels where they read the old one's. Transformers keep their width, which their heads take
-    for granted.
+    Heads read the new backbone's channels where they read the old one's, and the backbone keeps what it is told of attention.
+    Transformers keep their width, which their heads take for granted.
     """
     model = config.model
     name = model.backbone.name
     smallest = max(zoo.list_models("*nano*"), key=lambda nano: (len(os.path.commonprefix([name, nano])), -len(nano)))
     with scope(config):
         old = meta_backbone(config).channels
-        model.backbone.args = ConfigDict()
+        model.backbone.args = ConfigDict({key: value for key, value in model.backbone.get("args", {}).items() if key in KEPT})
         model.backbone.name = smallest
         new = meta_backbone(config).channels
     if "num_queries" in model:

@@ -63,6 +63,13 @@ def test_frozen_parts_stay_as_they_are(name, frozen):
     assert [key for key in before if key.startswith(frozen_names)]
 
 
+def test_frozen_batch_norms_stay_so_when_they_are_synchronised():
+    backbone = TimmBackbone("resnet10t", frozen_stages=2)
+    backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone).train()
+    norms = {name: module for name, module in backbone.network.named_modules() if isinstance(module, nn.SyncBatchNorm)}
+    assert norms["bn1"].training is False and norms["layer1.0.bn1"].training is False and norms["layer2.0.bn1"].training
+
+
 def test_batch_norms_in_evaluation():
     backbone = TimmBackbone("resnet10t", norm_eval=True).train()
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]

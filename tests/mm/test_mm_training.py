@@ -70,7 +70,7 @@ def test_a_run_leaves_averaged_weights_a_record_and_scalars(tiny_train):
         "task": "classification", "model": "test_vit",
         "model_args": {"num_classes": 10, "in_chans": 1, "img_size": 32, "drop_path_rate": 0.1},
         "classes": [str(digit) for digit in range(10)], "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,),
-        "interpolation": "bilinear", "crop_pct": 1.0}
+        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*"))))
     events.Reload()
@@ -91,6 +91,41 @@ def test_the_average_is_the_one_asked_for(tiny_train, monkeypatch):
     for head in heads[1:]:
         average = 0.7 * average + 0.3 * head
     torch.testing.assert_close(checkpoint["state_dict"]["model.head.weight"], average)
+
+
+@pytest.mark.parametrize("report", ["weights", "both"])
+def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, report):
+    options = ["custom_hooks.1.decay=0.5", "train_cfg.val_interval=1"]
+    average, own, _ = tiny_train("average", *options)
+    checkpoint, metrics, folder = tiny_train("reported", *options, f"custom_hooks.1.report={report}")
+    for name, value in checkpoint["state_dict"].items():  # the same run, told the other way round
+        assert torch.equal(value, average["ema_state_dict"][f"module.{name}"])
+        assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], average["state_dict"][name])
+    assert evaluate("biformer_nano_digits", folder / "epoch_2.pth", cfg_options=TINY) == {
+        name: value for name, value in metrics.items() if not name.endswith("_ema")}
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*"))))
+    events.Reload()
+    if report == "both":
+        assert {f"{name}_ema": value for name, value in own.items()}.items() <= metrics.items()
+        assert events.Scalars("accuracy/top1_ema")[-1].value == pytest.approx(own["accuracy/top1"])
+    else:
+        assert not any(name.endswith("_ema") for name in metrics)
+
+
+def test_resumed_training_tells_weights_and_average_apart(tiny_train, tmp_path):
+    """Whichever of them the checkpoint reports, and whichever the resumed run does."""
+    options = ["custom_hooks.1.decay=0.5", "train_cfg.max_epochs=3", "train_cfg.val_interval=3"]
+    whole, _, _ = tiny_train("whole", *options)
+    _, _, first = tiny_train("first", *options, "custom_hooks.1.report=weights")
+    for report, kept in (("average", whole["state_dict"]), ("weights", _without_module(whole["ema_state_dict"]))):
+        resumed, _, _ = tiny_train(f"resumed-{report}", *options, f"custom_hooks.1.report={report}", resume=first / "epoch_2.pth")
+        other = whole["state_dict"] if report == "weights" else _without_module(whole["ema_state_dict"])
+        for found, expected in ((resumed["state_dict"], kept), (_without_module(resumed["ema_state_dict"]), other)):
+            assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _without_module(state: dict) -> dict:
+    return {name.removeprefix("module."): value for name, value in state.items() if name.startswith("module.")}
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine(tiny_train):

@@ -64,3 +64,32 @@ def test_exports_with_free_batch_and_sizes(tmp_path):
     model, info = load_model("tap_fan_nano", in_chans=1, num_classes=10, depth=1)
     result = export_onnx(model, info, tmp_path / "x.onnx", size=(64, 64))
     assert result.free_batch and result.free_size, result.reason
+
+
+def test_the_map_that_class_attention_leaves():
+    """In place of the pooled one, for the authors' segmentation; the classifier stays the same, also after pruning."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("tap_fan_nano", class_attention_map=True, num_classes=3).eval(), torch.randn(2, 3, 64, 96)
+    plain = timm.create_model("tap_fan_nano", num_classes=3).eval()
+    plain.load_state_dict(model.state_dict())
+    head = model.head
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x)
+        tokens = torch.cat([head.cls_token.expand(2, -1, -1), final.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+        for block in head.blocks:
+            tokens = block(tokens)
+        torch.testing.assert_close(maps[3], tokens[:, 1:].mT.unflatten(2, final.shape[2:]))
+        torch.testing.assert_close(model(x), head.fc(head.norm(tokens[:, 0])))
+        torch.testing.assert_close(model(x), plain(x))
+        for found, expected in zip(maps[:3], plain.forward_intermediates(x, intermediates_only=True)[:3], strict=True):
+            torch.testing.assert_close(found, expected)
+        features = timm.create_model("tap_fan_nano", class_attention_map=True, features_only=True).eval()
+        assert features.feature_info.reduction() == [4, 8, 16, 16]
+        assert [y.shape[2:] for y in features(x)][2:] == [(4, 6), (4, 6)]
+        model.prune_intermediate_layers([0, 3])  # what TimmBackbone does
+        torch.testing.assert_close(model.forward_intermediates(x, indices=[0, 3], intermediates_only=True)[1], maps[3])
+        assert model.no_weight_decay() == {"head.cls_token"}
+        model.prune_intermediate_layers([0, 2])
+    assert not any(name.startswith(("head.cls_token", "head.blocks")) for name in model.state_dict())
+    with pytest.raises(ValueError, match="needs global_pool='token', got 'avg'"):
+        timm.create_model("tap_fan_nano", class_attention_map=True, global_pool="avg")

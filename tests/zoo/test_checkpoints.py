@@ -28,7 +28,8 @@ class Harmless:
 
 def record(**changes) -> dict:
     return {"task": "classification", "model": "test_resnet", "model_args": {"in_chans": 1}, "classes": ["a", "b"],
-            "input_size": (1, 32, 48), "mean": [0.1], "std": [0.2], "interpolation": "nearest", "crop_pct": 0.5, **changes}
+            "input_size": (1, 32, 48), "mean": [0.1], "std": [0.2], "interpolation": "nearest", "crop_pct": 0.5,
+            "crop_mode": "squash", **changes}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_model_of_training(tmp_path, weights):
     assert not model.training
     assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
     assert (info.name, info.classes, info.input_size) == ("test_resnet", ("a", "b"), (1, 32, 48))
-    expected = {"mean": (0.1,), "std": (0.2,), "interpolation": "nearest", "crop_pct": 0.5}
+    expected = {"mean": (0.1,), "std": (0.2,), "interpolation": "nearest", "crop_pct": 0.5, "crop_mode": "squash"}
     assert {key: info.data_config[key] for key in expected} == expected
 
 
@@ -185,6 +186,7 @@ def test_foreign_checkpoints_are_one_sentence(tmp_path, weights):
     ("mean", ["a"], "a list of numbers is"), ("mean", [], "a list of numbers is"), ("mean", [float("nan")], "a list of numbers is"),
     ("std", [0.0], "a list of numbers above 0 is"), ("std", 1, "a list of numbers above 0 is"),
     ("interpolation", "foo", "one of nearest, bilinear, .* is"), ("interpolation", ["nearest"], "one of nearest, bilinear, .* is"),
+    ("crop_mode", "wide", "one of center, squash, border is"),
     ("crop_pct", "a", "a number from 0.01 to 1 is"), ("crop_pct", 0.0, "a number from 0.01 to 1 is"),
     ("spacing", (1, 1), "3 numbers above 0 is"), ("clip", (40, 40), "a number and a greater one is"),
 ])

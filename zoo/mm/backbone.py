@@ -1,4 +1,6 @@
 """Any hierarchical model of the zoo or of timm as the backbone of a detector or segmentor."""
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from zoo.errors import InputError
 from zoo.mm.networks import create_network, plain
 
 STRIDES = (4, 8, 16, 32)
+AUTHORS_NORM = re.compile(r"^(?:norm|extra_norms\.)(\d)\.")  # of a map: LITv2's and BiFormer's detectors and segmentors
 
 
 @MODELS.register_module()
@@ -31,7 +34,9 @@ class TimmBackbone(BaseModule):
         args: further arguments of `timm.create_model`, such as `drop_path_rate` or `in_chans`.
         out_indices: which of the model's feature maps, in the numbering of its `feature_info`; None for the last ones at
             strides 4, 8, 16 and 32.
-        out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only.
+        out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only; or of
+            some, by their places among the maps that are given.
+        norm_eps: of those norms.
         checkpoint: the authors' released file, in any format that timm's `pretrained_cfg_overlay=dict(file=...)` takes, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
@@ -43,12 +48,14 @@ class TimmBackbone(BaseModule):
             bottom and the columns at the right that are zero, as the toolboxes pad. Without it padding is a part of the picture
             like any other: convolutions see it close to the border; attention, regions and pooling of the whole map everywhere.
 
+    `load_state_dict` of it, or of a network around it, also takes the names that the authors' detectors and segmentors have.
+
     Raises InputError for an unknown name, an argument that the model does not take, or a checkpoint that does not fit.
     """
 
-    def __init__(self, name: str, args: Mapping | None = None, out_indices: Sequence[int] | None = None, out_norm: bool = False,
-                 checkpoint: str | None = None, frozen_stages: int = 0, norm_eval: bool = False, grad_checkpointing: bool = False,
-                 own_size: bool = False):
+    def __init__(self, name: str, args: Mapping | None = None, out_indices: Sequence[int] | None = None,
+                 out_norm: bool | Sequence[int] = False, norm_eps: float = 1e-6, checkpoint: str | None = None, frozen_stages: int = 0,
+                 norm_eval: bool = False, grad_checkpointing: bool = False, own_size: bool = False):
         super().__init__()
         self.name, self.args, self.checkpoint, self.norm_eval, self.own_size = name, plain(args or {}), checkpoint, norm_eval, own_size
         self.network = create_network(name, self.args)
@@ -64,8 +71,30 @@ class TimmBackbone(BaseModule):
         self.strides = tuple(info[index]["reduction"] for index in out_indices)
         self.out_indices = self.network.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.network.set_grad_checkpointing(grad_checkpointing)
-        self.norms = nn.ModuleList(LayerNorm2d(width) if out_norm else nn.Identity() for width in self.channels)
+        places = range(len(self.channels))
+        normed = out_norm if isinstance(out_norm, Sequence) else places if out_norm else ()
+        if not set(normed) <= set(places):
+            raise InputError(f"out_norm={tuple(normed)}: there are {len(self.channels)} maps, from 0")
+        self.norms = nn.ModuleList(
+            LayerNorm2d(width, eps=norm_eps) if place in normed else nn.Identity() for place, width in enumerate(self.channels))
         self._freeze(frozen_stages)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        self.take_authors_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def take_authors_names(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Gives what is under `prefix` in `state_dict` the names, and shapes, that it has here, if they are the authors'."""
+        given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        family = sys.modules[type(self.network).__module__]
+        if not given or not hasattr(family, "checkpoint_filter_fn") or any(name.startswith(("network.", "norms.")) for name in given):
+            return
+        norms = {name for name in given if AUTHORS_NORM.match(name)}
+        network = family.checkpoint_filter_fn({name: value for name, value in given.items() if name not in norms}, self.network)
+        for name in given:
+            del state_dict[prefix + name]
+        state_dict.update({f"{prefix}network.{name}": value for name, value in network.items()})
+        state_dict.update({prefix + AUTHORS_NORM.sub(r"norms.\1.", name): given[name] for name in norms})
 
     def _freeze(self, parts: int) -> None:
         matcher = self.network.group_matcher(coarse=True)
@@ -76,12 +105,12 @@ class TimmBackbone(BaseModule):
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in frozen)
         modules = group_modules(self.network, matcher)
-        self.frozen = [self.network.get_submodule(name) for part in range(parts) for name in modules[part]]
+        self.frozen = [name for part in range(parts) for name in modules[part]]  # names: synchronised batch norms take others' places
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         super().train(mode)
-        for module in self.frozen:
-            module.eval()
+        for name in self.frozen:
+            self.network.get_submodule(name).eval()
         if self.norm_eval:
             for module in self.network.modules():
                 if isinstance(module, _BatchNorm):

@@ -138,6 +138,10 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict):
         raise InputError(f"{path} is not a checkpoint of `zoo train`: its state_dict is a {type(weights).__name__}")
+    weights = dict(weights)
+    for place, part in model.named_modules():
+        if hasattr(part, "take_authors_names"):  # as loading lets it
+            part.take_authors_names(weights, f"{place}.")
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
     if whole and needed != given:

@@ -58,7 +58,7 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     try:
         with mock.patch.dict(MODULE2PACKAGE, mmseg="mmseg"):  # the engine would look for the package under upstream's name
             config = Config.fromfile(path)
-        importlib.import_module(config.get("default_scope") or "mmengine")
+        import_toolbox(config.get("default_scope") or "mmengine")
     except ImportError as error:
         missing = next((name for name in TOOLBOXES if name in str(error) or TOOLBOXES[name] in str(error)), None)
         if missing is None:
@@ -85,6 +85,13 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
                     dataset.setdefault("root", config.data_root)
         check_config(config, known)
     return config
+
+
+def import_toolbox(name: str) -> None:
+    """Registers what the toolbox has, and what it lacks and the configs here name."""
+    importlib.import_module(name)
+    if name == "mmseg":
+        importlib.import_module("zoo.mm.mmseg_parts")
 
 
 def _add_house_rules(config: Config) -> None:

@@ -14,8 +14,8 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from PIL import Image
-from timm.data import create_transform
-from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import auto_augment, create_transform
+from timm.data.constants import DEFAULT_CROP_MODE, DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
 
@@ -95,6 +95,7 @@ class LabelledImages(Dataset):
             self.transform = create_transform(**transform)
         except (TypeError, AssertionError) as error:
             raise InputError(f"the transform cannot be set up: {error}") from error
+        keep_a_bit(self.transform.transforms)
         if corruption is not None:
             steps = self.transform.transforms
             place = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
@@ -106,6 +107,7 @@ class LabelledImages(Dataset):
             "std": tuple(transform.get("std", IMAGENET_DEFAULT_STD)),
             "interpolation": transform.get("interpolation", "bilinear"),
             "crop_pct": transform.get("crop_pct") or DEFAULT_CROP_PCT,
+            "crop_mode": transform.get("crop_mode") or DEFAULT_CROP_MODE,
         }
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -115,6 +117,19 @@ class LabelledImages(Dataset):
         image, target = self.read(sample.index)
         with seeded(sample.seed):
             return {"inputs": self.transform(image), "targets": target}
+
+
+def keep_a_bit(steps: list) -> None:
+    """Lets the auto-augmentations among timm's `steps` posterize to one bit where they draw a strength of none, which Pillow refuses."""
+    for step in steps:
+        for parts in (getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            for part in parts:
+                if part.aug_fn is auto_augment.posterize:
+                    part.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **others: object) -> Image.Image:
+    return auto_augment.posterize(image, max(1, bits_to_keep), **others)
 
 
 def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Detectors and segmentors of mmdetection and mmsegmentation: what their checkpoints record, and how they are used without a config."""
 import contextlib
-import importlib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from torch import nn
 
 from zoo import checkpoints
 from zoo.errors import InputError
+from zoo.mm.config import import_toolbox
 from zoo.mm.networks import plain
 from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
 from zoo.reading.pictures import open_picture
@@ -66,7 +66,7 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         raise InputError(f"{path} is no detector or segmentor of `zoo train`")
     toolbox = record["task"]
     try:
-        importlib.import_module(toolbox)
+        import_toolbox(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
     if not isinstance(state := checkpoint.content.get("state_dict"), dict):

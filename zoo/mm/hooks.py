@@ -1,5 +1,6 @@
 """What happens around every step of training."""
 import random
+from typing import Literal
 
 import numpy as np
 import torch
@@ -7,6 +8,10 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+
+from zoo.errors import InputError
+
+Reported = Literal["average", "weights", "both"]
 
 
 @HOOKS.register_module()
@@ -27,17 +32,66 @@ class IterationSeedHook(Hook):
 
 @HOOKS.register_module()
 class ModelEMAHook(EMAHook):
-    """Keeps an exponential moving average of the weights: evaluated, and saved as `state_dict`, in place of the weights.
+    """Keeps an exponential moving average of the weights.
+
+    In checkpoints the one that is reported is the `state_dict`, and the other lies beside it in `ema_state_dict`, from where training
+    goes on with both.
 
     Running statistics of batch norms are averaged over the ranks after every epoch, so that the ranks evaluate, and
     rank 0 saves, one and the same model.
 
     Args:
         decay: share of the average that a step keeps; the new weights enter with 1 - decay.
+        report: "average" is evaluated in place of the weights; "weights": the average is kept, and not evaluated; "both" are
+            evaluated, the average's metrics with `_ema` at the end of their names, and the weights are reported.
     """
 
-    def __init__(self, decay: float):
+    def __init__(self, decay: float, report: Reported = "average"):
+        if report not in Reported.__args__:
+            raise InputError(f"report={report!r}: it is one of {', '.join(Reported.__args__)}")
         super().__init__(momentum=1 - decay)
+        self.report = report
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self.report == "average":
+            self._swap_ema_parameters()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self.report == "average":
+            self._swap_ema_parameters()
+        elif self.report == "both":
+            self._swap_ema_parameters()
+            averaged = self._evaluate(runner)
+            self._swap_ema_parameters()
+            for name, value in averaged.items():
+                metrics[f"{name}_ema"] = value
+                runner.message_hub.update_scalar(f"val/{name}_ema", value)  # from where it is logged
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.before_val_epoch(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self.report == "average":
+            self._swap_ema_parameters()
+
+    @torch.no_grad()
+    def _evaluate(self, runner: Runner) -> dict[str, float]:
+        loader, evaluator = runner.val_loop.dataloader, runner.val_loop.evaluator
+        for batch in loader:
+            evaluator.process(data_samples=runner.model.val_step(batch), data_batch=batch)
+        return evaluator.evaluate(len(loader.dataset))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint["ema_state_dict"] = self.ema_model.state_dict()
+        checkpoint["meta"]["averaged"] = self.report == "average"
+        if self.report == "average":
+            self._swap_ema_state_dict(checkpoint)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if runner._resume and not checkpoint.get("meta", {}).get("averaged", True):
+            self.ema_model.load_state_dict(checkpoint["ema_state_dict"])
+        else:
+            super().after_load_checkpoint(runner, checkpoint)
 
     def after_train_epoch(self, runner: Runner) -> None:
         buffers = zip(self.src_model.buffers(), self.ema_model.module.buffers(), strict=True)

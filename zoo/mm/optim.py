@@ -1,4 +1,5 @@
-"""Parameter groups by timm's rules, and mixed precision on every device."""
+"""Parameter groups and schedules by timm's rules, and mixed precision on every device."""
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +7,9 @@ from contextlib import contextmanager
 import timm.optim
 import torch
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
+from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import Tensor, nn
 
 from zoo.errors import InputError
@@ -67,6 +70,49 @@ class TimmOptimWrapperConstructor:
             raise InputError(f"optim_wrapper.paramwise_cfg: {error}") from error
         optimizer = OPTIMIZERS.build({**self.optimizer, "params": groups})
         return OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self.wrapper, "optimizer": optimizer})
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
+    """timm's cosine over a whole run of T epochs, whose first epochs a linear warm-up takes the place of.
+
+        lr(t) = w + (lr − w) t / T_w                             t < T_w
+        lr(t) = m + (lr − m) (1 + cos(π t / T)) / 2              T_w ≤ t < T
+        lr(t) = m                                                T ≤ t
+
+    The rates w and m are the same for every group of parameters, whatever its own is, and batches do not scale them.
+
+    Args:
+        warmup_epochs: T_w.
+        warmup_lr: w.
+        min_lr: m.
+        lag: steps that the rate stays behind, t = max(0, steps − lag): 1 where the authors' loop sets it after a step, by the number
+            of the step that is over, as DeiT's does.
+        begin, end: T = end − begin; `end` is by default the number of epochs.
+
+    Constant within an epoch; with `convert_to_iter_based` as the engine takes it, it moves at every iteration, and the lag is one.
+    """
+
+    def __init__(self, optimizer: OptimWrapper, warmup_epochs: float, warmup_lr: float, min_lr: float, lag: int = 0,
+                 begin: int = 0, end: int = INF, last_step: int = -1, by_epoch: bool = True, verbose: bool = False):
+        if end >= INF:
+            raise InputError("WarmupCosineLR needs its end, the number of epochs that the cosine lasts")
+        self.warmup, self.warmup_lr, self.min_lr, self.lag, self.period = warmup_epochs, warmup_lr, min_lr, lag, end - begin
+        super().__init__(optimizer, begin=begin, last_step=last_step, by_epoch=by_epoch, verbose=verbose)
+
+    @classmethod
+    def build_iter_from_epoch(cls, *args, warmup_epochs: float, end: int, epoch_length: int, begin: int = 0, by_epoch: bool = True,
+                              **kwargs) -> "WarmupCosineLR":
+        """The same in iterations, `epoch_length` an epoch."""
+        return cls(*args, warmup_epochs=warmup_epochs * epoch_length, begin=begin * epoch_length, end=end * epoch_length, by_epoch=False,
+                   **kwargs)
+
+    def _get_value(self) -> list[float]:
+        t = max(0, self.last_step - self.lag)
+        if t < self.warmup:
+            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup for lr in self.base_values]
+        share = (1 + math.cos(math.pi * t / self.period)) / 2 if t < self.period else 0.0
+        return [self.min_lr + (lr - self.min_lr) * share for lr in self.base_values]
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -228,6 +228,7 @@ def _choose_launcher(config: Config, launcher: str | None) -> None:
     config.launcher = launcher
     if launcher == "none" or not torch.cuda.is_available():  # batch norms over processes need GPUs
         change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
+        config.pop("sync_bn", None)
     if launcher == "none":
         return
     if missing := [name for name in LAUNCHERS[launcher] if name not in os.environ]:

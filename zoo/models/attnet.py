@@ -15,9 +15,10 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
+from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, init_weights, named
+from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
@@ -41,16 +42,20 @@ class GatedMlp(nn.Module):
 
     SLICE, FEWEST = 1 << 21, 64  # numbers in a slice of y, but no fewer channels than this
 
-    def __init__(self, dim: int, hidden: int, norm: bool, eps: float = 1e-6):
+    def __init__(
+        self, dim: int, hidden: int, norm: bool, eps: float = 1e-6,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.hidden, self.eps = hidden, eps
-        self.fc1 = nn.Conv2d(dim, 2 * hidden, 1)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm = nn.RMSNorm(hidden, eps=eps) if norm else None
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.fc1 = nn.Conv2d(dim, 2 * hidden, 1, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.norm = nn.RMSNorm(hidden, eps=eps, **dd) if norm else None
+        self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not all(map(_is_plain, self.children())):
+        if not all(is_plain(module, nn.RMSNorm if name == "norm" else nn.Conv2d) for name, module in self.named_children()):
             gate, value = self.fc1(x).chunk(2, 1)
             y = F.gelu(self.dwconv(gate)) * value
             return self.fc2(y if self.norm is None else self.norm(y.movedim(1, -1)).movedim(-1, 1))
@@ -93,11 +98,6 @@ class GatedMlp(nn.Module):
         return torch.addcmul(self.fc2.bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does no more than its weights say."""
-    return type(module) in (nn.Conv2d, nn.RMSNorm) and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _squares(y: Tensor) -> Tensor:
     """Sum of squares over channels, at least in float32."""
     return torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)).square()
@@ -106,14 +106,16 @@ def _squares(y: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attentive convolution and gated MLP, each behind a LayerNorm, scaled and added."""
 
-    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, mlp_norm: bool, layer_scale: bool, drop_path: float):
+    def __init__(
+        self, dim: int, kernel_size: int, mlp_ratio: float, mlp_norm: bool, layer_scale: bool, drop_path: float, **dd: Any,
+    ):
         super().__init__()
-        self.norm1 = ChannelNorm(dim, eps=1e-6)
-        self.attn = ATConv(dim, kernel_size)
-        self.ls1 = LayerScale2d(dim, 1e-6) if layer_scale else nn.Identity()
-        self.norm2 = ChannelNorm(dim, eps=1e-6)
-        self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio) // 3, mlp_norm)
-        self.ls2 = LayerScale2d(dim, 1e-6) if layer_scale else nn.Identity()
+        self.norm1 = ChannelNorm(dim, eps=1e-6, **dd)
+        self.attn = ATConv(dim, kernel_size, **dd)
+        self.ls1 = LayerScale2d(dim, 1e-6, **dd) if layer_scale else nn.Identity()
+        self.norm2 = ChannelNorm(dim, eps=1e-6, **dd)
+        self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio) // 3, mlp_norm, **dd)
+        self.ls2 = LayerScale2d(dim, 1e-6, **dd) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,19 +138,20 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = positions_first(self.downsample(x))
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def _conv_norm(in_chans: int, dim: int, suffix: str = "") -> dict[str, nn.Module]:
-    return {f"conv{suffix}": nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), f"norm{suffix}": nn.BatchNorm2d(dim)}
+def _conv_norm(in_chans: int, dim: int, suffix: str = "", **dd: Any) -> dict[str, nn.Module]:
+    conv = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd)
+    return {f"conv{suffix}": conv, f"norm{suffix}": nn.BatchNorm2d(dim, **dd)}
 
 
 class AttNet(StagedNetwork):
     """AttNet, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: as in timm.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: widths and numbers of blocks of the four stages.
         mlp_ratios: of each stage; the gated MLP's hidden width is two thirds of that times its width.
         kernel_sizes: of each stage's attentive convolutions.
@@ -158,6 +161,8 @@ class AttNet(StagedNetwork):
     Differences from the authors' code: two of the linear maps come after what they commute with (see `ATConv`, `GatedMlp`),
     which leaves out 5 to 8 % of the multiplications. Stochastic depth is off unless asked for (theirs: 0.02 to 0.5).
     """
+
+    truncated = nn.Conv2d, nn.Linear
 
     def __init__(
         self,
@@ -172,25 +177,29 @@ class AttNet(StagedNetwork):
         layer_scale: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        self.stem = named(**_conv_norm(in_chans, dims[0] // 2, "1"), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2"))
+        self.stem = named(
+            **_conv_norm(in_chans, dims[0] // 2, "1", **dd), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2", **dd))
         self.feature_info, stages = [], []
         for i, (dim, kernel_size, ratio) in enumerate(zip(dims, kernel_sizes, mlp_ratios, strict=True)):
-            downsample = named(**_conv_norm(dims[i - 1], dim)) if i else nn.Identity()
-            blocks = [Block(dim, kernel_size, ratio, mlp_norm, layer_scale, rate) for rate in drop_path_rates[i]]
+            downsample = named(**_conv_norm(dims[i - 1], dim, **dd)) if i else nn.Identity()
+            blocks = [Block(dim, kernel_size, ratio, mlp_norm, layer_scale, rate, **dd) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.head = NormMlpClassifierHead(
-            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=partial(LayerNorm2d, eps=1e-5))
-        init_weights(self, nn.Conv2d, nn.Linear)
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=partial(LayerNorm2d, eps=1e-5), **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".difference_control")}
 

@@ -16,10 +16,11 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.layers import BiLevelRoutingAttention, PointwiseLinear
+from zoo.layers import BiLevelRoutingAttention
 from zoo.layers._attention import attend
+from zoo.layers._linear import linear
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, init_weights, named
+from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -40,46 +41,51 @@ class GlobalAttention(nn.Module):
 
     Args:
         lepe_of_values: the convolution reads the values (the authors' refactored STL model) instead of the input.
+        device, dtype: of the parameters, as in torch.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, lepe_of_values: bool = False):
+    def __init__(
+        self, dim: int, num_heads: int = 8, lepe_of_values: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.num_heads, self.lepe_of_values = num_heads, lepe_of_values
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=False)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.proj = PointwiseLinear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         b, height, width, c = x.shape
-        qkv = self.qkv(x)
+        qkv = linear(self.qkv, x)
         heads = (b, height * width, self.num_heads, c // self.num_heads)
         q, k, v = (y.reshape(heads).transpose(1, 2) for y in qkv.split(c, -1))
         out = attend(q, k, v).transpose(1, 2).reshape(b, height, width, c)
         lepe_input = qkv[..., 2 * c :] if self.lepe_of_values else x
-        return self.proj(out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return linear(self.proj, out + self.lepe(lepe_input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Mlp(nn.Module):
     """fc2(GELU(fc1(x))), NHWC → NHWC."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, **dd: Any):
         super().__init__()
-        self.fc1, self.act, self.fc2 = PointwiseLinear(dim, hidden), nn.GELU(), PointwiseLinear(hidden, dim)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden, **dd), nn.GELU(), nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return linear(self.fc2, self.act(linear(self.fc1, x)))
 
 
 class Block(nn.Module):
     """x + dwconv3×3(x), then attention and MLP, each behind a LayerNorm and added; NHWC → NHWC."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, pos_embed: bool):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, pos_embed: bool, **dd: Any):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if pos_embed else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_embed else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +107,14 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x.permute(0, 3, 1, 2)
 
 
-def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:
+def _conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
     return named(
-        conv1=nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1), norm1=nn.BatchNorm2d(dim // 2), act=nn.GELU(),
-        conv2=nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), norm2=nn.BatchNorm2d(dim),
+        conv1=nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd), norm1=nn.BatchNorm2d(dim // 2, **dd), act=nn.GELU(),
+        conv2=nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd), norm2=nn.BatchNorm2d(dim, **dd),
     )
 
 
@@ -116,7 +122,7 @@ class BiFormer(StagedNetwork):
     """BiFormer, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: as in timm.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: widths and numbers of blocks of the four stages.
         topks: regions routed to in each stage; None is attention over the whole map (`GlobalAttention`, 8 heads).
         head_dim: width of a head of the routing stages.
@@ -128,6 +134,8 @@ class BiFormer(StagedNetwork):
     Differences from the authors' code: sizes that the 7×7 grid of regions does not divide are padded and masked
     (theirs: an error, or with `attn_args=dict(mask_padding=False)` padding that takes part).
     """
+
+    truncated = (nn.Linear,)
 
     def __init__(
         self,
@@ -144,37 +152,41 @@ class BiFormer(StagedNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_args: dict[str, Any] | list[dict[str, Any]] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         mlp_ratios = mlp_ratio if isinstance(mlp_ratio, (list, tuple)) else [mlp_ratio] * len(dims)
         attn_args = attn_args if isinstance(attn_args, list) else [attn_args or {}] * len(dims)
 
         if swin_layout:
-            self.stem = named(conv1=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm1=nn.BatchNorm2d(dims[0]))
+            self.stem = named(conv1=nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), norm1=nn.BatchNorm2d(dims[0], **dd))
         else:
-            self.stem = _conv_stem(in_chans, dims[0])
+            self.stem = _conv_stem(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
         for i, (dim, topk, ratio) in enumerate(zip(dims, topks, mlp_ratios, strict=True)):
             if i == 0:
                 downsample: nn.Module = nn.Identity()
             elif swin_layout:
-                downsample = named(norm=nn.BatchNorm2d(dims[i - 1]), conv=nn.Conv2d(dims[i - 1], dim, 2, stride=2))
+                downsample = named(norm=nn.BatchNorm2d(dims[i - 1], **dd), conv=nn.Conv2d(dims[i - 1], dim, 2, stride=2, **dd))
             else:
-                downsample = named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1), norm=nn.BatchNorm2d(dim))
+                downsample = named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1, **dd), norm=nn.BatchNorm2d(dim, **dd))
             if topk is None:
-                attention = partial(GlobalAttention, dim, lepe_of_values=lepe_of_values)
+                attention = partial(GlobalAttention, dim, lepe_of_values=lepe_of_values, **dd)
             else:
-                attention = partial(BiLevelRoutingAttention, dim, **{"num_heads": dim // head_dim, "topk": topk, **attn_args[i]})
-            blocks = [Block(dim, attention(), ratio, rate, not swin_layout) for rate in drop_path_rates[i]]
+                attention = partial(BiLevelRoutingAttention, dim, **{"num_heads": dim // head_dim, "topk": topk, **dd, **attn_args[i]})
+            blocks = [Block(dim, attention(), ratio, rate, not swin_layout, **dd) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        init_weights(self, nn.Linear)
+        self.norm = nn.BatchNorm2d(dims[-1], **dd)
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
 
 
 _RENAMES = [  # the authors' names → ours

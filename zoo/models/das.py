@@ -11,15 +11,19 @@ timm's own weights load into everything but the gates, which keep their initiali
 """
 from typing import Any, Literal
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import decode_arch_def  # private, and the only source of it: timm's own families use it
+from timm.models._efficientnet_builder import (  # private, and the only source of it: timm's own families use it
+    decode_arch_def,
+    efficientnet_init_weights,
+)
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.layers import DAS
+from zoo.models.staged import Reinitialized
 
 __all__ = ["DASMobileNet", "DASResNet", "GatedBlock", "checkpoint_filter_fn"]
 
@@ -48,10 +52,10 @@ def _add_gates(model: nn.Module, stages: list[str], gates: Gates, das_args: dict
         for i, block in enumerate(stage):
             if gates == "block" or name in ends and i == len(stage) - 1:
                 channels = (block.bn3 if hasattr(block, "bn3") else block.bn2).num_features
-                stage[i] = GatedBlock(block, DAS(channels, **(das_args or {})))
+                stage[i] = GatedBlock(block, DAS(channels, **{**get_device_dtype(block), **(das_args or {})}))
 
 
-class DASResNet(ResNet):
+class DASResNet(Reinitialized, ResNet):
     """timm's ResNet with gates.
 
     Args:
@@ -60,16 +64,24 @@ class DASResNet(ResNet):
         kwargs: those of timm's ResNet.
     """
 
+    added = DAS
+
     def __init__(self, *args: Any, gates: Gates = "stage", das_args: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         _add_gates(self, [f"layer{i}" for i in (1, 2, 3, 4)], gates, das_args)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
 
-class DASMobileNet(EfficientNet):
+class _MobileNet(EfficientNet):
+    """timm's EfficientNet, whose initialisation is a function, with a method for it."""
+
+    def init_weights(self) -> None:
+        efficientnet_init_weights(self)
+
+
+class DASMobileNet(Reinitialized, _MobileNet):
     """timm's EfficientNet, of which MobileNetV2 is one, with gates.
 
     Args:
@@ -78,11 +90,13 @@ class DASMobileNet(EfficientNet):
         kwargs: those of timm's EfficientNet.
     """
 
+    added = DAS
+    _as_made: dict[str, Any] = {}  # timm's constructor calls the function itself
+
     def __init__(self, *args: Any, gates: Gates = "stage", das_args: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         _add_gates(self, [f"blocks.{i}" for i in range(len(self.blocks))], gates, das_args)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 

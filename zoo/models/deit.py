@@ -5,7 +5,6 @@ The weights of timm's DeiT of the same name without `_cb` or `_cbs` load as they
 from functools import partial
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -13,6 +12,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from zoo.layers import ContextBroadcast
+from zoo.layers._scripting import refuse_scripting
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
 
@@ -47,6 +47,8 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
     of the sequence of tokens.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(self, scaled: bool = False, **kwargs: Any):
         super().__init__(mlp_layer=partial(BroadcastingMlp, scaled=scaled), dynamic_img_size=True, dynamic_img_pad=True, **kwargs)
 
@@ -62,7 +64,6 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
             raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
         return super()._pos_embed(x)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() & {name for name, _ in self.named_parameters()}
 
@@ -75,7 +76,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def _cfg() -> dict[str, Any]:
     return dict(
-        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=0.9, interpolation="bicubic",
+        num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=0.875, interpolation="bicubic",
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj", classifier="head",
         paper_ids="arXiv:2210.08457", paper_name="Scratching Visual Transformer's Back with Uniform Attention",
     )

@@ -4,8 +4,10 @@ The authors' checkpoints (https://github.com/NVlabs/FAN, https://github.com/guoy
 
     timm.create_model("tap_fan_base_16_p4_hybrid", pretrained=True, pretrained_cfg_overlay=dict(file="tapadl_fan_base.pth.tar"))
 
-TAP-FAN was trained with `zoo.AttentionDiversificationLoss`.
+TAP-FAN was trained with `zoo.AttentionDiversificationLoss`. Its authors' segmentor of Cityscapes, tapadl_fan_base_segmentation.pth, is
+loaded by configs/segmentation/segformer_tap-fan-base_4xb1-160k_cityscapes-1024x1024.py.
 """
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,19 +17,21 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, SelectAdaptivePool2d, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models.convnext import ConvNeXtStage
+from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
+from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
 from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, init_weights, named
+from zoo.models.staged import StagedNetwork, named
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
 MECHANISM = "tap"
 StateDict = dict[str, Tensor]
+CONVNEXT_SCALE = 1e-6  # first factor of the hybrids' ConvNeXt blocks
 REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {
     "fan_tiny_12_p16_224": 79.2, "fan_small_12_p16_224": 82.5, "fan_base_18_p16_224": 83.6, "fan_large_24_p16_224": 83.9,
@@ -51,10 +55,10 @@ class UnbiasedLayerNorm2d(nn.LayerNorm):
 class FanStage(nn.Module):
     """Downsampling, a sine position encoding made for the size of the map, and fully attentional blocks; NCHW → NCHW."""
 
-    def __init__(self, downsample: nn.Module, dim: int, blocks: list[FullyAttentionalBlock]):
+    def __init__(self, downsample: nn.Module, dim: int, blocks: list[FullyAttentionalBlock], **dd: Any):
         super().__init__()
         self.downsample = downsample
-        self.pos_embed = PositionalEncodingFourier(dim=dim)
+        self.pos_embed = PositionalEncodingFourier(dim=dim, **dd)
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
@@ -62,7 +66,7 @@ class FanStage(nn.Module):
         x = self.downsample(x)
         x = (x + self.pos_embed(1, *x.shape[2:])).permute(0, 2, 3, 1).contiguous()
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x.permute(0, 3, 1, 2)
 
 
@@ -70,62 +74,87 @@ class ClassAttentionHead(nn.Module):
     """Pools a map by a class token that attends to it in some blocks (CaiT, arXiv 2103.17239), or as timm does; norm, classifier.
 
     (B, C, H, W) → (B, classes); without pooling ("") (B, classes, H, W), and with no classes C in their place.
+
+    `keep_blocks`: the blocks stay also where something else pools, for `attended`.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, num_classes: int, pool_type: str, drop_rate: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, num_classes: int, pool_type: str, drop_rate: float,
+                 keep_blocks: bool = False, **dd: Any):
         super().__init__()
-        self.dim = dim
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.num_features, self.keep_blocks, self.by_token = dim, keep_blocks, True
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd))
         make = partial(ClassAttentionBlock, dim, num_heads, mlp_ratio, qkv_bias=True, tokens_norm=True,
-                       norm_layer=partial(nn.LayerNorm, eps=1e-6))
+                       norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
         self.blocks = nn.Sequential(make(), make())
         for block in self.blocks:
-            block.attn.k = CancelledBiasLinear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+            block.attn.k = CancelledBiasLinear(dim, dim, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type)
+        self.reset(num_classes, pool_type, **dd)
+        self.reset_parameters()
 
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+    def reset(self, num_classes: int, pool_type: str | None = None, in_features: int | None = None, **dd: Any) -> None:
         if pool_type is not None:
             if pool_type == "token" and self.cls_token is None:
                 raise ValueError("the class token is gone: global_pool cannot go back to 'token' from another")
-            if pool_type != "token":
-                self.cls_token = self.blocks = None
+            if pool_type.endswith("catavgmax"):
+                raise ValueError(f"global_pool must keep the width, as the norm comes after it, got {pool_type!r}")
+            self.by_token = pool_type == "token"
+            if not self.by_token:
+                if not self.keep_blocks:
+                    self.cls_token = self.blocks = None
                 self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC")
-        self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+        self.num_features = in_features or self.num_features
+        self.fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
+        self.fc.train(self.training)
+
+    def reset_parameters(self) -> None:
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+            for block in self.blocks:  # whose factors timm has no method for
+                nn.init.ones_(block.gamma1)
+                nn.init.ones_(block.gamma2)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        if self.cls_token is None:
-            x = self.global_pool(x)
-        else:
-            x = self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1))[:, 0]
+        x = self._tokens(x)[:, 0] if self.by_token else self.global_pool(x.permute(0, 2, 3, 1))
         x = self.drop(self.norm(x))
         x = x if pre_logits else self.fc(x)
         return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
 
+    def attended(self, x: Tensor) -> Tensor:
+        """The map x as the blocks leave it, (B, C, H, W) → (B, C, H, W)."""
+        return self._tokens(x)[:, 1:].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
-def _conv_norm(in_chans: int, dim: int) -> dict[str, nn.Module]:
-    return dict(conv=nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), norm=nn.BatchNorm2d(dim))
+    def _tokens(self, x: Tensor) -> Tensor:
+        return self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1))
+
+
+def _conv_norm(in_chans: int, dim: int, **dd: Any) -> dict[str, nn.Module]:
+    return dict(conv=nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd), norm=nn.BatchNorm2d(dim, **dd))
 
 
 class Fan(StagedNetwork):
     """FAN and TAP-FAN, any input size.
 
     Args:
-        in_chans, num_classes, drop_rate, drop_path_rate: as in timm; stochastic depth is equally strong in all blocks.
-        global_pool: "token" for class attention; otherwise as in timm, and without it.
+        in_chans, num_classes, drop_rate, drop_path_rate, device, dtype: as in timm; stochastic depth is equally strong in all blocks.
+        global_pool: "token" for class attention; otherwise as in timm, and without it ("catavgmax" not: a norm comes after it).
         embed_dim, depth, num_heads, mlp_ratio: of the fully attentional blocks, at stride 16.
         num_scales: of `TokenAwareAvgPool` (TAP-FAN); None: no pool.
         hybrid_dims, hybrid_depths: widths and numbers of blocks of the two ConvNeXt stages that embed the patches
             ("hybrid"); None: four 3×3 convolutions of stride 2 do.
         head_init_scale: factor of the classifier's first weights.
+        class_attention_map: the fourth feature map is the third as class attention leaves it, as in the authors' segmentation of
+            Cityscapes; needs global_pool "token", which `reset_classifier` may change afterwards.
 
-    Features are the maps at strides 4, 8 and 16, and the last of them max-pooled to stride 32. `forward_features` gives the
-    map before class attention, which is part of the head.
+    Features are the maps at strides 4, 8 and 16, and, by default, the last of them max-pooled to stride 32, which what is built on
+    four strides reads; with `class_attention_map` a second one at stride 16 in its place. `forward_features` gives the map before
+    class attention, which is part of the head.
 
     Differences from the authors' code: maps need not be square.
     """
+
+    truncated = (nn.Linear,)
 
     def __init__(
         self,
@@ -140,48 +169,72 @@ class Fan(StagedNetwork):
         hybrid_dims: tuple[int, int] | None = None,
         hybrid_depths: tuple[int, int] = (3, 3),
         head_init_scale: float = 1.0,
+        class_attention_map: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if class_attention_map and global_pool != "token":
+            raise ValueError(f"class_attention_map needs global_pool='token', got {global_pool!r}")
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = self.head_hidden_size = embed_dim
+        self.num_features, self.head_init_scale = embed_dim, head_init_scale
         if hybrid_dims is None:
             dims = embed_dim // 8, embed_dim // 4, embed_dim // 2
-            self.stem, *embedding = (named(**_conv_norm(*widths), act=nn.GELU()) for widths in pairwise((in_chans, *dims)))
-            downsample = named(**_conv_norm(dims[-1], embed_dim))
+            self.stem, *embedding = (named(**_conv_norm(*widths, **dd), act=nn.GELU()) for widths in pairwise((in_chans, *dims)))
+            downsample = named(**_conv_norm(dims[-1], embed_dim, **dd))
         else:
             dims = hybrid_dims[0], *hybrid_dims
-            self.stem = named(conv=nn.Conv2d(in_chans, dims[0], 4, stride=4), norm=LayerNorm2d(dims[0], eps=1e-6))
+            self.stem = named(conv=nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), norm=LayerNorm2d(dims[0], eps=1e-6, **dd))
             embedding = [
-                ConvNeXtStage(*dims[i : i + 2], stride=i + 1, depth=hybrid_depths[i], ls_init_value=1e-6, conv_mlp=True,
-                              norm_layer=partial(UnbiasedLayerNorm2d, eps=1e-6))
+                ConvNeXtStage(*dims[i : i + 2], stride=i + 1, depth=hybrid_depths[i], ls_init_value=CONVNEXT_SCALE, conv_mlp=True,
+                              norm_layer=partial(UnbiasedLayerNorm2d, eps=1e-6), **dd)
                 for i in range(2)]
-            downsample = named(conv=nn.Conv2d(dims[-1], embed_dim, 2, stride=2))
-        blocks = [FullyAttentionalBlock(embed_dim, num_heads, mlp_ratio, num_scales, drop_path_rate) for _ in range(depth)]
-        self.stages = nn.Sequential(*embedding, FanStage(downsample, embed_dim, blocks))
-        self.coarser = nn.MaxPool2d(2, ceil_mode=True)
-        modules = ("stages.0", "stages.1", "stages.2", "coarser")
+            downsample = named(conv=nn.Conv2d(dims[-1], embed_dim, 2, stride=2, **dd))
+        blocks = [FullyAttentionalBlock(embed_dim, num_heads, mlp_ratio, num_scales, drop_path_rate, **dd) for _ in range(depth)]
+        self.stages = nn.Sequential(*embedding, FanStage(downsample, embed_dim, blocks, **dd))
+        self.coarser = None if class_attention_map else nn.MaxPool2d(2, ceil_mode=True)
+        modules = ("stages.0", "stages.1", "stages.2", "head.blocks" if class_attention_map else "coarser")
         self.feature_info = [
             dict(num_chs=width, reduction=4 * 2**i, module=modules[i]) for i, width in enumerate((*dims[1:], embed_dim, embed_dim))]
-        self.head = ClassAttentionHead(embed_dim, num_heads, mlp_ratio, num_classes, global_pool, drop_rate)
-        init_weights(self, nn.Linear)
+        if class_attention_map:
+            self.feature_info[-1]["reduction"] = 16
+        self.head = ClassAttentionHead(embed_dim, num_heads, mlp_ratio, num_classes, global_pool, drop_rate, class_attention_map, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        super().init_weights(needs_reset)
         if self.head.cls_token is not None:
             trunc_normal_(self.head.cls_token, std=0.02)
-        if num_classes:
-            self.head.fc.weight.data.mul_(head_init_scale)
+        if isinstance(self.head.fc, nn.Linear):
+            self.head.fc.weight.data.mul_(self.head_init_scale)
+        if needs_reset:
+            for block in (module for module in self.modules() if isinstance(module, ConvNeXtBlock)):
+                nn.init.constant_(block.gamma, CONVNEXT_SCALE)  # which timm has no method for
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set() if self.head.cls_token is None else {"head.cls_token"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^head\.(?:cls_token|blocks|norm)", (99999,))]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     def drop_norm(self) -> None:
         self.head.norm = nn.Identity()
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        indices, last = feature_take_indices(len(self._levels()), indices)
+        if last < len(self.stages):
+            self.head.keep_blocks = False
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+    def _levels(self) -> list[Callable[[Tensor], Tensor]]:
+        return [*super()._levels(), self.head.attended] if self.head.keep_blocks else super()._levels()
 
 
 _RENAMES = [  # the authors' names → ours

@@ -30,8 +30,8 @@ REPORTED_TOP1 = {
 }
 
 
-def _conv_norm(dim: int, dim_out: int, stride: int = 1) -> nn.Sequential:
-    return named(conv=nn.Conv2d(dim, dim_out, 1, stride, bias=False), norm=nn.BatchNorm2d(dim_out))
+def _conv_norm(dim: int, dim_out: int, stride: int = 1, **dd: Any) -> nn.Sequential:
+    return named(conv=nn.Conv2d(dim, dim_out, 1, stride, bias=False, **dd), norm=nn.BatchNorm2d(dim_out, **dd))
 
 
 class Block(nn.Module):
@@ -40,14 +40,18 @@ class Block(nn.Module):
     (B, dim, H, W) → (B, dim_out, ⌈H / stride⌉, ⌈W / stride⌉). `attn` is the halo attention, of `hidden` channels in.
     """
 
-    def __init__(self, dim: int, dim_out: int, hidden: int, value_dim: int, stride: int, drop_path: float, **attn_args: Any):
+    def __init__(
+        self, dim: int, dim_out: int, hidden: int, value_dim: int, stride: int, drop_path: float,
+        device: torch.device | str | None, dtype: torch.dtype | None, **attn_args: Any,
+    ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         changes = stride > 1 or dim != dim_out
-        self.shortcut = _conv_norm(dim, dim_out, stride) if changes else nn.Identity()
-        self.reduce = _conv_norm(dim, hidden)
-        self.attn = HaloAttention(hidden, value_dim, stride=stride, **attn_args)
-        self.norm = nn.BatchNorm2d(value_dim)
-        self.expand = _conv_norm(value_dim, dim_out)
+        self.shortcut = _conv_norm(dim, dim_out, stride, **dd) if changes else nn.Identity()
+        self.reduce = _conv_norm(dim, hidden, **dd)
+        self.attn = HaloAttention(hidden, value_dim, stride=stride, **attn_args, **dd)
+        self.norm = nn.BatchNorm2d(value_dim, **dd)
+        self.expand = _conv_norm(value_dim, dim_out, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.act = nn.SiLU()
 
@@ -67,7 +71,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
 
@@ -75,7 +79,7 @@ class HaloNet(StagedNetwork):
     """HaloNet, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: as in timm.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: width of queries and keys, and number of blocks, of the four stages.
         num_heads: of each stage.
         block_size, halo_size: b and h of the paper, in all stages (see `zoo.layers.HaloAttention`).
@@ -100,14 +104,17 @@ class HaloNet(StagedNetwork):
         final_dim: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
         width = dims[0]
         self.stem = named(
-            conv=nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), norm=nn.BatchNorm2d(width), act=nn.SiLU(),
+            conv=nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False, **dd), norm=nn.BatchNorm2d(width, **dd), act=nn.SiLU(),
             pool=nn.MaxPool2d(3, stride=2, padding=1))
         self.feature_info, stages = [], []
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
@@ -115,20 +122,21 @@ class HaloNet(StagedNetwork):
             for j, rate in enumerate(drop_path_rates[i]):
                 blocks.append(Block(
                     width, dim_out, dim, int(value_ratio * dim), 2 if i and not j else 1, rate,
-                    num_heads=heads, dim_head=dim // heads, block_size=block_size, halo_size=halo_size))
+                    num_heads=heads, dim_head=dim // heads, block_size=block_size, halo_size=halo_size, **dd))
                 width = dim_out
             stages.append(Stage(blocks))
             self.feature_info.append(dict(num_chs=width, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = final_dim or width
-        self.final_conv = named(**dict(_conv_norm(width, final_dim).named_children()), act=nn.SiLU()) if final_dim else nn.Identity()
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.num_features = final_dim or width
+        self.final_conv = nn.Identity()
+        if final_dim:
+            self.final_conv = named(**dict(_conv_norm(width, final_dim, **dd).named_children()), act=nn.SiLU())
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("_rel")}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^final_conv", (99999,))]
         return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^final_conv", (99999,))] if coarse else blocks)

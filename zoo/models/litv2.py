@@ -14,10 +14,12 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.layers import DeformableTokenMerging, HiLoAttention, PointwiseLinear
+from zoo.layers import DeformableTokenMerging, HiLoAttention
+from zoo.layers._linear import linear
+from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, init_weights
+from zoo.models.staged import StagedNetwork
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
@@ -30,27 +32,28 @@ REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384
 class ConvMlp(nn.Module):
     """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.fc1 = PointwiseLinear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = PointwiseLinear(hidden, dim)
+        dd = dict(device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.fc2(F.gelu(x))
-        return self.fc2(torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
+        x = self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(self.dwconv, nn.Conv2d):  # hooks may have kept x
+            return linear(self.fc2, F.gelu(x))
+        return linear(self.fc2, torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
 
 
 class Block(nn.Module):
     """Attention, if there is any, and MLP, each behind a LayerNorm and added; NHWC → NHWC."""
 
-    def __init__(self, dim: int, attn: nn.Module | None, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, attn: nn.Module | None, mlp_ratio: float, drop_path: float, **dd: Any):
         super().__init__()
-        self.norm1, self.attn = (None, None) if attn is None else (nn.LayerNorm(dim), attn)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.norm1, self.attn = (None, None) if attn is None else (nn.LayerNorm(dim, **dd), attn)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,10 +65,10 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Convolution of 4×4 patches and LayerNorm; (B, C, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉), channels-last in memory."""
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, **dd: Any):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(pad_to_multiple(x, 4)))
@@ -83,7 +86,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x.permute(0, 3, 1, 2)
 
 
@@ -91,7 +94,7 @@ class LITv2(StagedNetwork):
     """LITv2, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate: as in timm.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths, num_heads: widths, numbers of blocks and heads of the four stages.
         windows: of each stage's HiLo attention; None is no attention.
         alpha: see `HiLoAttention`.
@@ -99,9 +102,11 @@ class LITv2(StagedNetwork):
         attn_args: further arguments of `HiLoAttention`, such as `mask_padding`.
 
     Differences from the authors' code: sizes that patches, merging and windows do not divide are padded (theirs: errors, or in
-    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets `DeformableTokenMerging.offset`
-    learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
+    their detector padded windows that take part, `attn_args=dict(mask_padding=False)`). Their recipe lets the weight of
+    `DeformableTokenMerging.offset` learn at 1/100 of the rate: so does configs/classification/litv2_s_in1k.py.
     """
+
+    truncated = (nn.Linear,)
 
     def __init__(
         self,
@@ -117,25 +122,29 @@ class LITv2(StagedNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_args: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        self.stem = PatchEmbed(in_chans, dims[0])
+        self.stem = PatchEmbed(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
         for i, (dim, heads, window) in enumerate(zip(dims, num_heads, windows, strict=True)):
             blocks = []
             for rate in drop_path_rates[i]:
-                attn = None if window is None else HiLoAttention(dim, heads, window, alpha, **(attn_args or {}))
-                blocks.append(Block(dim, attn, mlp_ratio, rate))
-            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
+                attn = None if window is None else HiLoAttention(dim, heads, window, alpha, **{**dd, **(attn_args or {})})
+                blocks.append(Block(dim, attn, mlp_ratio, rate, **dd))
+            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        init_weights(self, nn.Linear)
+        self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
 
 
 _RENAMES = [  # the authors' names → ours
@@ -176,7 +185,8 @@ default_cfgs = generate_default_cfgs({
     "litv2_s.in1k": _cfg(f"{_RELEASE}/litv2_s.pth"),
     "litv2_m.in1k": _cfg(f"{_RELEASE}/litv2_m.pth"),
     "litv2_b.in1k": _cfg(f"{_RELEASE}/litv2_b.pth"),
-    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+    "litv2_b_384.in1k": _cfg(f"{_RELEASE}/litv2_b_384.pth", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0,
+                               crop_mode="squash"),
 })
 
 

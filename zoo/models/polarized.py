@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet, cfg_cls
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.layers import PolarizedSelfAttention
 from zoo.layers.polarized import Layout
+from zoo.models.staged import Reinitialized
 
 __all__ = ["PolarizedHRNet", "PolarizedResNet", "checkpoint_filter_fn"]
 
@@ -35,17 +36,19 @@ def _polarize(model: nn.Module, blocks: tuple[type[nn.Module], ...], layout: Lay
     """Puts the attention into every block of these types."""
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
         conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2
-        attention = PolarizedSelfAttention(conv.out_channels, layout, device=conv.weight.device, dtype=conv.weight.dtype)
+        attention = PolarizedSelfAttention(conv.out_channels, layout, **get_device_dtype(conv))
         blur = getattr(block, _SLOT)
         setattr(block, _SLOT, attention if isinstance(blur, nn.Identity) else nn.Sequential(blur, attention))
 
 
-class PolarizedResNet(ResNet):
+class PolarizedResNet(Reinitialized, ResNet):
     """timm's ResNet with polarized self-attention, any input size.
 
     Args: timm's, and
         layout: of the attention, "parallel" or "sequential".
     """
+
+    added = PolarizedSelfAttention
 
     def __init__(self, *args: Any, layout: Layout = "parallel", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -65,7 +68,7 @@ class _FusedBranches(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint(self._run, maps)
         return self._run(maps)
 
@@ -82,7 +85,7 @@ class _FusedBranches(nn.Module):
         return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode=self.fuse)
 
 
-class PolarizedHRNet(HighResolutionNet):
+class PolarizedHRNet(Reinitialized, HighResolutionNet):
     """timm's HRNet with polarized self-attention in its basic blocks, and what timm's lacks: any input size (timm: multiples
     of 32, where both agree), stochastic depth, gradient checkpointing, and the initial zeros of its ResNet in the last norm
     of every residual branch, without which untrained outputs reach 1e7.
@@ -97,6 +100,8 @@ class PolarizedHRNet(HighResolutionNet):
     Raises ValueError for another `layout` or `fuse`.
     """
 
+    added = PolarizedSelfAttention
+
     def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0,
                  fuse: Fuse = "nearest", **kwargs: Any):
         if fuse not in Fuse.__args__:
@@ -108,12 +113,15 @@ class PolarizedHRNet(HighResolutionNet):
         self.fuse = fuse
         self.grad_checkpointing = False
         _polarize(self, (BasicBlock,), layout)
-        for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                module.zero_init_last()
         for rate, blocks in self._depths(drop_path_rate):
             for block in blocks:
                 block.drop_path = DropPath(rate) if rate else None
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        super().init_weights(needs_reset=needs_reset)
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.zero_init_last()
 
     def _make_stage(self, *args: Any, **kwargs: Any) -> tuple[nn.Sequential, list[int]]:
         stage, channels = super()._make_stage(*args, **kwargs)
@@ -129,21 +137,19 @@ class PolarizedHRNet(HighResolutionNet):
         return [(drop_path_rate * depth / (len(levels) - 1), blocks) for depth, blocks in enumerate(levels)]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        x = checkpoint_seq(self.layer1, x) if self.grad_checkpointing and not torch.jit.is_scripting() else self.layer1(x)
+        x = checkpoint_seq(self.layer1, x) if self.grad_checkpointing else self.layer1(x)
         maps = [x]
         for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3), (self.transition3, self.stage4)):
             # identities stand for maps that exist already; the others start from the smallest map
             maps = stage([maps[i] if isinstance(t, nn.Identity) else t(maps[-1]) for i, t in enumerate(transition)])
         return maps
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
         for module in self.modules():
             if isinstance(module, _FusedBranches):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         with_previous = (99999,)  # timm's mark of what shares the group before it
         head = (r"^(?:incre_modules|downsamp_modules|final_layer)", with_previous)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zoo.layers import SelectiveKernelUnit
 from zoo.models.conversion import renamed
+from zoo.models.staged import Reinitialized
 
 __all__ = ["SKBottleneck", "SKNet", "checkpoint_filter_fn"]
 
@@ -47,7 +48,7 @@ class SKBottleneck(Bottleneck):
         self.bn2, self.act2 = nn.Identity(), nn.Identity()
 
 
-class SKNet(ResNet):
+class SKNet(Reinitialized, ResNet):
     """timm's ResNet of `SKBottleneck`s, any input size; arguments as there, `unit_args` by `block_args`."""
 
     def no_weight_decay(self) -> set[str]:

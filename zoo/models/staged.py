@@ -2,25 +2,40 @@
 from collections import OrderedDict
 from typing import Any
 
-import torch
-from timm.layers import trunc_normal_
+from timm.layers import get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from torch import Tensor, nn
+
+from zoo.layers._scripting import refuse_scripting
 
 
 class StagedNetwork(nn.Module):
     """A stem, stages that each work at half the resolution of the one before, perhaps a norm, and a head.
 
     Families build, in their constructor, `stem`, `stages` (an `nn.Sequential` of modules with a flag `grad_checkpointing`),
-    `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`. There may
-    be a `norm` between stages and head; one with another name or place is said by `final_norm` and `drop_norm`. There may be
-    `coarser`: it makes one more map of the last stage's, which is a feature only.
+    `head` (timm's, with `fc` and `reset`), `feature_info`, `in_chans`, `num_classes`, `num_features` and `head_hidden_size`, and call
+    `init_weights(needs_reset=False)` at its end. There may be a `norm` between stages and head; one with another name or place is
+    said by `final_norm` and `drop_norm`. There may be `coarser`: it makes one more map of the last stage's, which is a feature only.
+    Weights of modules of the types in `truncated` come from a truncated normal distribution of deviation 0.02; their biases are 0.
     """
+
+    truncated: tuple[type[nn.Module], ...] = ()
+    __prepare_scriptable__ = refuse_scripting
 
     stem: nn.Module
     stages: nn.Sequential
     head: nn.Module
     feature_info: list[dict[str, Any]]
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Values of a new network, as in timm; `needs_reset` also for what modules give themselves when they are made."""
+        if needs_reset:
+            reset_parameters(self)
+        for module in self.modules():
+            if isinstance(module, self.truncated):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage, or what else leads from its features to the head's, if there is anything."""
@@ -30,27 +45,23 @@ class StagedNetwork(nn.Module):
         """Puts an identity in the place of the last norm, wherever it is."""
         self.norm = nn.Identity()
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.num_classes, self.head_hidden_size = num_classes, self.head.num_features
 
     def forward_intermediates(
         self,
@@ -111,13 +122,39 @@ class StagedNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def init_weights(network: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Weights of all modules of these kinds from a truncated normal distribution of deviation 0.02; their biases 0."""
-    for module in network.modules():
-        if isinstance(module, kinds):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+class Reinitialized:
+    """For classes of timm's networks, whose own `init_weights` leaves alone what modules give themselves when they are made.
+
+    Here it also initialises storage that holds anything, as after `to_empty`: every parameter and buffer gets the values of a new
+    network. Modules of the type `added` keep their own values, whatever timm's rules are for what they are made of.
+    """
+
+    added: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+    __prepare_scriptable__ = refuse_scripting
+    _as_made: dict[str, Any] | None = None  # options of the constructor's own call
+
+    def init_weights(self, *, needs_reset: bool = True, **options: Any) -> None:
+        """Values of a new network; `options`: of timm's method, by default as in the constructor."""
+        new = self._as_made is None
+        if new:
+            self._as_made = options
+        elif needs_reset:
+            reset_parameters(self)
+        super().init_weights(**{**self._as_made, **options})
+        if not new:
+            for module in self.modules():
+                if isinstance(module, self.added):
+                    reset_parameters(module)
+
+
+def reset_parameters(network: nn.Module) -> None:
+    """The values that modules give their parameters and buffers when they are made, children first."""
+    network.apply(_reset)
+
+
+def _reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

@@ -6,21 +6,24 @@ https://github.com/ozan-oktay/Attention-Gated-Networks) load as they are:
     timm.create_model("attention_unet3d", pretrained=True, pretrained_cfg_overlay=dict(file="unet_ct.pth"))
 """
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers import create_act_layer, get_act_layer
+from timm.layers import create_act_layer, get_act_layer, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
+from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.models.conversion import renamed
-from zoo.models.staged import named
+from zoo.models.staged import reset_parameters
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
@@ -32,27 +35,39 @@ NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 class Blocks:
     """Makes the parts of a network that are alike: all of one dimension, norm and activation."""
 
-    def __init__(self, spatial_dims: int, norm: Norm, act_layer: str):
+    def __init__(self, spatial_dims: int, norm: Norm, act_layer: str, **dd: Any):
         check_spatial(spatial_dims, norm)
         try:
             get_act_layer(act_layer)
         except KeyError:
             raise ValueError(f"act_layer must be one of timm's, such as relu, leaky_relu, gelu or silu, got {act_layer!r}") from None
-        self.spatial_dims, self.norm, self.act_layer = spatial_dims, norm, act_layer
+        self.spatial_dims, self.norm, self.act_layer, self.dd = spatial_dims, norm, act_layer, dd
 
     def conv(self, dim: int, out_dim: int, kernel_size: int, suffix: str = "") -> dict[str, nn.Module]:
         """Convolution, norm and activation."""
-        conv = CONV[self.spatial_dims](dim, out_dim, kernel_size, padding=kernel_size // 2)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        norm, act = norm_layer(self.norm, self.spatial_dims, out_dim), create_act_layer(self.act_layer, inplace=True)
+        conv = CONV[self.spatial_dims](dim, out_dim, kernel_size, padding=kernel_size // 2, **self.dd)
+        norm, act = norm_layer(self.norm, self.spatial_dims, out_dim, **self.dd), create_act_layer(self.act_layer, inplace=True)
         return {f"conv{suffix}": conv, f"norm{suffix}": norm, f"act{suffix}": act}
 
     def double_conv(self, dim: int, out_dim: int) -> nn.Sequential:
-        return named(**self.conv(dim, out_dim, 3, "1"), **self.conv(out_dim, out_dim, 3, "2"))
+        return Convolutions(**self.conv(dim, out_dim, 3, "1"), **self.conv(out_dim, out_dim, 3, "2"))
 
     def gate(self, dim: int, gate_dim: int, num_gates: int) -> nn.Module:
-        args = dict(spatial_dims=self.spatial_dims, norm=self.norm)
+        args = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
         return AttentionGate(dim, gate_dim, **args) if num_gates == 1 else MultiAttentionGate(dim, gate_dim, num_gates=num_gates, **args)
+
+
+class Convolutions(nn.Sequential):
+    """A sequence whose modules have names; weights of its convolutions come from He's normal distribution."""
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__(OrderedDict(modules))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self:
+            if isinstance(module, tuple(CONV.values())):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 class ConvEncoder(nn.Module):
@@ -61,7 +76,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, in_chans: int, widths: Sequence[int], blocks: Blocks):
         super().__init__()
         self.channels, self.reductions = list(widths), [2**i for i in range(len(widths))]
-        self.pool = MAX_POOL[blocks.spatial_dims]
+        self.pool = MAX_POOL[blocks.spatial_dims](2)
         self.levels = nn.ModuleList(blocks.double_conv(dim, out) for dim, out in zip([in_chans, *widths], widths, strict=False))
         self.grad_checkpointing = False
 
@@ -70,7 +85,7 @@ class ConvEncoder(nn.Module):
             x = x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
         maps = []
         for level in self.levels:
-            x = self.pool(maps[-1], 2) if maps else x
+            x = self.pool(maps[-1]) if maps else x
             maps.append(checkpoint(level, x) if self.grad_checkpointing else level(x))
         return maps
 
@@ -86,13 +101,21 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(name):
             raise InputError(f"encoder must be a model that timm knows, got {name!r}{near_misses(name, timm.list_models())}")
         try:
-            self.model = timm.create_model(name, features_only=True, in_chans=in_chans, **args)
+            self._make = partial(timm.create_model, name, features_only=True, in_chans=in_chans, **args)
+            self.model = self._make()
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # models without feature maps, each in its way
             raise InputError(f"encoder {name} cannot give feature maps: {error}") from error
         info = self.model.feature_info
         self.channels, self.reductions = info.channels(), info.reduction()
         if any(fine >= coarse for fine, coarse in zip(self.reductions, self.reductions[1:], strict=False)):
             raise InputError(f"encoder {name} is not hierarchical: its maps are the input's size divided by {self.reductions}")
+
+    def reset_parameters(self) -> None:
+        """Values of a new encoder; timm's models without head have no method for that."""
+        new = self._make(**get_device_dtype(self.model))
+        with torch.no_grad():
+            for old, value in zip(_tensors(self.model), _tensors(new), strict=True):
+                old.copy_(value)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.model(x)
@@ -101,6 +124,10 @@ class TimmEncoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool) -> None:
         network = self.model if hasattr(self.model, "set_grad_checkpointing") else self.model.model  # timm wraps some
         network.set_grad_checkpointing(enable)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 class Up(nn.Module):
@@ -113,8 +140,8 @@ class Up(nn.Module):
     def __init__(self, dim: int, skip_dim: int, out_dim: int, num_gates: int, light: bool, blocks: Blocks):
         super().__init__()
         self.gate = blocks.gate(skip_dim, dim, num_gates) if num_gates else None
-        self.narrow = named(**blocks.conv(dim, out_dim, 1)) if light else nn.Identity()
-        self.conv = named(**blocks.conv(skip_dim + out_dim, out_dim, 3)) if light else blocks.double_conv(skip_dim + dim, out_dim)
+        self.narrow = Convolutions(**blocks.conv(dim, out_dim, 1)) if light else nn.Identity()
+        self.conv = Convolutions(**blocks.conv(skip_dim + out_dim, out_dim, 3)) if light else blocks.double_conv(skip_dim + dim, out_dim)
 
     def forward(self, x: Tensor, skip: Tensor | None, signal: Tensor) -> Tensor:
         x = self.narrow(x)
@@ -127,11 +154,11 @@ class Up(nn.Module):
 class Head(nn.Module):
     """Logits at the finest map's size: of that map alone, or a 1×1 mixture of the logits of several levels; finest first."""
 
-    def __init__(self, dims: Sequence[int], num_classes: int, spatial_dims: int):
+    def __init__(self, dims: Sequence[int], num_classes: int, spatial_dims: int, **dd: Any):
         super().__init__()
         conv = CONV[spatial_dims]
-        self.levels = nn.ModuleList(conv(dim, num_classes, 1) for dim in dims)
-        self.fuse = conv(len(dims) * num_classes, num_classes, 1) if len(dims) > 1 else nn.Identity()
+        self.levels = nn.ModuleList(conv(dim, num_classes, 1, **dd) for dim in dims)
+        self.fuse = conv(len(dims) * num_classes, num_classes, 1, **dd) if len(dims) > 1 else nn.Identity()
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         size = maps[0].shape[2:]
@@ -146,7 +173,7 @@ class UNet(nn.Module):
     the coarsest map gates its skip through a 1×1 convolution, every other through the decoder's map.
 
     Args:
-        in_chans, num_classes: as in timm; 0 classes leave out the head: the output is the finest map.
+        in_chans, num_classes, device, dtype: as in timm; 0 classes leave out the head: the output is the finest map.
         widths: of the levels, finest first; default 64, 128, 256, 512, 1024. With an encoder, of the decoder's levels from the
             full resolution down; default: the encoder's, halved towards the full resolution down to 16.
         encoder: name of a hierarchical timm model that takes the place of the convolutions on the way down; 2-D only.
@@ -163,6 +190,8 @@ class UNet(nn.Module):
         ValueError: arguments outside what is said above, at construction; an input of another shape, in `forward`.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -176,10 +205,13 @@ class UNet(nn.Module):
         norm: Norm = "batch",
         act_layer: str = "relu",
         spatial_dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes, self.deep_supervision, self.spatial_dims = in_chans, num_classes, deep_supervision, spatial_dims
-        blocks = Blocks(spatial_dims, norm, act_layer)
+        blocks = Blocks(spatial_dims, norm, act_layer, **dd)
         if encoder is None:
             if encoder_args:
                 raise ValueError(f"encoder_args are for an encoder, and none is given, got {dict(encoder_args)}")
@@ -191,7 +223,7 @@ class UNet(nn.Module):
         else:
             if spatial_dims != 2:
                 raise ValueError(f"encoder must be None in 3-D, as timm's models are 2-D, got {encoder!r}")
-            self.encoder = TimmEncoder(encoder, in_chans, **(encoder_args or {}))
+            self.encoder = TimmEncoder(encoder, in_chans, **{**dd, **(encoder_args or {})})
         channels, reductions = self.encoder.channels, self.encoder.reductions
         self.reduction = reductions[-1]
 
@@ -203,7 +235,7 @@ class UNet(nn.Module):
             raise ValueError(f"widths must be of the decoder's {len(skip_dims)} levels with the encoder {encoder}, got {tuple(widths)}")
 
         dim = channels[-1]
-        self.signal = named(**blocks.conv(dim, dim, 1)) if num_gates else nn.Identity()
+        self.signal = Convolutions(**blocks.conv(dim, dim, 1)) if num_gates else nn.Identity()
         self.decoder = nn.ModuleList()
         for i in reversed(range(len(widths))):
             gates = num_gates if i and skip_dims[i] else 0
@@ -214,25 +246,26 @@ class UNet(nn.Module):
         self.grad_checkpointing = False
         self.reset_classifier(num_classes)
 
-    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Values of a new network, as in timm. Nothing is left for it where modules have just been made."""
+        if needs_reset:
+            reset_parameters(self)
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         dims = self.widths if self.deep_supervision else self.widths[:1]
-        self.head = Head(dims, num_classes, self.spatial_dims) if num_classes else nn.Identity()
+        self.head = Head(dims, num_classes, self.spatial_dims, **get_device_dtype(self)) if num_classes else nn.Identity()
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
         self.encoder.set_grad_checkpointing(enable)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         encoder = r"^encoder\.levels\.(\d+)" if isinstance(self.encoder, ConvEncoder) else r"^encoder"
         return dict(encoder=encoder, signal=r"^signal", decoder=r"^decoder\.(\d+)")

@@ -1,0 +1,179 @@
+"""Where and how models are made: device and dtype, storage that is initialised later, copies, pooling, scripting."""
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models._manipulate import reinit_non_persistent_buffers
+from torch import nn
+
+import zoo
+import zoo.layers
+from zoo.models import unet
+
+MODELS = [name for name in zoo.list_models() if name not in unet.ENCODERS or "_nano" in name]
+CLASSIFIERS = [name for name in MODELS if timm.model_entrypoint(name).__module__ != unet.__name__]
+LIGHT = [name for name in MODELS if "_nano" in name or name == "das_mobilenetv2_100"]
+FAMILIES = [name for name in LIGHT if name not in unet.ENCODERS and name != "das_mobilenetv2_100"] + ["attention_unet_sknet_nano"]
+DEVIANT = ["fan_tiny_8_p4_hybrid", "biformer_stl", "polarized_hrnet_w18_s", "deit_tiny_patch16_224_cbs", "unet", "sknet26"]
+LAYERS = {name: kind for name in zoo.layers.__all__ if isinstance(kind := getattr(zoo.layers, name), type)}
+ARGS = dict(
+    AttentionGate=(16, 24), MultiAttentionGate=(16, 24), ChannelProcessing=(16, 2, 32), FullyAttentionalBlock=(16, 2), TokenMixing=(16, 2))
+ALL_PARTS = dict(  # arguments with which a layer has every parameter it can have
+    BiLevelRoutingAttention=dict(soft_routing=True, differentiable_routing=True, learned_routing=True),
+    ContextBroadcast=dict(scaled=True), FullyAttentionalBlock=dict(num_scales=2), PolarizedSelfAttention=dict(layout="sequential"))
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def image(model: nn.Module, dtype=torch.float32) -> torch.Tensor:
+    sizes = (8, 8, 8) if getattr(model, "spatial_dims", 2) == 3 else (32, 32)
+    return torch.randn(2, model.in_chans, *sizes, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def layer(name: str, **args) -> nn.Module:
+    return LAYERS[name](*ARGS.get(name, (16,)), **ALL_PARTS.get(name, {}), **args)
+
+
+def check_made(make):
+    """`make` obeys device and dtype, and what `to_empty` leaves is initialised as what is made at once."""
+    made = make(device="meta", dtype=torch.float64)
+    for name, value in tensors(made).items():
+        assert value.device.type == "meta", f"{name} is not on the device"
+        assert value.dtype == torch.float64 or not value.is_floating_point(), f"{name} is {value.dtype}"
+    made = made.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in tensors(made).values():
+            value.fill_(float("nan") if value.is_floating_point() else 77)
+    return made
+
+
+def check_alike(made: nn.Module, make):
+    """Every tensor is drawn from the distribution that `make` draws it from; constants are equal."""
+    one, other = tensors(make()), tensors(make())
+    assert tensors(made).keys() == one.keys()
+    for name, value in tensors(made).items():
+        assert value.isfinite().all(), f"{name} was not initialised"
+        value, first, second = value.double(), one[name].double(), other[name].double()
+        if torch.equal(first, second):
+            torch.testing.assert_close(value, first, msg=lambda text, name=name: f"{name}: {text}")
+        elif value.numel() < 8:
+            assert value.abs().max() < 10, name
+        else:  # means and deviations of n numbers, of two samples, six errors apart at most
+            error = 6 * first.std() * (2 / first.numel()) ** 0.5
+            assert (value.mean() - first.mean()).abs() <= error, f"{name}: mean {value.mean()}, not {first.mean()}"
+            assert (value.std() - first.std()).abs() <= error, f"{name}: deviation {value.std()}, not {first.std()}"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "das_mobilenetv2_100", *DEVIANT])
+def test_a_model_made_without_storage_is_initialised_later(name):
+    made = check_made(lambda **dd: timm.create_model(name, num_classes=5, **dd))
+    made.init_weights()
+    check_alike(made, lambda: timm.create_model(name, num_classes=5))
+    with torch.no_grad():
+        assert made.eval()(image(made, torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in [*FAMILIES, *DEVIANT]])
+def test_every_model_is_made_on_its_device(name):
+    check = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    for path, value in tensors(check).items():
+        assert value.device.type == "meta" and (value.dtype == torch.bfloat16 or not value.is_floating_point()), path
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_made_without_storage_is_initialised_later(name):
+    made = check_made(lambda **dd: layer(name, **dd))
+    made.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    if name != "FullyAttentionalBlock":
+        check_alike(made, lambda: layer(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_computed_that_a_checkpoint_could_not_hold(name):
+    """With a state loaded, a model from `to_empty` is the model: there are no further buffers, or they can be made again."""
+    model = timm.create_model(name).eval()
+    other = timm.create_model(name, device="meta").to_empty(device="cpu").eval()
+    other.load_state_dict(model.state_dict())
+    reinit_non_persistent_buffers(other)
+    with torch.no_grad():
+        assert torch.equal(other(image(model)), model(image(model)))
+
+
+def test_initialising_twice_draws_anew_and_keeps_the_constructors_options():
+    model = timm.create_model("das_resnet_nano", zero_init_last=False)
+    before = copy.deepcopy(model.state_dict())
+    model.init_weights()
+    assert not torch.equal(before["conv1.weight"], model.conv1.weight)
+    assert (model.layer1[0].block.bn2.weight == 1).all()
+    model.init_weights(zero_init_last=True)
+    assert (model.layer1[0].block.bn2.weight == 0).all()
+    assert (model.layer1[0].das.offset.weight == 0).all()
+
+
+def test_a_unet_is_initialised_with_the_weights_its_encoder_was_asked_for(tmp_path):
+    encoder = timm.create_model("sknet_nano")
+    torch.save(encoder.state_dict(), tmp_path / "w.pth")
+    args = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "w.pth")))
+    model = timm.create_model("attention_unet_sknet_nano", encoder_args=args)
+    wanted = model.encoder.model.conv1[0].weight.clone()
+    nn.init.zeros_(model.encoder.model.conv1[0].weight)
+    model.init_weights()
+    assert torch.equal(model.encoder.model.conv1[0].weight, wanted) and torch.equal(wanted, encoder.conv1[0].weight)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_new_classifier_is_where_and_what_the_model_is(name):
+    model = timm.create_model(name, device="meta", dtype=torch.float64)
+    for classes in (0, 7):
+        model.reset_classifier(classes)
+    assert all(p.device.type == "meta" and p.dtype == torch.float64 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "unet3d", "polarized_hrnet_w18_s"])
+def test_copies_and_pickles(name):
+    args = dict(widths=(4, 8)) if name == "unet3d" else {}
+    model = timm.create_model(name, num_classes=3, **args).eval()
+    model.requires_grad_(False)
+    wanted = model(image(model))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(image(model)), wanted)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(image(model)), wanted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deterministic_algorithms_and_inference_mode(name):
+    model = timm.create_model(name, num_classes=3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            grads.append(torch.autograd.grad(model(image(model)).square().sum(), model.parameters()))
+        assert all(map(torch.equal, *grads))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model.eval()
+    with torch.inference_mode():
+        out = model(image(model))
+    assert out.is_inference()
+    torch.testing.assert_close(out.clone(), model(image(model)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*LIGHT, *DEVIANT])
+def test_scripting_is_refused_in_a_sentence(name):
+    with pytest.raises(NotImplementedError, match=r"^\w+ cannot be scripted: .*torch.export"):
+        torch.jit.script(timm.create_model(name, device="meta"))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_scripting_a_layer_is_refused_wherever_it_is(name):
+    with pytest.raises(NotImplementedError, match=f"^{name} cannot be scripted: "):
+        torch.jit.script(nn.Sequential(layer(name, device="meta")))
