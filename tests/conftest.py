@@ -30,7 +30,11 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--check"):
-        chosen = {item.path: item for item in sorted(reversed(items), key=lambda item: item.get_closest_marker("check") is not None)}
+        chosen = {}
+        for item in items:
+            other = chosen.setdefault(item.path, item)
+            if item.get_closest_marker("check") and not other.get_closest_marker("check"):
+                chosen[item.path] = item
         config.hook.pytest_deselected(items=[item for item in items if chosen[item.path] is not item])
         items[:] = [item for item in items if chosen[item.path] is item]
 
