@@ -8,11 +8,13 @@ the ordinary operators.
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
 
 
+@register_notrace_function
 def positions_first(x: Tensor) -> Tensor:
     """x, copied into this layout where it is in another."""
     return x if is_exporting() else x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
@@ -38,6 +40,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(h, w, b, c).permute(2, 3, 0, 1)
 
 
+@register_notrace_module
 class PointwiseConv(nn.Conv2d):
     """1×1 convolution as a module."""
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -44,6 +45,7 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **where: Any) -> nn.Modu
     return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **where)
 
 
+@register_notrace_function
 def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
     if isinstance(to, int):
@@ -53,6 +55,7 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
 
+@register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
     """x with zeros, or its last slices again, at the ends until `multiple` divides every size; x itself where it does."""
     sizes = [(n + multiple - 1) // multiple * multiple for n in x.shape[2:]]
@@ -66,6 +69,7 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replica
     return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode=mode)
 
 
+@register_notrace_function
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The first positions of every spatial dimension."""
     for dim, n in enumerate(size, 2):

@@ -2,7 +2,7 @@
 import math
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
@@ -10,6 +10,7 @@ from zoo.kernels import deform_conv2d
 from ._capture import report
 
 
+@register_notrace_module
 class DAS(nn.Module):
     """Gate of a CNN's map that looks where a deformable convolution takes it (arXiv 2311.12091, section 3).
 

@@ -1,7 +1,7 @@
 """The fully attentional block, FAN (arXiv 2204.12451), with token-aware average pooling (arXiv 2303.11126) where asked for."""
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, register_notrace_module
 from timm.models.xcit import LPI
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class CancelledBiasLinear(nn.Linear):
         return F.linear(x, self.weight, 0 * self.bias)
 
 
+@register_notrace_module
 class TokenMixing(nn.Module):
     """Multi-head attention between all tokens of a map: out = proj(softmax(Q Kᵀ / √d) V).
 
@@ -65,6 +66,7 @@ class DepthwiseMlp(nn.Module):
         return self.fc2(torch.addcmul(x, self.gamma, local))
 
 
+@register_notrace_module
 class ChannelProcessing(nn.Module):
     """Channel attention over an MLP (arXiv 2204.12451, section 3.2).
 

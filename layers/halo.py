@@ -1,6 +1,6 @@
 """Halo attention (HaloNet, arXiv 2103.12731)."""
 import torch
-from timm.layers import make_divisible, trunc_normal_
+from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from zoo.kernels import halo_attention
@@ -19,6 +19,7 @@ class RelativePositions(nn.Module):
         self.width_rel = nn.Parameter(torch.empty(offsets, dim_head, device=device, dtype=dtype))
 
 
+@register_notrace_module
 class HaloAttention(nn.Module):
     """Blocked local attention with relative positions (arXiv 2103.12731, section 2.2): see `zoo.kernels.halo_attention`.
 

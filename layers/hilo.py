@@ -1,6 +1,7 @@
 """HiLo attention (LITv2, arXiv 2205.13213)."""
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -12,6 +13,7 @@ from ._spatial import pad_to_multiple
 from .pointwise_linear import PointwiseLinear
 
 
+@register_notrace_module
 class HiLoAttention(nn.Module):
     """Multi-head attention whose heads look at high or at low frequencies (arXiv 2205.13213, section 3.2).
 

@@ -1,6 +1,7 @@
 """A linear layer over the channels of maps."""
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -8,6 +9,7 @@ from zoo.kernels._exporting import is_exporting
 _CONVOLVES = torch.backends.mkldnn.is_available()
 
 
+@register_notrace_module
 class PointwiseLinear(nn.Linear):
     """`nn.Linear`, with its arguments and parameters, for (B, H, W, C) maps: y = x Wᵀ + b at every position.
 

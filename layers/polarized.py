@@ -3,6 +3,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
@@ -10,6 +11,7 @@ from ._capture import report
 Layout = Literal["parallel", "sequential"]
 
 
+@register_notrace_module
 class PolarizedSelfAttention(nn.Module):
     """A gate per channel and a gate per position, each at full resolution along its own axis (arXiv 2107.00782, section 3.1).
 

@@ -1,5 +1,6 @@
 """Token-aware average pooling, TAP (arXiv 2303.11126)."""
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import token_aware_avg_pool
@@ -7,6 +8,7 @@ from zoo.kernels import token_aware_avg_pool
 from ._capture import report
 
 
+@register_notrace_module
 class TokenAwareAvgPool(nn.Module):
     """Lets every token choose how far it looks around before attention (arXiv 2303.11126, section 3.1).
 

@@ -16,7 +16,7 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor) -> Tensor:
     """Picks the formulation that suits the memory layout, which the result keeps."""
     if is_exporting() and not isinstance(x.shape[0], int) or x.shape[0] == 0:
         return unfolded(x, kernels)
-    if x.is_contiguous() or x.stride(1) != 1:
+    if is_exporting() or x.is_contiguous() or x.stride(1) != 1:
         return grouped(x, kernels)
     return in_layout_of(x, positions_first(x, kernels))
 

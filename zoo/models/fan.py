@@ -59,7 +59,7 @@ class FanStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        x = (x + self.pos_embed(1, *x.shape[2:])).permute(0, 2, 3, 1).contiguous()
+        x = (x + self.pos_embed(1, x.shape[2], x.shape[3])).permute(0, 2, 3, 1).contiguous()
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x.permute(0, 3, 1, 2)
@@ -101,7 +101,8 @@ class ClassAttentionHead(nn.Module):
             x = self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1))[:, 0]
         x = self.drop(self.norm(x))
         x = x if pre_logits else self.fc(x)
-        return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        is_map = self.cls_token is None and self.global_pool.is_identity()
+        return x.permute(0, 3, 1, 2) if is_map else x
 
 
 def _conv_norm(in_chans: int, dim: int) -> dict[str, nn.Module]:
