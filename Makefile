@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test lint models measure exports gpu clean
+.PHONY: demo mm test timm-tests lint models measure exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -16,6 +16,11 @@ mm: $(MM_READY)
 
 test: $(MM_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# timm's own tests of models on every classification network here, but for TorchScript: half an hour with two cores.
+# TIMM_OPTIONS="-k nano" takes half a minute.
+timm-tests: $(READY)
+	$(BIN)/python tests/timm_contract.py $(TIMM_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
