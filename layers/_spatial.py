@@ -70,8 +70,14 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replica
 
 
 @register_notrace_function
-def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The first positions of every spatial dimension."""
+def crop(x: Tensor, size: Sequence[int], by_index: bool = False) -> Tensor:
+    """The first positions of every spatial dimension; exported by index where that x is as large has to be taken for granted.
+
+    torch.export guards slices by their sizes, with what it cannot prove of all, and no indices; ONNX has more operators of these.
+    """
     for dim, n in enumerate(size, 2):
-        x = torch.narrow_copy(x, dim, 0, n) if is_exporting() else x.narrow(dim, 0, n)
+        if not is_exporting():
+            x = x.narrow(dim, 0, n)
+        else:
+            x = x.index_select(dim, torch.arange(n, device=x.device)) if by_index else torch.narrow_copy(x, dim, 0, n)
     return x

@@ -9,7 +9,7 @@ from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
-from ._spatial import pad_to_multiple
+from ._spatial import crop, pad_to_multiple
 from .pointwise_linear import PointwiseLinear
 
 
@@ -73,11 +73,11 @@ class HiLoAttention(nn.Module):
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
         q, k, v = cut(self.hi_qkv(padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
-        overhang = self.mask_padding and (padded.shape != x.shape or is_exporting())
+        overhang = self.mask_padding and (is_exporting() or padded.shape != x.shape)
         mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)
-        return self.hi_proj(out[:, : x.shape[1], : x.shape[2]])
+        return self.hi_proj(crop(out.permute(0, 3, 1, 2), x.shape[1:3], by_index=True).permute(0, 2, 3, 1))
 
     def _lo(self, x: Tensor) -> Tensor:
         means = x

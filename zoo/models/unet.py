@@ -259,7 +259,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = checked(x, self.in_chans, self.spatial_dims)
         maps = self.forward_features(pad_to_multiple(x, self.reduction, "replicate"))
-        return crop(self.forward_head(maps), x.shape[2:])
+        return crop(self.forward_head(maps), x.shape[2:], by_index=True)
 
 
 @register_notrace_function
