@@ -37,7 +37,7 @@ def dry(monkeypatch):
 def test_dry_run_measures(dry, capsys):
     gpu, pages = dry
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | reference |" in pages["kernels"]
+    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | pytorch |" in pages["kernels"]
     assert gpu.main(["train", "--dry-run", *UNHURRIED]) == 0
     assert "| biformer_nano | 2 |" in pages["training"]
     assert pages["kernels"] in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What other people's tools put on the modules of a model is neither broken nor passed by: hooks, pruning, parametrizations, folding."""
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -11,17 +12,21 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, pru
 import zoo
 from zoo.models import unet
 
-MODELS = [name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS] + [
-    "attention_unet_sknet_nano", "fan_tiny_8_p4_hybrid", "polarized_resnet50_p"]
+PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulation of their own
+MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
+WITHOUT_PAIRS = ["deit_nano_patch16_224_cb", "litv2_nano"]  # of a convolution and a batch norm
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 models = pytest.mark.parametrize("name", MODELS)
 
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).eval()
-    with torch.no_grad():  # so that no branch starts at zero
+    args = dict(layout="parallel") if name == PARALLEL else {}
+    model = timm.create_model(name.split()[0], num_classes=3, **args).eval()
+    with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():
+            if isinstance(module, PRODUCTS) and not module.weight.any():
+                nn.init.normal_(module.weight, std=0.01)
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -39,33 +44,29 @@ def products(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor):
-    torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=1e-3 * float(theirs.abs().max()), rtol=1e-3)
 
 
 @models
-def test_every_module_with_parameters_is_called(name):
-    model, called = make(name), set()
-    for path, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            module.register_forward_hook(lambda *_, path=path: called.add(path))
+def test_what_has_hooks_is_called_and_what_they_keep_is_left_alone(name):
+    """But by activations that timm lets work in place."""
+    model, called, kept = make(name), set(), []
+
+    def hook(module, args, out, path):
+        called.add(path)
+        if isinstance(module, PRODUCTS):
+            kept.append((out, out.clone()))
+
+    with_parameters = [path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    for path in with_parameters:
+        model.get_submodule(path).register_forward_hook(partial(hook, path=path))
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
     with torch.no_grad():
         out = model(image(model))
-    passed_by = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))} - called
-    assert not passed_by
-    same(out, make(name)(image(model)))
-
-
-@models
-def test_outputs_that_hooks_keep_stay_as_they_were(name):
-    """Nothing that a convolution or linear layer put out is written to afterwards, but by timm's activations and theirs who asked."""
-    model, kept = make(name), []
-    for module in products(model).values():
-        module.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
-    activations = [module for module in model.modules() if getattr(module, "inplace", False)]
-    for module in activations:
-        module.inplace = False
-    with torch.no_grad():
-        model(image(model))
+        same(out, make(name)(image(model)))
+    assert not set(with_parameters) - called
     assert kept and all(torch.equal(out, copied) for out, copied in kept)
 
 
@@ -118,10 +119,11 @@ def test_spectral_norm(name):
     model = make(name)
     for module in list(products(model).values()):
         parametrizations.spectral_norm(module)
-    plain = copy.deepcopy(model)
-    for module in list(products(plain).values()):
-        parametrize.remove_parametrizations(module, "weight")
+    model.eval()
+    plain = make(name)
     with torch.no_grad():
+        for path, module in products(plain).items():
+            module.weight.copy_(model.get_submodule(path).weight)
         same(model(image(model)), plain(image(model)))
 
 
@@ -141,16 +143,15 @@ def test_batch_norms_fold_into_convolutions(name):
                 folded += 1
     with torch.no_grad():
         same(model(image(model)), expected.detach())
-    assert folded or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert bool(folded) == (name not in WITHOUT_PAIRS)
 
 
-@models
+@pytest.mark.parametrize("name", [name for name in MODELS if "3d" not in name])
 def test_batch_norms_freeze_and_thaw(name):
     model = make(name)
     frozen = freeze_batch_norm_2d(copy.deepcopy(model))
     assert not any(type(module) is nn.BatchNorm2d for module in frozen.modules())
     with torch.no_grad():
         expected = model(image(model))
-        same(frozen.train()(image(model)) if "drop" not in name else expected, frozen.eval()(image(model)))
-        same(frozen.eval()(image(model)), expected)
+        same(frozen.train()(image(model)), expected)
         same(unfreeze_batch_norm_2d(frozen).eval()(image(model)), expected)
