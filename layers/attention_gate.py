@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from zoo.kernels._exporting import is_exporting
 
 from ._capture import report
+from ._initialization import fan_in_normal_
 from ._spatial import CONV, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 
 Normalization = Literal["sigmoid", "softmax"]
@@ -67,6 +68,10 @@ class AttentionGate(nn.Module):
         self.psi = conv(hidden_dim, 1, 1, **dd)
         self.proj = conv(dim, dim, 1, **dd)
         self.norm = norm_layer(norm, spatial_dims, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_in_normal_(self.children())
 
     def attention(self, x: Tensor, g: Tensor) -> Tensor:
         """a, one number for every position of x."""
@@ -125,6 +130,10 @@ class MultiAttentionGate(nn.Module):
             AttentionGate(dim, gate_dim, hidden_dim, spatial_dims, normalization, norm, **dd) for _ in range(num_gates))
         self.combine = CONV[spatial_dims](num_gates * dim, dim, 1, **dd)
         self.norm = norm_layer(norm, spatial_dims, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_in_normal_((self.combine, self.norm))
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         return F.relu(self.norm(self.combine(torch.cat([gate(x, g) for gate in self.gates], 1))))

@@ -46,9 +46,11 @@ class DeformableTokenMerging(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
-        for zero in (self.bias, self.offset.weight, self.offset.bias):
-            nn.init.zeros_(zero)
+        bound = 1 / math.sqrt(self.weight[0].numel())  # as nn.Conv2d does
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:

@@ -8,6 +8,7 @@ from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from ._attention import attend, attention
+from ._initialization import fan_out_normal_
 from ._linear import linear
 from .token_aware_avg_pool import TokenAwareAvgPool
 
@@ -63,6 +64,8 @@ class DepthwiseMlp(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
+        fan_out_normal_(self.dwconv.conv1)
+        fan_out_normal_(self.dwconv.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = linear(self.fc1, x)

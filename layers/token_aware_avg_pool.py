@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from zoo.kernels import token_aware_avg_pool
 
 from ._capture import report
+from ._initialization import fan_out_normal_
 
 
 class TokenAwareAvgPool(nn.Module):
@@ -39,6 +40,11 @@ class TokenAwareAvgPool(nn.Module):
         self.conv1 = nn.Conv2d(dim, num_scales, 3, padding=1, bias=False, **dd)
         self.norm = nn.BatchNorm2d(num_scales, **dd)
         self.conv2 = nn.Conv2d(num_scales, num_scales, 3, padding=1, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_out_normal_(self.conv1)
+        fan_out_normal_(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.weights(x)

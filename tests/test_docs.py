@@ -1,4 +1,5 @@
 """What the pages promise: their Python runs, their commands, configs and files exist, their tables are the generated ones."""
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_make_targets_exist(target):
 def test_linked_files_exist(page):
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
         assert (page.parent / target.split("#")[0]).exists(), target
+
+
+NAMES = {name for page in PAGES if page.name != "CHANGELOG.md" for name in re.findall(r"\bzoo(?:\.[A-Za-z_]\w*)+", page.read_text())}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_names_exist(name):
+    """Also where no code runs that mentions them."""
+    if name.startswith("zoo.mm.deploy"):
+        pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
+    pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("mechanism", zoo.MECHANISMS)

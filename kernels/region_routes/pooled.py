@@ -1,9 +1,9 @@
-"""Region means by average pooling of the map padded to the grid, and routes without a mask where no region lies off the map."""
+"""Region means by average pooling, or by sums where the grid does not divide the map; routes, masked only where regions lie off it."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._regions import pad_to_grid, region_size
+from .._regions import cut, divides, pad_to_grid, region_size
 from .reference import Grid
 
 
@@ -11,13 +11,13 @@ def region_means(x: Tensor, regions: Grid) -> Tensor:
     """See `zoo.kernels.region_means`."""
     height, width = x.shape[1:3]
     h, w = size = region_size(height, width, regions)
-    means = F.avg_pool2d(pad_to_grid(x, regions, size).permute(0, 3, 1, 2), size)
-    if (height, width) != (regions[0] * h, regions[1] * w):
-        dd = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        rows = (height - h * torch.arange(regions[0], **dd)).clamp(1, h)  # on the map
-        columns = (width - w * torch.arange(regions[1], **dd)).clamp(1, w)
-        means = (means * (h * w / (rows[:, None] * columns))).to(x.dtype)
-    return means.permute(0, 2, 3, 1).flatten(1, 2)
+    if divides(height, width, regions, size):
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
+    dd = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    rows = (height - h * torch.arange(regions[0], **dd)).clamp(1, h)  # on the map
+    columns = (width - w * torch.arange(regions[1], **dd)).clamp(1, w)
+    sums = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2, dtype=dd["dtype"])
+    return (sums / (rows[:, None] * columns).flatten()[:, None]).to(x.dtype)
 
 
 def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:

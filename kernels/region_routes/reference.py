@@ -10,8 +10,8 @@ Grid = tuple[int, int]
 def region_means(x: Tensor, regions: Grid) -> Tensor:
     """See `zoo.kernels.region_means`. By index: a graph for every size, whether the grid divides it or not."""
     own = positions(*x.shape[1:3], regions, region_size(*x.shape[1:3], regions), x.device)
-    on_map = (own >= 0).to(x.dtype)
-    return (regions_at(x, own) * on_map[..., None]).sum(2) / on_map.sum(1, keepdim=True).clamp(min=1)
+    on_map = (own >= 0).to(torch.promote_types(x.dtype, torch.float32))
+    return ((regions_at(x, own) * on_map[..., None]).sum(2) / on_map.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, topk: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ def test_values_and_gradients_are_those_of_the_reference(kernel_device, layout, 
     assert found[0].stride() == torch.empty_like(LAYOUTS[layout](inputs[0])).stride()
 
 
+@pytest.mark.check
 def test_gradients_of_gradients_are_those_of_the_reference(kernel_device):
     def second(inputs, backend):
         return torch.autograd.grad(sum(g.square().sum() for g in run(inputs, backend)[1:]), inputs)

@@ -76,6 +76,7 @@ def test_windows_wider_than_a_block_of_keys(kernel_device, dtype):
     check(problem(kernel_device, (10, 9), 10, 12, widths=(16, 16), dtype=dtype))
 
 
+@pytest.mark.check
 def test_images_and_heads_stay_apart_and_runs_are_equal(kernel_device):
     arguments = problem(kernel_device, (4, 6), 4, 1, 2, heads=2, batch=2)
     check(arguments)

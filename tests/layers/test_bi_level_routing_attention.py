@@ -114,7 +114,7 @@ def test_masked_padding_cannot_be_seen():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype):
-    m = layer()
+    m = layer(topk=9)  # all regions: of two about as good ones, rounding may pick the other
     x = torch.randn(2, 10, 7, 8, dtype=torch.float64)
     out = m.to(dtype)(x.to(dtype))
     assert out.dtype == dtype and out.shape == x.shape

@@ -8,7 +8,7 @@ pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from zoo.errors import InputError
@@ -161,7 +161,8 @@ def test_segformers_linear_head_computes_what_the_authors_do():
 
     torch.manual_seed(0)
     widths, dim = (3, 5, 7, 7), 6
-    head = LinearSegformerHead(in_channels=widths, in_index=[0, 1, 2, 3], channels=dim, num_classes=4, norm_cfg=dict(type="BN")).eval()
+    with DefaultScope.overwrite_default_scope("mmseg"):  # where its loss is found
+        head = LinearSegformerHead(in_channels=widths, in_index=[0, 1, 2, 3], channels=dim, num_classes=4, norm_cfg=dict(type="BN")).eval()
     linear = [nn.Linear(width, dim) for width in widths]
     fuse, predict = ConvModule(4 * dim, dim, 1, norm_cfg=dict(type="BN")).eval(), nn.Conv2d(dim, 4, 1)
     nn.init.normal_(fuse.bn.running_mean)

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 from pycocotools.coco import COCO
@@ -246,7 +245,7 @@ def test_what_training_started_from_is_not_read_again(tmp_path, monkeypatch):
 
 def test_parts_of_every_config_are_let_through():
     for path in sorted([*(ROOT / "configs/detection").glob("*.py"), *(ROOT / "configs/segmentation").glob("*.py")]):
-        config = Config.fromfile(path)
+        config = load_config(path)
         toolbox = config.get("default_scope")
         if toolbox in ("mmdet", "mmseg"):
             steps = [step for step in config.val_dataloader.dataset.pipeline if not step.type.startswith(("Load", "Pack"))]

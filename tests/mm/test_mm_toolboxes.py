@@ -60,7 +60,7 @@ def test_channels_strides_and_anchors_fit_the_backbone(config):
         if "feature_strides" in (model.get("decode_head") or {}):
             assert model.decode_head.feature_strides == strides
     elif model.get("decode_head"):
-        assert backbone.strides == (4, 8, 16, 16 if model.backbone.args.get("class_attention_map") else 32)
+        assert backbone.strides == (4, 8, 16, 16 if model.backbone.get("args", {}).get("class_attention_map") else 32)
 
 
 def test_trains_for_a_step_and_predicts(config):

@@ -37,7 +37,7 @@ def dry(monkeypatch):
 def test_dry_run_measures(dry, capsys):
     gpu, pages = dry
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | reference |" in pages["kernels"]
+    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | pytorch |" in pages["kernels"]
     assert gpu.main(["train", "--dry-run", *UNHURRIED]) == 0
     assert "| biformer_nano | 2 |" in pages["training"]
     assert pages["kernels"] in capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_what_fails_is_said_beside_what_was_measured(dry, monkeypatch):
 
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": cases})
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | reference | " in pages["kernels"]
+    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | pytorch | " in pages["kernels"]
 
     monkeypatch.setattr(gpu.benchmark, "training_throughput", lambda model, backend, *_: 1 / 0 if backend is None else 2.0)
     monkeypatch.setattr(gpu, "MODELS", ("biformer_nano",))

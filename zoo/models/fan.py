@@ -28,7 +28,7 @@ from zoo.layers import FullyAttentionalBlock
 from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named
+from zoo.models.staged import StagedNetwork, named, truncated_normal_
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
@@ -184,6 +184,7 @@ class Fan(StagedNetwork):
         dd = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features, self.head_init_scale = embed_dim, head_init_scale
+        self.hybrid = hybrid_dims is not None
         if hybrid_dims is None:
             dims = embed_dim // 8, embed_dim // 4, embed_dim // 2
             self.stem, *embedding = (named(**_conv_norm(*widths, **dd), act=nn.GELU()) for widths in pairwise((in_chans, *dims)))
@@ -210,6 +211,9 @@ class Fan(StagedNetwork):
 
     def init_weights(self, needs_reset: bool = True) -> None:
         super().init_weights(needs_reset)
+        for part in (self.stem, *self.stages[:2]) if self.hybrid else ():
+            for conv in (module for module in part.modules() if isinstance(module, nn.Conv2d)):
+                truncated_normal_(conv)
         if self.head.cls_token is not None:
             trunc_normal_(self.head.cls_token, std=0.02)
         if isinstance(self.head.fc, nn.Linear):

@@ -15,6 +15,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import DeformableTokenMerging, HiLoAttention
+from zoo.layers._initialization import fan_out_normal_
 from zoo.layers._linear import linear
 from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
@@ -39,6 +40,10 @@ class ConvMlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_out_normal_(self.dwconv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -106,7 +106,8 @@ def _sknet(variant: str, pretrained: bool, **kwargs: Any) -> SKNet:
 
 
 _RESNEXT = dict(cardinality=32, base_width=4)
-_RESNET = dict(block_args=dict(unit_args=dict(kernel_sizes=(3, 3), groups=(1, 32), min_width=1)))
+# Unlike timm, the authors let the last norm of a residual branch begin with factors of 1.
+_RESNET = dict(zero_init_last=False, block_args=dict(unit_args=dict(kernel_sizes=(3, 3), groups=(1, 32), min_width=1)))
 
 
 @register_model

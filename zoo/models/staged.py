@@ -33,9 +33,7 @@ class StagedNetwork(nn.Module):
             reset_parameters(self)
         for module in self.modules():
             if isinstance(module, self.truncated):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                truncated_normal_(module)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage, or what else leads from its features to the head's, if there is anything."""
@@ -145,6 +143,13 @@ class Reinitialized:
             for module in self.modules():
                 if isinstance(module, self.added):
                     reset_parameters(module)
+
+
+def truncated_normal_(module: nn.Linear | nn.Conv2d) -> None:
+    """Weights from a truncated normal distribution of deviation 0.02; bias 0."""
+    trunc_normal_(module.weight, std=0.02, a=-0.2, b=0.2)  # by rounding, one number in 2²⁴ gets the bound, by default -2
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def reset_parameters(network: nn.Module) -> None:

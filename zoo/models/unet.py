@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo.errors import InputError, near_misses
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
+from zoo.layers._initialization import fan_in_normal_
 from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.models.building import build_model_with_cfg
@@ -59,16 +60,14 @@ class Blocks:
 
 
 class Convolutions(nn.Sequential):
-    """A sequence whose modules have names; weights of its convolutions come from He's normal distribution."""
+    """A sequence whose modules have names, with first values of the authors' rule."""
 
     def __init__(self, **modules: nn.Module):
         super().__init__(OrderedDict(modules))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for module in self:
-            if isinstance(module, tuple(CONV.values())):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        fan_in_normal_(self)
 
 
 class ConvEncoder(nn.Module):
@@ -160,6 +159,10 @@ class Head(nn.Module):
         conv = CONV[spatial_dims]
         self.levels = nn.ModuleList(conv(dim, num_classes, 1, **dd) for dim in dims)
         self.fuse = conv(len(dims) * num_classes, num_classes, 1, **dd) if len(dims) > 1 else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_in_normal_((*self.levels, self.fuse))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         size = maps[0].shape[2:]
