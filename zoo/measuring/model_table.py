@@ -42,14 +42,14 @@ def _model(name: str) -> nn.Module:
 
 
 @functools.cache
-def macs(name: str) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image of the model's own size.
+def macs(name: str, size: tuple[int, ...] | None = None) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image of `size` (channels first), or of the model's own.
 
     Counted as exported graphs have it, where every mechanism stands as it is defined: what a formulation computes beyond that
     to be faster is not counted. Nothing is computed for it: shapes are enough.
     """
     model = _model(name)
-    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
+    image = torch.empty(1, *(size or model.pretrained_cfg["input_size"]), device="meta")
     exporting = mock.patch.object(torch.compiler, "is_exporting", lambda: True)
     pools, definition = (sys.modules[f"zoo.kernels.token_aware_avg_pool.{name}"] for name in ("convolved", "reference"))
     adding = mock.patch.object(pools, "avg_pool", definition.avg_pool)  # a pool is a convolution in exports, but multiplies nothing
