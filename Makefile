@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check lint docs models measure exports gpu clean
+.PHONY: demo mm test check timm-tests lint docs models measure exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -20,6 +20,11 @@ test: $(MM_READY)
 # One test of every file, which touches every room, in less than two minutes.
 check: $(MM_READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --check
+
+# timm's own tests of models on every classification network here, but for TorchScript: half an hour with two cores.
+# TIMM_OPTIONS="-k nano" takes half a minute.
+timm-tests: $(READY)
+	$(BIN)/python tests/timm_contract.py $(TIMM_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

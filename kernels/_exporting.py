@@ -3,5 +3,9 @@ import torch
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which torch 2.11 takes for true in every compilation too."""
-    return torch.compiler.is_exporting()
+    """Whether what runs is recorded, by `torch.export` or `torch.jit.trace`, into a graph that other batches and sizes may be given to.
+
+    Where it is, ask nothing of sizes: what was found of the recorded ones is in the graph for all. Not `torch.compile`, which asks again
+    where sizes change.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()

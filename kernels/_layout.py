@@ -1,9 +1,13 @@
 import torch
 from torch import Tensor
 
+from ._exporting import is_exporting
+
 
 def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
-    """`out` copied into the memory layout of x where that is contiguous or channels-last, and as it is otherwise."""
+    """`out` copied into the memory layout of x where that is contiguous or channels-last, and as it is otherwise and in exported graphs."""
+    if is_exporting():  # a graph need not ask, which would make guards of all sizes
+        return out
     for memory_format in (torch.contiguous_format, torch.channels_last):
         if x.is_contiguous(memory_format=memory_format):
             return out.contiguous(memory_format=memory_format)

@@ -6,6 +6,7 @@ copies a map. Shapes are (B, C, H, W) all the same. Maps in another layout are c
 the ordinary operators.
 """
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -13,6 +14,7 @@ from zoo.kernels._exporting import is_exporting
 from ._plain import is_plain
 
 
+@register_notrace_function
 def positions_first(x: Tensor) -> Tensor:
     """x, copied into this layout where it is in another."""
     return x if is_exporting() else x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -44,6 +45,7 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **dd: Any) -> nn.Module:
     return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **dd)
 
 
+@register_notrace_function
 def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
     if isinstance(to, int):
@@ -53,6 +55,7 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
 
+@register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
     """x with zeros, or its last slices again, at the ends until `multiple` divides every size; x itself where it does."""
     sizes = [(n + multiple - 1) // multiple * multiple for n in x.shape[2:]]
@@ -66,8 +69,15 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replica
     return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode=mode)
 
 
-def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The first positions of every spatial dimension."""
+@register_notrace_function
+def crop(x: Tensor, size: Sequence[int], by_index: bool = False) -> Tensor:
+    """The first positions of every spatial dimension; exported by index where that x is as large has to be taken for granted.
+
+    torch.export guards slices by their sizes, with what it cannot prove of all, and no indices; ONNX has more operators of these.
+    """
     for dim, n in enumerate(size, 2):
-        x = torch.narrow_copy(x, dim, 0, n) if is_exporting() else x.narrow(dim, 0, n)
+        if not is_exporting():
+            x = x.narrow(dim, 0, n)
+        else:
+            x = x.index_select(dim, torch.arange(n, device=x.device)) if by_index else torch.narrow_copy(x, dim, 0, n)
     return x

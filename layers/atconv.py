@@ -1,6 +1,7 @@
 """Attentive convolution (ATConv, arXiv 2510.20092)."""
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import depthwise_dynamic_conv2d
@@ -11,6 +12,7 @@ from ._capture import report
 from ._positions_first import convolved, positions_first
 
 
+@register_notrace_module
 class ATConv(nn.Module):
     """A convolution whose kernels every sample and channel makes from its own content (arXiv 2510.20092, section IV).
 

@@ -3,6 +3,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -14,6 +15,7 @@ from ._spatial import CONV, SIZES, Norm, check_spatial, crop, norm_layer, pad_to
 Normalization = Literal["sigmoid", "softmax"]
 
 
+@register_notrace_module
 class AttentionGate(nn.Module):
     """Lets through what a coarser map, the gating signal, finds relevant in a skip connection (arXiv 1804.03999, section 2.1).
 
@@ -100,6 +102,7 @@ class AttentionGate(nn.Module):
         return f"dim={self.dim}, gate_dim={self.gate_dim}, spatial_dims={self.spatial_dims}, normalization={self.normalization}"
 
 
+@register_notrace_module
 class MultiAttentionGate(nn.Module):
     """Several attention gates of one skip connection, combined: ReLU(norm(combine(concatenated outputs))).
 

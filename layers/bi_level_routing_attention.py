@@ -3,7 +3,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
+from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
@@ -21,6 +21,7 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+@register_notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Attention of every region over the few regions that matter to it (arXiv 2303.08810, section 3.2, algorithm 1).
 

@@ -2,14 +2,17 @@
 import math
 
 import torch
-from timm.layers import LayerNorm2d
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
+from zoo.kernels._exporting import is_exporting
 
 from ._capture import report
 
 
+@register_notrace_module
 class DAS(nn.Module):
     """Gate of a CNN's map that looks where a deformable convolution takes it (arXiv 2311.12091, section 3).
 
@@ -77,8 +80,9 @@ class DAS(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"DAS: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         hidden = self.pointwise(self.depthwise(x))
-        # InstanceNorm; the module and functional forms refuse maps of one position.
-        hidden = self.act(torch.group_norm(hidden, self.hidden_dim))
+        # InstanceNorm; the module and functional forms refuse maps of one position, and exported, groups of one channel make guards.
+        normal = F.layer_norm(hidden, hidden.shape[2:]) if is_exporting() else torch.group_norm(hidden, self.hidden_dim)
+        hidden = self.act(normal)
         offset = self.offset(hidden)
         gate = self.norm(deform_conv2d(hidden, offset, self.weight, self.bias, padding=self.padding)).sigmoid()
         report(self, offset=offset, gate=gate)

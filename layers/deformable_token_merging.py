@@ -3,6 +3,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
@@ -11,6 +12,7 @@ from zoo.kernels._exporting import is_exporting
 from ._spatial import pad_to_multiple
 
 
+@register_notrace_module
 class DeformableTokenMerging(nn.Module):
     """Patch merging whose patches find their own places (arXiv 2205.13213, section 3.3; from LITv1, arXiv 2105.14217).
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, register_notrace_module
 from timm.models.xcit import LPI
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ class CancelledBiasLinear(nn.Linear):
         return F.linear(x, self.weight, 0 * self.bias)
 
 
+@register_notrace_module
 class TokenMixing(nn.Module):
     """Multi-head attention between all tokens of a map: out = proj(softmax(Q Kᵀ / √d) V).
 
@@ -74,6 +75,7 @@ class DepthwiseMlp(nn.Module):
         return linear(self.fc2, torch.addcmul(x, self.gamma, local))
 
 
+@register_notrace_module
 class ChannelProcessing(nn.Module):
     """Channel attention over an MLP (arXiv 2204.12451, section 3.2).
 

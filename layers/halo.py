@@ -2,7 +2,7 @@
 from typing import Any
 
 import torch
-from timm.layers import make_divisible, trunc_normal_
+from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from zoo.kernels import halo_attention
@@ -24,6 +24,7 @@ class RelativePositions(nn.Module):
         return self.height_rel, self.width_rel
 
 
+@register_notrace_module
 class HaloAttention(nn.Module):
     """Blocked local attention with relative positions (arXiv 2103.12731, section 2.2): see `zoo.kernels.halo_attention`.
 

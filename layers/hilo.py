@@ -1,6 +1,7 @@
 """HiLo attention (LITv2, arXiv 2205.13213)."""
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -9,9 +10,10 @@ from zoo.kernels._regions import cut, paste, positions
 from ._attention import attend, attention
 from ._capture import report
 from ._linear import linear
-from ._spatial import pad_to_multiple
+from ._spatial import crop, pad_to_multiple
 
 
+@register_notrace_module
 class HiLoAttention(nn.Module):
     """Multi-head attention whose heads look at high or at low frequencies (arXiv 2205.13213, section 3.2).
 
@@ -74,11 +76,12 @@ class HiLoAttention(nn.Module):
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
         q, k, v = cut(linear(self.hi_qkv, padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
-        overhang = self.mask_padding and (padded.shape != x.shape or is_exporting())
+        overhang = self.mask_padding and (is_exporting() or padded.shape != x.shape)
         mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)
-        return linear(self.hi_proj, out[:, : x.shape[1], : x.shape[2]])
+        out = crop(out.permute(0, 3, 1, 2), x.shape[1:3], by_index=True).permute(0, 2, 3, 1)
+        return linear(self.hi_proj, out)
 
     def _lo(self, x: Tensor) -> Tensor:
         means = x

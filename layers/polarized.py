@@ -3,6 +3,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
@@ -11,6 +12,7 @@ from ._plain import is_plain
 Layout = Literal["parallel", "sequential"]
 
 
+@register_notrace_module
 class PolarizedSelfAttention(nn.Module):
     """A gate per channel and a gate per position, each at full resolution along its own axis (arXiv 2107.00782, section 3.1).
 

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
 
 
+@register_notrace_module
 class SelectiveKernelUnit(nn.Module):
     """Convolutions of several kernel sizes, weighted by a softmax over them per channel (arXiv 1903.06586, section 3.1).
 

@@ -1,5 +1,6 @@
 """Token-aware average pooling, TAP (arXiv 2303.11126)."""
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import token_aware_avg_pool
@@ -8,6 +9,7 @@ from ._capture import report
 from ._initialization import fan_out_normal_
 
 
+@register_notrace_module
 class TokenAwareAvgPool(nn.Module):
     """Lets every token choose how far it looks around before attention (arXiv 2303.11126, section 3.1).
 

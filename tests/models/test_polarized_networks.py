@@ -11,6 +11,7 @@ from torch import nn
 from zoo.errors import InputError
 from zoo.layers import PolarizedSelfAttention
 from zoo.models.polarized import PolarizedHRNet, checkpoint_filter_fn
+from zoo.weights import load_weights
 
 PAIRS = {
     "polarized_resnet50_p": "resnet50", "polarized_resnet50_s": "resnet50",
@@ -74,10 +75,10 @@ def test_weights_of_the_authors_segmentation_network():
     state = {"module.backbone." + ".".join(theirs.get(part, part) for part in name.split(".")): value
              for name, value in trained.state_dict().items()}
     state = {"state_dict": state | {"module.ocr.cls_head.weight": torch.zeros(19, 512, 1, 1)}}
-    model.load_state_dict(checkpoint_filter_fn(state, model))
+    load_weights(model, state, filter_fn=checkpoint_filter_fn)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
     with pytest.raises(ValueError, match="trained with fuse=\"bilinear\", got 'nearest'"):
-        checkpoint_filter_fn(state, trained)
+        load_weights(trained, state, filter_fn=checkpoint_filter_fn)
 
 
 def test_unknown_interpolation():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ REPORTED_IN = "the paper's abstract"
 REPORTED_TOP1 = {"attnet_t2": 84.4}
 
 
+@register_notrace_module
 class GatedMlp(nn.Module):
     """The convolutional gated linear unit of AttNet.
 

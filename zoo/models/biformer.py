@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ REPORTED_TOP1 = {
 }
 
 
+@register_notrace_module
 class GlobalAttention(nn.Module):
     """Multi-head attention over the whole map plus a depthwise 5×5 convolution, the last stage of BiFormer.
 

@@ -5,8 +5,9 @@ The weights of timm's DeiT of the same name without `_cb` or `_cbs` load as they
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp
+from timm.layers import Mlp, register_notrace_function, resample_abs_pos_embed
 from timm.models import generate_default_cfgs, register_model
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
@@ -57,16 +58,31 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
         out = super().forward(x)
         if self.global_pool:
             return out
-        size = self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
+        size = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         return out[:, self.num_prefix_tokens :].unflatten(1, size).permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        if not x.shape[0]:
-            raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
-        return super()._pos_embed(x)
+        """timm's for any size, called from here: `torch.fx` takes functions as they are where the traced forward is written only."""
+        batch, height, width, channels = holding_images(x).shape
+        prefix = [tokens.expand(batch, -1, -1) for tokens in (self.cls_token, self.reg_token) if tokens is not None]
+        x, within = x.reshape(batch, height * width, channels), not self.no_embed_class
+        if self.pos_embed is None:
+            return torch.cat([*prefix, x], 1)
+        position = resample_abs_pos_embed(
+            self.pos_embed, (height, width), self.patch_embed.grid_size, self.num_prefix_tokens if within else 0)
+        x = torch.cat([*prefix, x], 1) + position if within else torch.cat([*prefix, x + position], 1)
+        return self.pos_drop(x)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() & {name for name, _ in self.named_parameters()}
+
+
+@register_notrace_function
+def holding_images(x: Tensor) -> Tensor:
+    """x, unless it holds no image."""
+    if not x.shape[0]:
+        raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
+    return x
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

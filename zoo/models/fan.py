@@ -67,7 +67,7 @@ class FanStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        x = (x + self.pos_embed(1, *x.shape[2:])).permute(0, 2, 3, 1).contiguous()
+        x = (x + self.pos_embed(1, x.shape[2], x.shape[3])).permute(0, 2, 3, 1).contiguous()
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x.permute(0, 3, 1, 2)
@@ -122,7 +122,8 @@ class ClassAttentionHead(nn.Module):
         x = self._tokens(x)[:, 0] if self.by_token else self.global_pool(x.permute(0, 2, 3, 1))
         x = self.drop(self.norm(x))
         x = x if pre_logits else self.fc(x)
-        return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        is_map = self.cls_token is None and self.global_pool.is_identity()
+        return x.permute(0, 3, 1, 2) if is_map else x
 
     def attended(self, x: Tensor) -> Tensor:
         """The map x as the blocks leave it, (B, C, H, W) → (B, C, H, W)."""

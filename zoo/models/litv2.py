@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}
 
 
+@register_notrace_module
 class ConvMlp(nn.Module):
     """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
 

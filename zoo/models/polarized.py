@@ -169,14 +169,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Also turns the names of the authors' layer, and of the backbone in their segmentation network, into ours. Raises ValueError for
     the latter where `model` fuses its maps otherwise.
     """
-    if any(".deattn." in name for name in state_dict):
-        if getattr(model, "fuse", None) != "bilinear":
-            raise ValueError('weights of the authors\' segmentation network were trained with fuse="bilinear", got '
-                             f"{getattr(model, 'fuse', None)!r}")
-        names = [name.removeprefix("module.") for name in state_dict]
-        part = "backbone." if any(name.startswith("backbone.") for name in names) else ""  # beside heads for segmentation
-        state_dict = {name.removeprefix(part): value for name, value in zip(names, state_dict.values(), strict=True)
-                      if name.startswith(part)}
+    if any(".deattn." in name for name in state_dict) and getattr(model, "fuse", None) != "bilinear":
+        raise ValueError('weights of the authors\' segmentation network were trained with fuse="bilinear", got '
+                         f"{getattr(model, 'fuse', None)!r}")
     renames = dict(
         deattn=_SLOT, conv_q_right="channel_query", conv_v_right="channel_value", conv_up="channel_up", conv_q_left="spatial_query",
         conv_v_left="spatial_value")

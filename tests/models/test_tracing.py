@@ -1,0 +1,144 @@
+"""Graphs of models: recorded once, by torch's tracers, they hold for other batches and sizes."""
+import copy
+import functools
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import create_feature_extractor, get_notrace_functions, get_notrace_modules
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.export import Dim
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
+from torchvision.models.feature_extraction import get_graph_node_names
+
+import zoo
+from zoo import layers
+
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano")
+LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+SIZES = ((96, 128), (75, 101), (131, 70))
+families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
+
+
+def make(name: str, **args) -> nn.Module:
+    torch.manual_seed(0)
+    widths = dict(widths=(4, 6, 8)) if name in DENSE and "litv2" not in name else {}
+    return timm.create_model(name, **widths, **args).eval()
+
+
+def images(model: nn.Module, size: tuple[int, int], batch: int) -> torch.Tensor:
+    """Of this size, or for volumes an eighth of it and of its height."""
+    if getattr(model, "spatial_dims", 2) == 3:
+        size = tuple(n // 8 for n in (*size, size[0]))
+    return torch.randn(batch, getattr(model, "in_chans", 3), *size, generator=torch.Generator().manual_seed(1))
+
+
+def check(graph, model: nn.Module, sizes=SIZES) -> None:
+    """That the graph computes what the model does, for several batches and sizes."""
+    with torch.no_grad():
+        for batch, size in zip((3, 1, 2), sizes, strict=True):
+            x = images(model, size, batch)
+            expected = model(x)
+            assert (graph(x) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), (batch, size)
+
+
+@families
+@pytest.mark.parametrize(("size", "batch"), [((64, 64), 2), ((75, 50), 1)], ids=str)
+def test_torch_jit_trace(name, size, batch):
+    model = make(name)
+    with torch.no_grad():
+        graph = torch.jit.trace(model, images(model, size, batch), check_trace=False)
+    check(graph, model)
+
+
+@families
+@pytest.mark.parametrize("size", [(256, 192), (250, 203)], ids=str)
+def test_torch_export_with_free_sizes(name, size):
+    """Traced at sizes that windows and blocks divide, and at sizes that they do not."""
+    model = make(name)
+    x = images(model, size, 2)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=(dict.fromkeys((0, *range(2, x.ndim)), Dim.DYNAMIC),))
+        check(program.module(), model, ((192, 256), (201, 133), (163, 224)))
+
+
+@families
+def test_torch_compile_makes_a_handful_of_graphs(name):
+    torch.compiler.reset()
+    counters.clear()
+    model = make(name)
+    graph = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
+    for sizes in (((64, 64), (96, 128), (75, 101)), ((33, 50), (160, 72), (224, 224)), ((250, 131), (112, 112), (65, 64))):
+        check(graph, model, sizes)
+    assert counters["stats"]["unique_graphs"] <= 5
+
+
+def extracted(model: nn.Module, mode: str = "eval") -> nn.Module:
+    """The model's own output from a graph that torch.fx made of it."""
+    options = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
+    nodes = dict(zip(("train", "eval"), get_graph_node_names(model, tracer_kwargs=options), strict=True))[mode]
+    return torchvision_extractor(model, return_nodes={nodes[-1]: "out"}, tracer_kwargs=options)
+
+
+@families
+def test_torch_fx(name):
+    model = make(name)
+    graph = extracted(model)
+    for found in (graph, pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph)):
+        check(lambda x, found=found: found(x)["out"], model)
+    x = images(model, (64, 96), 2)
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    found = torch.autograd.grad(graph(x)["out"].square().sum(), graph.parameters())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_features_by_torch_fx(name):
+    model = make(name)
+    modules = [info["module"] for info in model.feature_info]
+    x = images(model, (64, 96), 1)
+    with torch.no_grad():
+        expected = []
+        hooks = [model.get_submodule(module).register_forward_hook(lambda *call: expected.append(call[2])) for module in modules]
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        present = [module for module in modules if module != "coarser"]  # FAN's, which is a feature and not on the way to the output
+        found = create_feature_extractor(model, {module: module for module in present})(x)
+        assert all(torch.equal(found[module], value) for module, value in zip(present, expected, strict=True))
+
+
+LAYERS = {
+    "ContextBroadcast": (functools.partial(layers.ContextBroadcast, 16), (1, 5, 6, 16)),
+    "ChannelProcessing": (functools.partial(layers.ChannelProcessing, 16, 2, 32), (1, 5, 6, 16)),
+    "FullyAttentionalBlock": (functools.partial(layers.FullyAttentionalBlock, 16, 2, num_scales=3), (1, 5, 6, 16)),
+    "TokenMixing": (functools.partial(layers.TokenMixing, 16, 2), (1, 5, 6, 16)),
+    "BiLevelRoutingAttention": (functools.partial(layers.BiLevelRoutingAttention, 16, 2, 2, 2), (1, 5, 6, 16)),
+    "HiLoAttention": (functools.partial(layers.HiLoAttention, 16, 2), (1, 5, 6, 16)),
+    "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
+    **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
+        "DAS", "ATConv", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")},
+    **{name: (functools.partial(getattr(layers, name), 16, 8), (1, 16, 5, 6), (1, 8, 3, 3)) for name in (
+        "AttentionGate", "MultiAttentionGate")},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in layers.__all__ if name != "capture"])
+def test_every_layer_is_traced_by_torch_fx_where_it_is_a_part(name):
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = build()
+
+        def forward(self, x, *others):
+            return self.layer(2 * x, *others)
+
+    build, *shapes = LAYERS[name]
+    model, inputs = Part().eval(), [torch.randn(shape) for shape in shapes]
+    tracer = torch.fx.Tracer()
+    tracer.is_leaf_module = lambda module, path: isinstance(module, tuple(get_notrace_modules())) or torch.fx.Tracer.is_leaf_module(
+        tracer, module, path)
+    graph = torch.fx.GraphModule(model, tracer.trace(model, {}))
+    torch.testing.assert_close(graph(*inputs), model(*inputs))
