@@ -119,10 +119,10 @@ def test_operator_is_well_registered(kernel_device, masked):
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     geometry = list(stride), list(padding), list(dilation)
     torch.library.opcheck(operator, (*tensors, *geometry))
-    x, offset, weight, _, mask = (t if t is None else t.detach() for t in tensors)
-    for inputs in (x, offset), (LAYOUTS["strided"](x), offset):
-        grad = torch.randn_like(operator(*inputs, weight, None, mask, *geometry))
-        torch.library.opcheck(gradient, (grad, *inputs, weight, mask, *geometry), test_utils=("test_schema", "test_faketensor"))
+    x, *others = (t if t is None else t.detach() for t in tensors)
+    for maps in x, LAYOUTS["strided"](x):
+        grad = torch.randn_like(operator(maps, *others, *geometry))
+        torch.library.opcheck(gradient, (grad, maps, *others, *geometry), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_whole_and_checkpoints(kernel_device):
