@@ -68,6 +68,7 @@ def tiled(*sizes):
         yield
 
 
+@pytest.mark.long
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -83,7 +84,6 @@ def test_values_and_gradients_are_those_of_the_reference(kernel_device, size, ke
         assert_close(run(arguments, "triton", layout=layout), run(arguments, "reference", torch.float64), dtype)
 
 
-@pytest.mark.check
 @pytest.mark.parametrize(("groups", "offset_groups", "layout"), [
     (2, 1, "strided"), (1, 2, "channels last"), (2, 3, "contiguous"), (3, 2, "strided"), (2, 4, "channels last")])
 def test_any_groups_in_any_layout(kernel_device, groups, offset_groups, layout):
