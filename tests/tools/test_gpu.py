@@ -102,7 +102,15 @@ def test_a_step_is_a_process(monkeypatch):
 def test_tests_that_take_too_long_are_stopped_and_say_what_failed(monkeypatch, capfd, tmp_path):
     gpu, popen, started = gpu_tool, subprocess.Popen, tmp_path / "started"
     os.mkfifo(started)
-    endless = f"try:\n    open({str(started)!r}, 'w').close()\n    while True: pass\nexcept KeyboardInterrupt:\n    print('failed: this')"
+    endless = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+try:
+    open({str(started)!r}, 'w').close()
+    while True: pass
+except KeyboardInterrupt:
+    print('failed: this')
+"""
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: popen([sys.executable, "-c", endless]))
     monkeypatch.setattr(gpu, "LAST_WORDS", math.inf)
 
