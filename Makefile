@@ -17,7 +17,7 @@ mm: $(MM_READY)
 test: $(MM_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# One test of every file, which touches every room, in less than two minutes.
+# The first test of every file that is not long, which touches every room, in less than two minutes.
 check: $(MM_READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --check
 

@@ -21,6 +21,11 @@ _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
 
 
+def _in_graph() -> bool:
+    """Whether what runs is recorded for other sizes too, so that asking for sizes would make a graph of every answer."""
+    return is_exporting() or torch.compiler.is_compiling()
+
+
 def check_spatial(spatial_dims: int, norm: str) -> None:
     if spatial_dims not in CONV:
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
@@ -50,7 +55,7 @@ def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
     if isinstance(to, int):
         return F.interpolate(x, scale_factor=float(to), mode=_MODE[x.ndim - 2])
-    if not is_exporting() and x.shape[2:] == tuple(to):
+    if not _in_graph() and x.shape[2:] == tuple(to):
         return x
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
@@ -64,7 +69,7 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replica
             x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=n - 1))
         return x
     missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
-    if not is_exporting() and not any(missing):
+    if not _in_graph() and not any(missing):
         return x
     return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode=mode)
 

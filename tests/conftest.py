@@ -25,18 +25,14 @@ torch.manual_seed(0)  # for what is built while tests are collected
 
 
 def pytest_addoption(parser):
-    parser.addoption("--check", action="store_true", help="one test of every file, the first or one marked `check`: every room once")
+    parser.addoption("--check", action="store_true", help="of every file only the first test that is not marked `long`: every room once")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--check"):
-        chosen = {}
-        for item in items:
-            other = chosen.setdefault(item.path, item)
-            if item.get_closest_marker("check") and not other.get_closest_marker("check"):
-                chosen[item.path] = item
-        config.hook.pytest_deselected(items=[item for item in items if chosen[item.path] is not item])
-        items[:] = [item for item in items if chosen[item.path] is item]
+        first = {item.path: item for item in reversed(items) if not item.get_closest_marker("long")}
+        config.hook.pytest_deselected(items=[item for item in items if first.get(item.path) is not item])
+        items[:] = [item for item in items if first.get(item.path) is item]
 
 
 @pytest.fixture(autouse=True)

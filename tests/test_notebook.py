@@ -2,9 +2,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "first_steps.ipynb"
 
 
+@pytest.mark.long
 def test_the_notebook_runs(tmp_path, monkeypatch):
     notebook = json.loads(NOTEBOOK.read_text())
     assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])

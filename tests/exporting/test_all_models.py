@@ -60,6 +60,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "args"), SHALLOW.items(), ids=SHALLOW)
 def test_a_model_is_exported_without_own_operators_and_openvino_agrees(name, args, tmp_path):
     """With free batch, height and width, also where the last map is one position, which tracing at that size would make a constant.

@@ -68,6 +68,7 @@ def tiled(*sizes):
         yield
 
 
+@pytest.mark.long
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -83,7 +84,6 @@ def test_values_and_gradients_are_those_of_the_reference(kernel_device, size, ke
         assert_close(run(arguments, "triton", layout=layout), run(arguments, "reference", torch.float64), dtype)
 
 
-@pytest.mark.check
 @pytest.mark.parametrize(("groups", "offset_groups", "layout"), [
     (2, 1, "strided"), (1, 2, "channels last"), (2, 3, "contiguous"), (3, 2, "strided"), (2, 4, "channels last")])
 def test_any_groups_in_any_layout(kernel_device, groups, offset_groups, layout):
@@ -119,10 +119,10 @@ def test_operator_is_well_registered(kernel_device, masked):
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     geometry = list(stride), list(padding), list(dilation)
     torch.library.opcheck(operator, (*tensors, *geometry))
-    x, offset, weight, _, mask = (t if t is None else t.detach() for t in tensors)
-    for inputs in (x, offset), (LAYOUTS["strided"](x), offset):
-        grad = torch.randn_like(operator(*inputs, weight, None, mask, *geometry))
-        torch.library.opcheck(gradient, (grad, *inputs, weight, mask, *geometry), test_utils=("test_schema", "test_faketensor"))
+    x, *others = (t if t is None else t.detach() for t in tensors)
+    for maps in x, LAYOUTS["strided"](x):
+        grad = torch.randn_like(operator(maps, *others, *geometry))
+        torch.library.opcheck(gradient, (grad, maps, *others, *geometry), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_whole_and_checkpoints(kernel_device):

@@ -39,6 +39,7 @@ def assert_close(found, expected, dtype):
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance * theirs.abs().max().item(), rtol=0)
 
 
+@pytest.mark.long
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 17), st.integers(1, 17)),
     sides=st.tuples(*[st.sampled_from([1, 3, 5])] * 2), inhibited=st.booleans(), dtype=st.sampled_from(DTYPES),
@@ -53,7 +54,6 @@ def test_values_and_gradients_are_those_of_the_reference(kernel_device, layout, 
     assert found[0].stride() == torch.empty_like(LAYOUTS[layout](inputs[0])).stride()
 
 
-@pytest.mark.check
 def test_gradients_of_gradients_are_those_of_the_reference(kernel_device):
     def second(inputs, backend):
         return torch.autograd.grad(sum(g.square().sum() for g in run(inputs, backend)[1:]), inputs)

@@ -56,6 +56,7 @@ def check(arguments):
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance * size, rtol=0)
 
 
+@pytest.mark.long
 @given(
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)), side=st.integers(1, 3), halo=st.integers(0, 4), stride=st.integers(1, 2),
     heads=st.integers(1, 2), widths=st.tuples(st.integers(1, 33), st.integers(1, 33)), dtype=st.sampled_from(DTYPES),
@@ -76,7 +77,6 @@ def test_windows_wider_than_a_block_of_keys(kernel_device, dtype):
     check(problem(kernel_device, (10, 9), 10, 12, widths=(16, 16), dtype=dtype))
 
 
-@pytest.mark.check
 def test_images_and_heads_stay_apart_and_runs_are_equal(kernel_device):
     arguments = problem(kernel_device, (4, 6), 4, 1, 2, heads=2, batch=2)
     check(arguments)

@@ -27,6 +27,7 @@ def run(inputs, backend, layout="contiguous"):
     return out, *torch.autograd.grad(out, inputs, LAYOUTS[layout](cotangent))
 
 
+@pytest.mark.long
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 70)), pools=st.integers(1, 5),
     dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)), seed=st.integers(0, 99),

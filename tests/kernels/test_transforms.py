@@ -137,24 +137,22 @@ def twice(function, tensors, directions):
 
 
 def chained(function, tensors, directions):
-    """The gradient of a gradient's norm where all arguments come from one number, which no part of the graph may count twice."""
+    """Third derivatives where every argument is made of the one before, of which no part of the graph may count twice."""
     scalar = weighed(function)
 
-    def penalty(t):
-        at = []
+    def penalty(start, further):
+        """The derivative of the squared slope at `start`, with its graph if it goes `further`, and `start` as a leaf."""
+        leaf = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        t, at = leaf, []
         for x, direction in zip(tensors, directions, strict=True):
-            t = t * 1.5
             at.append(x + t * direction)
-        (slope_,) = torch.autograd.grad(scalar(*at), t0, create_graph=True)
-        return slope_.square()
+            t = t + at[-1].mean()
+        (along,) = torch.autograd.grad(scalar(*at), leaf, create_graph=True)
+        return torch.autograd.grad(along.square(), leaf, create_graph=further)[0], leaf
 
-    t0 = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    found = torch.autograd.grad(penalty(t0), t0)[0]
-    values = []
-    for step in (STEP, -STEP):
-        t0 = torch.tensor(0.1 + step, dtype=torch.float64, requires_grad=True)
-        values.append(penalty(t0).detach())
-    return found, (values[0] - values[1]) / (2 * STEP)
+    found = torch.autograd.grad(*penalty(0.1, True))[0]
+    after, before = (penalty(0.1 + step, False)[0] for step in (STEP, -STEP))
+    return found, (after - before) / (2 * STEP)
 
 
 def thrice(function, tensors, directions):
@@ -183,9 +181,10 @@ def checkpointed(function, tensors, directions):
 def compiled(function, tensors, directions):
     def all_of_them(*tensors):
         scalar = weighed(function)
-        return (func.jvp(function, tensors, tuple(directions))[1], func_gradient(scalar, tensors)(*tensors),
+        return (func.jvp(function, tensors, tuple(directions))[1],
                 func.vmap(func_gradient(scalar, tensors))(*(torch.stack([x, 2 * x]) for x in tensors)))
-    return torch.compile(all_of_them, fullgraph=True, backend="aot_eager")(*tensors), all_of_them(*tensors)
+    torch._dynamo.reset()  # the same code, of another operator
+    return torch.compile(all_of_them, fullgraph=True, backend="eager")(*tensors), all_of_them(*tensors)
 
 
 TRANSFORMS = [jvp, forward_mode, grad, vmap, gradients_of_samples, jacobian_forwards, vjp_of_vjp, forward_over_reverse]
@@ -203,9 +202,9 @@ def test_transforms(name, transform):
     torch.testing.assert_close(*transform(*problem(name)), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("transform", AUTOGRAD)
-@pytest.mark.parametrize(("name", "backend"), [
-    (name, backend) for name in OPERATORS for backend in kernels.backends(name.partition(",")[0]) if backend not in ("triton", "pytorch")])
+@pytest.mark.parametrize(("name", "backend", "transform"), [
+    (name, backend, transform) for name in OPERATORS for backend in kernels.backends(name.partition(",")[0]) for transform in AUTOGRAD
+    if backend not in ("triton", "pytorch") and not (backend == "reference" and transform is batched_gradients)])  # torch's own, and slow
 def test_autograd_of_every_backend(name, backend, transform):
     if (name, backend) in UNSUITED:
         refused = pytest.raises(ValueError, match="cannot run here: it takes")
@@ -218,7 +217,7 @@ def test_autograd_of_every_backend(name, backend, transform):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "," not in name])
 def test_transforms_within_compiled_functions(name):
     torch.testing.assert_close(*compiled(*problem(name)))
 

@@ -121,6 +121,16 @@ def test_what_cannot_be_a_backbone(arguments, message):
         TimmBackbone(**arguments).init_weights()
 
 
+@pytest.mark.parametrize("name", ["attnet_nano", "test_resnet"])
+def test_the_authors_evaluated_weights_unless_the_average_is_asked_for(tmp_path, name):
+    raw = timm.create_model(name).state_dict()
+    torch.save({"model_ema": {key: value * 2 for key, value in raw.items()}, "model": raw}, tmp_path / "x.pth")
+    for factor, options in ((1, {}), (2, {"ema": True})):
+        backbone = TimmBackbone(name, checkpoint=str(tmp_path / "x.pth"), **options)
+        backbone.init_weights()
+        assert all(torch.equal(value, raw[key] * factor) for key, value in backbone.network.state_dict().items())
+
+
 def test_a_checkpoint_of_something_else(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a checkpoint of biformer_nano"):

@@ -43,6 +43,7 @@ def _small(config_name: str) -> tuple[nn.Module, SceneInfo]:
     return model, SceneInfo(config.default_scope, classes, np.zeros((150, 3), np.uint8), steps)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_file_computes_what_the_toolbox_does(name, tmp_path):
     model, info = _small(name)

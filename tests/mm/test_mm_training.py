@@ -36,6 +36,7 @@ train("biformer_nano_digits", work_dir=sys.argv[1], resume="auto", cfg_options=s
 """
 
 
+@pytest.mark.long
 def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     options = [*TINY[2:4], *TINY[6:], "train_dataloader.num_workers=2", "train_cfg.max_epochs=3", "train_cfg.val_interval=1",
                "model.args.drop_path_rate=0.2", "model.mixup.prob=1.0"]

@@ -7,6 +7,7 @@ import random
 import traceback
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -89,6 +90,7 @@ def is_ours(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError)) and (ROOT in last.parents or "timm" in last.parts)
 
 
+@pytest.mark.long
 def test_random_combinations(record_property):
     refused = 0
     for seed in range(SEED, SEED + DRAWS):

@@ -29,6 +29,7 @@ def saved(name: str, folder) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.long
 def test_saved_folders_load_elsewhere(tmp_path):
     models = {name: saved(name, tmp_path / name) for name in LIGHT}
     folders = [str(tmp_path / name) for name in LIGHT]

@@ -1,5 +1,4 @@
 """Graphs of models: recorded once, by torch's tracers, they hold for other batches and sizes."""
-import copy
 import functools
 import pickle
 
@@ -8,7 +7,6 @@ import timm
 import torch
 from timm.models import create_feature_extractor, get_notrace_functions, get_notrace_modules
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.export import Dim
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 from torchvision.models.feature_extraction import get_graph_node_names
@@ -19,6 +17,10 @@ from zoo import layers
 DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano")
 LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
 SIZES = ((96, 128), (75, 101), (131, 70))
+SHALLOW = {  # of the same layers, as exporting takes long
+    **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano")},
+    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
+}
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 
 
@@ -45,34 +47,40 @@ def check(graph, model: nn.Module, sizes=SIZES) -> None:
 
 
 @families
-@pytest.mark.parametrize(("size", "batch"), [((64, 64), 2), ((75, 50), 1)], ids=str)
-def test_torch_jit_trace(name, size, batch):
+def test_torch_jit_trace(name):
     model = make(name)
     with torch.no_grad():
-        graph = torch.jit.trace(model, images(model, size, batch), check_trace=False)
+        graph = torch.jit.trace(model, images(model, (75, 50), 1), check_trace=False)
     check(graph, model)
 
 
-@families
-@pytest.mark.parametrize("size", [(256, 192), (250, 203)], ids=str)
-def test_torch_export_with_free_sizes(name, size):
-    """Traced at sizes that windows and blocks divide, and at sizes that they do not."""
+@pytest.mark.parametrize("name", ["litv2_nano", "attention_unet_nano"])
+def test_torch_jit_trace_where_windows_and_levels_divide(name):
     model = make(name)
+    with torch.no_grad():
+        graph = torch.jit.trace(model, images(model, (64, 64), 2), check_trace=False)
+    check(graph, model)
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:2])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
+def test_torch_export_with_free_sizes(name, size):
+    """Traced at sizes that windows and blocks divide, and at sizes that they do not. torch takes lengths of one for constants."""
+    model = make(name, **SHALLOW.get(name, {}))
     x = images(model, size, 2)
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(dict.fromkeys((0, *range(2, x.ndim)), Dim.DYNAMIC),))
         check(program.module(), model, ((192, 256), (201, 133), (163, 224)))
 
 
-@families
-def test_torch_compile_makes_a_handful_of_graphs(name):
-    torch.compiler.reset()
-    counters.clear()
-    model = make(name)
-    graph = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
-    for sizes in (((64, 64), (96, 128), (75, 101)), ((33, 50), (160, 72), (224, 224)), ((250, 131), (112, 112), (65, 64))):
-        check(graph, model, sizes)
-    assert counters["stats"]["unique_graphs"] <= 5
+@pytest.mark.parametrize("name", ["attnet_nano", "das_resnet_nano", *DENSE[:2]])
+def test_torch_export_with_named_and_bounded_sizes(name):
+    model = make(name, **SHALLOW.get(name, {}))
+    x = images(model, (250, 203), 2)
+    sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=64, max=1024) for dim in range(2, x.ndim)}
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)} | sizes,))
+        check(program.module(), model, ((192, 256), (201, 133), (163, 224)))
 
 
 def extracted(model: nn.Module, mode: str = "eval") -> nn.Module:
@@ -86,9 +94,10 @@ def extracted(model: nn.Module, mode: str = "eval") -> nn.Module:
 def test_torch_fx(name):
     model = make(name)
     graph = extracted(model)
-    for found in (graph, pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph)):
-        check(lambda x, found=found: found(x)["out"], model)
-    x = images(model, (64, 96), 2)
+    check(lambda x: graph(x)["out"], model)
+    x = images(model, (64, 32), 2)
+    again = pickle.loads(pickle.dumps(graph)).eval()  # torchvision's graphs come back in training mode
+    assert torch.equal(again(x)["out"], graph(x)["out"])
     expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
     found = torch.autograd.grad(graph(x)["out"].square().sum(), graph.parameters())
     torch.testing.assert_close(found, expected)
@@ -132,11 +141,15 @@ def test_every_layer_is_traced_by_torch_fx_where_it_is_a_part(name):
             super().__init__()
             self.layer = build()
 
-        def forward(self, x, *others):
-            return self.layer(2 * x, *others)
+        def forward(self, x):
+            return self.layer(2 * x)
+
+    class PartOfTwo(Part):
+        def forward(self, x, signal):
+            return self.layer(2 * x, signal)
 
     build, *shapes = LAYERS[name]
-    model, inputs = Part().eval(), [torch.randn(shape) for shape in shapes]
+    model, inputs = (Part, PartOfTwo)[len(shapes) - 1]().eval(), [torch.randn(shape) for shape in shapes]
     tracer = torch.fx.Tracer()
     tracer.is_leaf_module = lambda module, path: isinstance(module, tuple(get_notrace_modules())) or torch.fx.Tracer.is_leaf_module(
         tracer, module, path)

@@ -117,4 +117,4 @@ def test_inputs_of_another_kind_are_named(dims, shape, message):
 
 def test_table_leaves_out_networks_around_others():
     assert "attention_unet3d" in model_table.listed() and "attention_unet_biformer_nano" not in model_table.listed()
-    assert "| 64³ |" in model_table.table(["attention_unet3d_nano"])
+    assert "| 64³ |" in model_table.model_table(["attention_unet3d_nano"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ def demo(work_dir: Path) -> dict[str, str]:
     return dict(re.findall(r"^(\S.*?)  +(\S.*)$", done.stdout.rsplit("\n\n", 1)[1], re.M))
 
 
+@pytest.mark.long
 def test_demo_trains_exports_compares_and_pictures(tmp_path):
     table = demo(tmp_path / "demo")
     assert float(table["accuracy on 360 held-out digits"].removesuffix(" %")) >= 97

@@ -41,22 +41,26 @@ def _model(name: str) -> nn.Module:
         return timm.create_model(name).eval()
 
 
+def macs(name: str) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image of the model's own size, see `products`."""
+    return sum(products(name, tuple(_model(name).pretrained_cfg["input_size"])).values())
+
+
 @functools.cache
-def macs(name: str, size: tuple[int, ...] | None = None) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image of `size` (channels first), or of the model's own.
+def products(name: str, size: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-accumulates of convolutions and matrix products for one image of `size`, channels first, by PyTorch's operators.
 
     Counted as exported graphs have it, where every mechanism stands as it is defined: what a formulation computes beyond that
     to be faster is not counted. Nothing is computed for it: shapes are enough.
     """
-    model = _model(name)
-    image = torch.empty(1, *(size or model.pretrained_cfg["input_size"]), device="meta")
+    model, image = _model(name), torch.empty(1, *size, device="meta")
     exporting = mock.patch.object(torch.compiler, "is_exporting", lambda: True)
     pools, definition = (sys.modules[f"zoo.kernels.token_aware_avg_pool.{name}"] for name in ("convolved", "reference"))
     adding = mock.patch.object(pools, "avg_pool", definition.avg_pool)  # a pool is a convolution in exports, but multiplies nothing
     counted = {torch.ops.torchvision.deform_conv2d: _deform_conv2d}
     with exporting, adding, FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
         model(image)
-    return counter.get_total_flops() // 2
+    return {str(operator): flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
 def kernels(model: nn.Module) -> list[str]:

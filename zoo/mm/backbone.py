@@ -157,7 +157,7 @@ def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path,
     overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
     try:
         whole = timm.create_model(name, **{**args, **overlay, "num_classes": 0})
-    except (InputError, RuntimeError) as error:  # what models of the zoo and timm's say of weights that do not fit
+    except (ValueError, RuntimeError) as error:  # what models of the zoo and timm's say of weights that do not fit
         raise InputError(f"{path} is not a checkpoint of {name}: {error}") from error
     needed = network.state_dict()
     given = {key: value for key, value in whole.state_dict().items() if key in needed and value.shape == needed[key].shape}

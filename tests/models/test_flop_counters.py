@@ -1,9 +1,10 @@
 """What counters of operations see of the models, beside the products that an exported graph has (`model_table.macs`).
 
-thop and torchinfo see modules of torch's own types, which all convolutions and linear layers are; products that are functions
-(attention's, and the operators of `zoo.kernels`) they see in no formulation. torchinfo counts a linear layer once for each image,
-at however many positions it works. ptflops sees products of PyTorch's functions beside them, but not the operators. fvcore counts
-a trace, which holds the ordinary operators. torch's own counter sees everything.
+torch's own counter sees everything; fvcore the operators of the trace that it makes, among which torchvision's deformable convolution
+and timm's `scaled_dot_product_attention` (TIMM_FUSED_ATTN=0 leaves it out) are none that it knows. thop and torchinfo see modules of
+torch's own types, which all convolutions and linear layers but `CancelledBiasLinear` are; products that are functions (attention's,
+and the operators of `zoo.kernels`) they see in no formulation, and torchinfo counts a linear layer once for each image, at however
+many positions it works. ptflops sees torch's products beside modules, but neither the operators nor `scaled_dot_product_attention`.
 """
 import contextlib
 import io
@@ -15,12 +16,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.measuring import model_table
 from zoo.models import unet
 
-SIZE = (3, 112, 112)  # which BiFormer's regions divide: what overhangs, formulations treat differently
+SIZE = (3, 64, 64)
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
-models = pytest.mark.parametrize("name", [name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS and "3d" not in name])
+MODELS = [name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS and "3d" not in name]
+models = pytest.mark.parametrize("name", MODELS)
 
 
 def make(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -44,16 +47,23 @@ def products(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 
 
 def counted_by_torch(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
-    """Of everything, and of the operators of the zoo."""
+    """Of everything, and of the operators of the zoo and attention's."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
-    operators = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "zoo" in str(op))
+    operators = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "zoo" in str(op) or "scaled_dot_product" in str(op))
     return counter.get_total_flops() // 2, operators // 2
 
 
 @models
 def test_torch_sees_everything(name):
-    assert counted_by_torch(*make(name))[0] == model_table.macs(name, SIZE)
+    """On the CPU BiFormer's attention is dense where that is faster: more products than the definition has."""
+    model, x = make(name)
+    expected = sum(model_table.products(name, SIZE).values())
+    with zoo.kernels.default_backend("reference"):
+        assert counted_by_torch(model, x)[0] == expected
+    assert counted_by_torch(model, x)[0] >= expected
+    if not name.startswith("biformer"):
+        assert counted_by_torch(model, x)[0] == expected
 
 
 @models
@@ -70,6 +80,7 @@ def test_thop_sees_every_convolution_and_linear_layer(name):
             walk(below, f"{path}{child}.")
 
     walk(layers, "")
+    expected = {path: 0 if isinstance(model.get_submodule(path), CancelledBiasLinear) else count for path, count in expected.items()}
     assert {path: seen[path] for path in expected} == pytest.approx(expected)
 
 
@@ -86,7 +97,8 @@ def test_torchinfo_sees_every_convolution_and_linear_layer(name):
         assert count <= seen[id(module)] <= 2 * count, path  # it counts biases as weights
 
 
-@models
+# of DeiT, as of timm's own, ptflops leaves out the linear layers inside timm's Attention, which it has a rule for
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("deit")])
 def test_ptflops_sees_products_of_modules_and_functions(name):
     ptflops = pytest.importorskip("ptflops")
     model, x = make(name)
@@ -102,6 +114,13 @@ def test_fvcore_sees_the_products_of_the_definition(name):
     fvcore = pytest.importorskip("fvcore.nn")
     model, x = make(name)
     analysis = fvcore.FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    count = sum(analysis.by_operator()[op] for op in ("conv", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))
-    assert not [op for op in analysis.unsupported_ops() if "zoo" in op or "attention" in op]
-    assert count == pytest.approx(model_table.macs(name, SIZE), rel=1e-3)
+    count = sum(analysis.by_operator()[op] for op in ("conv", "linear", "matmul", "mm", "bmm", "addmm", "einsum"))
+    unknown = {op for op in analysis.unsupported_ops() if "::_" not in op and any(part in op for part in ("zoo", "conv", "attention"))}
+    assert unknown <= {"torchvision::deform_conv2d", "aten::scaled_dot_product_attention"}
+    expected = dict(model_table.products(name, SIZE))
+    if "torchvision::deform_conv2d" in unknown:
+        del expected["torchvision.deform_conv2d"]
+    attention = 0
+    if "aten::scaled_dot_product_attention" in unknown:  # of timm's modules: blocks of DeiT, the class token's of FAN
+        attention = counted_by_torch(model, x)[1]
+    assert sum(expected.values()) - attention <= count <= sum(expected.values())
