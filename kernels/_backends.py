@@ -35,7 +35,8 @@ BACKENDS = {
 # A plain global, not a context variable: gradient checkpointing runs operators again in autograd's own thread.
 _default: str | None = None
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager

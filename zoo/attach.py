@@ -2,7 +2,7 @@
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,11 +99,12 @@ def attach(
     return model
 
 
-def _follow(module: nn.Module, attached: nn.Module) -> Callable[[], None]:
+def _follow(module: nn.Module, attached: nn.Module) -> Callable[[], object]:
     """Makes `module` pass on its output through `attached`; returns how to take that back."""
     if hasattr(module, "attached"):
-        module.attached.append(attached)
-        return lambda: module.attached.pop(-1)
+        earlier = cast(nn.Sequential, module.attached)
+        earlier.append(attached)
+        return lambda: earlier.pop(-1)
     module.attached = nn.Sequential(attached)
     hook = module.register_forward_hook(_run_attached)
 
@@ -115,7 +116,7 @@ def _follow(module: nn.Module, attached: nn.Module) -> Callable[[], None]:
 
 
 def _run_attached(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module.attached(output)
+    return cast(nn.Sequential, module.attached)(output)
 
 
 def _find_layer(layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -170,14 +171,14 @@ class _Probe(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.modules = dict(model.named_modules())
-        self.outputs: dict[str, list[object]] = {name: [] for name in self.modules}
+        self.outputs: dict[str, list[Any]] = {name: [] for name in self.modules}
         self.sums: dict[str, set[torch.Size]] = {name: set() for name in self.modules}
         self.running: list[str] = []
 
     def __enter__(self) -> Self:
         self.hooks = []
         for name, module in self.modules.items():
-            self.hooks.append(module.register_forward_pre_hook(lambda _module, _args, name=name: self.running.append(name)))
+            self.hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
             self.hooks.append(module.register_forward_hook(partial(self._leave, name)))
         return super().__enter__()
 
@@ -185,6 +186,9 @@ class _Probe(TorchFunctionMode):
         for hook in self.hooks:
             hook.remove()
         super().__exit__(*error)
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.append(name)
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.running.pop()

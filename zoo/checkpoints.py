@@ -134,7 +134,8 @@ def one_line(error: Exception) -> str:
 
 def _are_numbers(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(
-        isinstance(item, Real) and not isinstance(item, bool) and abs(item) < math.inf for item in value)
+        isinstance(item, Real) and not isinstance(item, bool) and abs(item) < math.inf  # pyright: ignore[reportOperatorIssue]
+        for item in value)  # the stub of Real gives abs no order
 
 
 def are_names(value: object) -> bool:

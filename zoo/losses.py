@@ -92,9 +92,9 @@ def _fused(model: nn.Module) -> Iterator[None]:
         raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "
                          "leave one of checkpointing and fused_attn=False")
     for module in spelled_out:
-        module.fused_attn = True
+        module.fused_attn = True  # pyright: ignore[reportAttributeAccessIssue]  # final for timm's TorchScript only
     try:
         yield
     finally:
         for module in spelled_out:
-            module.fused_attn = False
+            module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]  # as above

@@ -10,9 +10,10 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
+import torch._utils
 from torch import Tensor
 
 from zoo.errors import InputError
@@ -97,7 +98,7 @@ def _rebuild_subclass(build: Callable, kind: object, arguments: tuple, state: ob
     return _call(build, arguments)
 
 
-def _set(items: object = (), *_: object) -> set:
+def _set(items: Any = (), *_: object) -> set:
     """Of what takes no long time to hash."""
     return {item for item in items if type(item) in SCALARS} if type(items) in (list, tuple) else set()
 
@@ -116,7 +117,7 @@ BUILDERS: dict[tuple[str, str], Any] = {
 STORAGES = {("torch.storage", "UntypedStorage"): torch.UntypedStorage, ("torch", "UntypedStorage"): torch.UntypedStorage}
 
 
-def _call(function: object, arguments: object) -> object:
+def _call(function: Any, arguments: object) -> object:
     """A call in the file: carried out if it builds a tensor or a container, an `Ignored` otherwise."""
     if not any(function is builder for builder in BUILDERS.values()) or type(arguments) is not tuple:
         return Ignored()
@@ -135,7 +136,12 @@ class _Unpickler(pickle._Unpickler):
     """
 
     limit: int
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    # What Python's has and its stub leaves out.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: Any, **options: Any):
         super().__init__(file, **options)

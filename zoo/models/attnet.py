@@ -5,12 +5,12 @@ The authors' checkpoints (MIT licence; https://github.com/price112/Attentive-Con
     timm.create_model("attnet_t2", pretrained=True, pretrained_cfg_overlay=dict(file="AttNet_T2.pth"))
 """
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, calculate_drop_path_rates, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named
+from zoo.models.staged import StagedNetwork, named, stochastic_depth
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
@@ -49,7 +49,7 @@ class GatedMlp(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.hidden, self.eps = hidden, eps
         self.fc1 = nn.Conv2d(dim, 2 * hidden, 1, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
@@ -82,12 +82,14 @@ class GatedMlp(nn.Module):
             y = self._gated(x, channels)
             out += pointwise(y, self._weight()[:, channels], None)
             squares += 0 if self.norm is None else _squares(y)
-        return out.add_(self.fc2.bias[:, None, None]) if self.norm is None else self._normalized(out, squares)
+        out, squares = cast(Tensor, out), cast(Tensor, squares)
+        return out.add_(cast(Tensor, self.fc2.bias)[:, None, None]) if self.norm is None else self._normalized(out, squares)
 
     def _gated(self, x: Tensor, channels: slice) -> Tensor:
         """Those channels of y. The halves of fc1 apart, as those of one result would have to be copied."""
-        (gate, value), (gate_bias, value_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        gated = depthwise(pointwise(x, gate[channels], gate_bias[channels]), self.dwconv.weight[channels], self.dwconv.bias[channels])
+        (gate, value), (gate_bias, value_bias) = self.fc1.weight.chunk(2), cast(Tensor, self.fc1.bias).chunk(2)
+        weight, bias = self.dwconv.weight, cast(Tensor, self.dwconv.bias)
+        gated = depthwise(pointwise(x, gate[channels], gate_bias[channels]), weight[channels], bias[channels])
         value = pointwise(x, value[channels], value_bias[channels])
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.gelu(gated) * value
@@ -97,7 +99,8 @@ class GatedMlp(nn.Module):
         return self.fc2.weight if self.norm is None else self.fc2.weight * self.norm.weight[:, None, None]
 
     def _normalized(self, out: Tensor, squares: Tensor) -> Tensor:
-        return torch.addcmul(self.fc2.bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
+        bias = cast(Tensor, self.fc2.bias)
+        return torch.addcmul(bias[:, None, None], out, (squares / self.hidden + self.eps).rsqrt().to(out.dtype))
 
 
 def _squares(y: Tensor) -> Tensor:
@@ -183,10 +186,10 @@ class AttNet(StagedNetwork):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = dims[-1]
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path_rates = stochastic_depth(drop_path_rate, depths)
 
         self.stem = named(
             **_conv_norm(in_chans, dims[0] // 2, "1", **dd), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2", **dd))

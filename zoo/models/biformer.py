@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from zoo.layers._attention import attend
 from zoo.layers._linear import linear
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named
+from zoo.models.staged import StagedNetwork, named, stochastic_depth
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -51,7 +51,7 @@ class GlobalAttention(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_heads, self.lepe_of_values = num_heads, lepe_of_values
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
@@ -158,10 +158,10 @@ class BiFormer(StagedNetwork):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = dims[-1]
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path_rates = stochastic_depth(drop_path_rate, depths)
         mlp_ratios = mlp_ratio if isinstance(mlp_ratio, (list, tuple)) else [mlp_ratio] * len(dims)
         attn_args = attn_args if isinstance(attn_args, list) else [attn_args or {}] * len(dims)
 

@@ -1,7 +1,7 @@
 """timm's way of building a model, with weights chosen, named and checked by the rules of `zoo.weights`."""
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import timm.models
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from zoo.weights import Filter, check_fit, converted, weights_in
 
 __all__ = ["build_model_with_cfg"]
 
+Model = TypeVar("Model", bound=nn.Module)
 ELSEWHERE = "zoo: the weights are read when the model is there"  # the one entry of what timm takes for the state dict until then
 
 
-def build_model_with_cfg(model_cls: Any, variant: str, pretrained: bool, pretrained_cfg: Any = None,
+def build_model_with_cfg(model_cls: type[Model], variant: str, pretrained: bool, pretrained_cfg: Any = None,
                          pretrained_cfg_overlay: Mapping[str, Any] | None = None, pretrained_filter_fn: Filter | None = None,
-                         cache_dir: Any = None, **kwargs: Any) -> nn.Module:
+                         cache_dir: Any = None, **kwargs: Any) -> Model:
     """timm.models.build_model_with_cfg, but files are read by `zoo.weights` and addresses by `zoo.downloads`.
 
     The overlay may hold, beside timm's fields, `ema`: whether the file's average of the weights is loaded. What the file holds says
@@ -41,13 +42,13 @@ def build_model_with_cfg(model_cls: Any, variant: str, pretrained: bool, pretrai
     model = timm.models.build_model_with_cfg(
         model_cls, variant, pretrained, cfg.to_dict(), pretrained_filter_fn=convert, cache_dir=cache_dir, **kwargs)
     if source:
-        del model.pretrained_cfg["state_dict"]
+        del cast(dict[str, Any], model.pretrained_cfg)["state_dict"]
     return model
 
 
 def _weights(source: str | Mapping[str, Any], model: nn.Module, filter_fn: Filter | None, ema: bool, features: bool) -> dict[str, Tensor]:
     """The model's weights, of which timm has yet to fit the first convolution to other channels and to drop a head of other classes."""
-    cfg = model.pretrained_cfg
+    cfg = cast(dict[str, Any], model.pretrained_cfg)
     given = weights_in(source, ema, own=model.state_dict(), licence=cfg.get("license"))
     weights = dict(converted(given, model, filter_fn))
     heads, stems = _names(cfg.get("classifier")), _names(cfg.get("first_conv"))

@@ -9,7 +9,7 @@ timm's own weights load into everything but the gates, which keep their initiali
 
     timm.create_model("das_resnet50", pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="timm/resnet50.a1_in1k"))
 """
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
@@ -44,16 +44,16 @@ class GatedBlock(nn.Module):
         return self.das(self.block(x))
 
 
-def _add_gates(model: nn.Module, stages: list[str], gates: Gates, das_args: dict[str, Any] | None) -> None:
-    if gates not in Gates.__args__:
-        raise ValueError(f"gates must be one of {', '.join(Gates.__args__)}, got {gates!r}")
+def _add_gates(model: ResNet | EfficientNet, stages: list[str], gates: Gates, das_args: dict[str, Any] | None) -> None:
+    if gates not in get_args(Gates):
+        raise ValueError(f"gates must be one of {', '.join(get_args(Gates))}, got {gates!r}")
     ends = [info["module"] for info in model.feature_info]
     for name in stages:
-        stage = model.get_submodule(name)
+        stage = cast(nn.Sequential, model.get_submodule(name))
         for i, block in enumerate(stage):
             if gates == "block" or name in ends and i == len(stage) - 1:
-                channels = (block.bn3 if hasattr(block, "bn3") else block.bn2).num_features
-                stage[i] = GatedBlock(block, DAS(channels, **{**get_device_dtype(block), **(das_args or {})}))
+                norm = cast(Any, block.bn3 if hasattr(block, "bn3") else block.bn2)
+                stage[i] = GatedBlock(block, DAS(norm.num_features, **{**get_device_dtype(block), **(das_args or {})}))
 
 
 class DASResNet(Reinitialized, ResNet):

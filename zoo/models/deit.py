@@ -3,7 +3,7 @@
 The weights of timm's DeiT of the same name without `_cb` or `_cbs` load as they are.
 """
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -52,7 +52,9 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, scaled: bool = False, **kwargs: Any):
-        super().__init__(mlp_layer=partial(BroadcastingMlp, scaled=scaled), dynamic_img_size=True, dynamic_img_pad=True, **kwargs)
+        super().__init__(
+            mlp_layer=partial(BroadcastingMlp, scaled=scaled),  # pyright: ignore[reportArgumentType]  # timm only calls it
+            dynamic_img_size=True, dynamic_img_pad=True, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -69,7 +71,7 @@ class BroadcastingVisionTransformer(vit.VisionTransformer):
         if self.pos_embed is None:
             return torch.cat([*prefix, x], 1)
         position = resample_abs_pos_embed(
-            self.pos_embed, (height, width), self.patch_embed.grid_size, self.num_prefix_tokens if within else 0)
+            self.pos_embed, [height, width], self.patch_embed.grid_size, self.num_prefix_tokens if within else 0)
         x = torch.cat([*prefix, x], 1) + position if within else torch.cat([*prefix, x + position], 1)
         return self.pos_drop(x)
 
@@ -88,7 +90,7 @@ def holding_images(x: Tensor) -> Tensor:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's conversion; factors of CB_S that the checkpoint does not have stay what they are."""
     scales = {name: value for name, value in model.state_dict().items() if name.endswith(".broadcast.scale")}
-    return scales | vit.checkpoint_filter_fn(state_dict, model)
+    return scales | vit.checkpoint_filter_fn(state_dict, cast(vit.VisionTransformer, model))
 
 
 def _cfg() -> dict[str, Any]:

@@ -9,10 +9,10 @@ Those of FAN are under a licence for non-commercial use, which `zoo fetch NAME -
 TAP-FAN was trained with `zoo.AttentionDiversificationLoss`. Its authors' segmentor of Cityscapes, tapadl_fan_base_segmentation.pth, is
 loaded by configs/segmentation/segformer_tap-fan-base_4xb1-160k_cityscapes-1024x1024.py.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,10 @@ class ClassAttentionHead(nn.Module):
     `keep_blocks`: the blocks stay also where something else pools, for `attended`.
     """
 
+    cls_token: nn.Parameter | None
+    blocks: nn.Sequential | None
+    norm: nn.Module
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, num_classes: int, pool_type: str, drop_rate: float,
                  keep_blocks: bool = False, **dd: Any):
         super().__init__()
@@ -88,8 +92,9 @@ class ClassAttentionHead(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd))
         make = partial(ClassAttentionBlock, dim, num_heads, mlp_ratio, qkv_bias=True, tokens_norm=True,
                        norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
-        self.blocks = nn.Sequential(make(), make())
-        for block in self.blocks:
+        blocks = make(), make()
+        self.blocks = nn.Sequential(*blocks)
+        for block in blocks:
             block.attn.k = CancelledBiasLinear(dim, dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.drop = nn.Dropout(drop_rate)
@@ -114,9 +119,9 @@ class ClassAttentionHead(nn.Module):
     def reset_parameters(self) -> None:
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-            for block in self.blocks:  # whose factors timm has no method for
-                nn.init.ones_(block.gamma1)
-                nn.init.ones_(block.gamma2)
+            for block in cast(Iterable[ClassAttentionBlock], self.blocks):  # whose factors timm has no method for
+                nn.init.ones_(cast(Tensor, block.gamma1))
+                nn.init.ones_(cast(Tensor, block.gamma2))
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self._tokens(x)[:, 0] if self.by_token else self.global_pool(x.permute(0, 2, 3, 1))
@@ -130,7 +135,8 @@ class ClassAttentionHead(nn.Module):
         return self._tokens(x)[:, 1:].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1))
+        token, blocks = cast(Tensor, self.cls_token), cast(nn.Sequential, self.blocks)  # `reset` keeps both or neither
+        return blocks(torch.cat([token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1))
 
 
 def _conv_norm(in_chans: int, dim: int, **dd: Any) -> dict[str, nn.Module]:
@@ -159,6 +165,7 @@ class Fan(StagedNetwork):
     """
 
     truncated = (nn.Linear,)
+    head: ClassAttentionHead
 
     def __init__(
         self,
@@ -182,7 +189,7 @@ class Fan(StagedNetwork):
         super().__init__()
         if class_attention_map and global_pool != "token":
             raise ValueError(f"class_attention_map needs global_pool='token', got {global_pool!r}")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features, self.head_init_scale = embed_dim, head_init_scale
         self.hybrid = hybrid_dims is not None
@@ -221,7 +228,7 @@ class Fan(StagedNetwork):
             self.head.fc.weight.data.mul_(self.head_init_scale)
         if needs_reset:
             for block in (module for module in self.modules() if isinstance(module, ConvNeXtBlock)):
-                nn.init.constant_(block.gamma, CONVNEXT_SCALE)  # which timm has no method for
+                nn.init.constant_(cast(Tensor, block.gamma), CONVNEXT_SCALE)  # which timm has no method for
 
     def no_weight_decay(self) -> set[str]:
         return set() if self.head.cls_token is None else {"head.cls_token"}

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import HaloAttention
 from zoo.models.building import build_model_with_cfg
-from zoo.models.staged import StagedNetwork, named
+from zoo.models.staged import StagedNetwork, named, stochastic_depth
 
 __all__ = ["HaloNet"]
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
         device: torch.device | str | None, dtype: torch.dtype | None, **attn_args: Any,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         changes = stride > 1 or dim != dim_out
         self.shortcut = _conv_norm(dim, dim_out, stride, **dd) if changes else nn.Identity()
         self.reduce = _conv_norm(dim, hidden, **dd)
@@ -109,9 +109,9 @@ class HaloNet(StagedNetwork):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path_rates = stochastic_depth(drop_path_rate, depths)
 
         width = dims[0]
         self.stem = named(

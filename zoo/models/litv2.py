@@ -5,12 +5,12 @@ The authors' checkpoints (Apache 2.0 licence; https://github.com/ziplab/LITv2) l
     timm.create_model("litv2_s", pretrained=True)
 """
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, register_notrace_module
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork
+from zoo.models.staged import StagedNetwork, stochastic_depth
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
@@ -37,7 +37,7 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
+            x = x + self.drop_path(self.attn(cast(nn.LayerNorm, self.norm1)(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -133,10 +133,10 @@ class LITv2(StagedNetwork):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = dims[-1]
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path_rates = stochastic_depth(drop_path_rate, depths)
 
         self.stem = PatchEmbed(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []

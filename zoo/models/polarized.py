@@ -8,8 +8,9 @@ layers, which keep their initial values:
 
     timm.create_model("polarized_resnet50_s", pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="timm/resnet50.a1_in1k"))
 """
+from collections.abc import Iterable
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ Fuse = Literal["nearest", "bilinear"]
 _SLOT = "aa"  # timm's place after the first 3×3 convolution of a block, otherwise for the blur that anti-aliases a stride
 
 
-def _polarize(model: nn.Module, blocks: tuple[type[nn.Module], ...], layout: Layout) -> None:
+def _polarize(model: nn.Module, blocks: tuple[type[BasicBlock | Bottleneck], ...], layout: Layout) -> None:
     """Puts the attention into every block of these types."""
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
         conv = block.conv1 if isinstance(block, BasicBlock) else block.conv2
@@ -64,7 +65,7 @@ class _FusedBranches(nn.Module):
 
     def __init__(self, module: HighResolutionModule, fuse: Fuse):
         super().__init__()
-        self.branches, self.fuse_layers, self.fuse_act = module.branches, module.fuse_layers, module.fuse_act
+        self.branches, self.fuse_layers, self.fuse_act = module.branches, cast(nn.ModuleList, module.fuse_layers), module.fuse_act
         self.fuse = fuse
         self.grad_checkpointing = False
 
@@ -77,12 +78,12 @@ class _FusedBranches(nn.Module):
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
         return [
             self.fuse_act(reduce(torch.add, [self._resized(j, fuse[j], maps, i) for j in range(len(maps))]))
-            for i, fuse in enumerate(self.fuse_layers)]
+            for i, fuse in enumerate(cast(Iterable[nn.ModuleList], self.fuse_layers))]
 
     def _resized(self, j: int, fuse: nn.Module, maps: list[Tensor], i: int) -> Tensor:
         if j <= i:
             return fuse(maps[j])
-        conv, norm, _ = fuse
+        conv, norm, _ = cast(nn.Sequential, fuse)
         return F.interpolate(norm(conv(maps[j])), size=maps[i].shape[2:], mode=self.fuse)
 
 
@@ -105,8 +106,8 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
 
     def __init__(self, cfg: dict[str, Any], *args: Any, layout: Layout = "parallel", drop_path_rate: float = 0.0,
                  fuse: Fuse = "nearest", **kwargs: Any):
-        if fuse not in Fuse.__args__:
-            raise ValueError(f"fuse must be one of {', '.join(Fuse.__args__)}, got {fuse!r}")
+        if fuse not in get_args(Fuse):
+            raise ValueError(f"fuse must be one of {', '.join(get_args(Fuse))}, got {fuse!r}")
         super().__init__(cfg, *args, **kwargs)
         for module in self.modules():
             if isinstance(module, _FusedBranches):
@@ -127,14 +128,14 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
     def _make_stage(self, *args: Any, **kwargs: Any) -> tuple[nn.Sequential, list[int]]:
         stage, channels = super()._make_stage(*args, **kwargs)
         for i, module in enumerate(stage):
-            stage[i] = _FusedBranches(module, "nearest")
+            stage[i] = _FusedBranches(cast(HighResolutionModule, module), "nearest")
         return stage, channels
 
-    def _depths(self, drop_path_rate: float) -> list[tuple[float, list[nn.Module]]]:
+    def _depths(self, drop_path_rate: float) -> list[tuple[float, list[Any]]]:
         """Residual blocks of the same depth, with their rate of stochastic depth."""
         levels = [[block] for block in self.layer1]
         for module in [*self.stage2, *self.stage3, *self.stage4]:
-            levels += [list(blocks) for blocks in zip(*module.branches, strict=True)]
+            levels += [list(blocks) for blocks in zip(*cast(_FusedBranches, module).branches, strict=True)]
         return [(drop_path_rate * depth / (len(levels) - 1), blocks) for depth, blocks in enumerate(levels)]
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -206,21 +207,22 @@ _resnet = partial(build_model_with_cfg, PolarizedResNet, pretrained_filter_fn=ch
 
 
 def _resnet50(variant: str, pretrained: bool, layout: Layout, **kwargs: Any) -> PolarizedResNet:
-    args = dict(block=Bottleneck, layers=(3, 4, 6, 3), layout=layout)
+    args: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3), layout=layout)
     return _resnet(variant, pretrained, **dict(args, **kwargs))
 
 
 def _hrnet(variant: str, pretrained: bool, layout: Layout, **kwargs: Any) -> PolarizedHRNet:
+    args: dict[str, Any] = dict(layout=layout)
     return build_model_with_cfg(
         PolarizedHRNet, variant, pretrained, model_cfg=cfg_cls[variant.removeprefix("polarized_")[:-2]],
-        pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(feature_cls="getter"), **dict(dict(layout=layout), **kwargs),
+        pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(feature_cls="getter"), **dict(args, **kwargs),
     )
 
 
 @register_model
 def polarized_resnet_nano(pretrained: bool = False, **kwargs: Any) -> PolarizedResNet:
     """For small images and machines; not in the paper."""
-    args = dict(
+    args: dict[str, Any] = dict(
         block=BasicBlock, layers=(1, 1, 2, 1), channels=(32, 64, 96, 128), stem_type="deep", stem_width=16, layout="sequential")
     return _resnet("polarized_resnet_nano", pretrained, **dict(args, **kwargs))
 

@@ -60,8 +60,9 @@ def released(name: str) -> Released:
         raise InputError(f"there is no model {name!r}{near or '; weights are known of ' + ', '.join(_FILES)}")
     file, key, page = _FILES[name]
     cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None, name  # every model of the table is registered
     url = cfg.url if isinstance(cfg.url, str) and cfg.url else None
-    return Released(file, key, url, page or cfg.origin_url, cfg.license)
+    return Released(file, key, url, page or str(cfg.origin_url), cfg.license)
 
 
 def names() -> list[str]:

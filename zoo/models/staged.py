@@ -1,8 +1,9 @@
 """What timm asks of a hierarchical network, written once for the families of the zoo."""
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-from timm.layers import get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, NormMlpClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices  # private, and the only source of it: timm's own families use it
 from torch import Tensor, nn
 
@@ -19,13 +20,19 @@ class StagedNetwork(nn.Module):
     Weights of modules of the types in `truncated` come from a truncated normal distribution of deviation 0.02; their biases are 0.
     """
 
-    truncated: tuple[type[nn.Module], ...] = ()
+    truncated: tuple[type[nn.Linear | nn.Conv2d], ...] = ()
     __prepare_scriptable__ = refuse_scripting
 
     stem: nn.Module
     stages: nn.Sequential
-    head: nn.Module
+    norm: nn.Module
+    coarser: nn.Module | None
+    head: ClassifierHead | NormMlpClassifierHead
     feature_info: list[dict[str, Any]]
+    in_chans: int
+    num_classes: int
+    num_features: int
+    head_hidden_size: int | None
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """Values of a new network, as in timm; `needs_reset` also for what modules give themselves when they are made."""
@@ -51,14 +58,15 @@ class StagedNetwork(nn.Module):
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        for stage in cast(Iterable[Any], self.stages):
             stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd: dict[str, Any] = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.num_classes, self.head_hidden_size = num_classes, self.head.num_features
 
     def forward_intermediates(
@@ -106,7 +114,7 @@ class StagedNetwork(nn.Module):
             self.reset_classifier(0, "")
         return indices
 
-    def _levels(self) -> list[nn.Module]:
+    def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         coarser = getattr(self, "coarser", None)
         return [*self.stages] if coarser is None else [*self.stages, coarser]
 
@@ -120,7 +128,16 @@ class StagedNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-class Reinitialized:
+if TYPE_CHECKING:
+    class _Network(nn.Module):
+        """What stands beside `Reinitialized` among the bases: a network of timm's with a method for its initialisation."""
+
+        def init_weights(self, **options: Any) -> None: ...
+else:
+    _Network = object
+
+
+class Reinitialized(_Network):
     """For classes of timm's networks, whose own `init_weights` leaves alone what modules give themselves when they are made.
 
     Here it also initialises storage that holds anything, as after `to_empty`: every parameter and buffer gets the values of a new
@@ -138,7 +155,7 @@ class Reinitialized:
             self._as_made = options
         elif needs_reset:
             reset_parameters(self)
-        super().init_weights(**{**self._as_made, **options})
+        super().init_weights(**{**(self._as_made or {}), **options})
         if not new:
             for module in self.modules():
                 if isinstance(module, self.added):
@@ -152,6 +169,11 @@ def truncated_normal_(module: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(module.bias)
 
 
+def stochastic_depth(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates at which the blocks of every stage are left out, growing with depth from 0 to `rate`."""
+    return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))
+
+
 def reset_parameters(network: nn.Module) -> None:
     """The values that modules give their parameters and buffers when they are made, children first."""
     network.apply(_reset)
@@ -159,7 +181,7 @@ def reset_parameters(network: nn.Module) -> None:
 
 def _reset(module: nn.Module) -> None:
     if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+        cast(Any, module).reset_parameters()
 
 
 def named(**modules: nn.Module) -> nn.Sequential:

@@ -9,12 +9,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.layers import create_act_layer, get_act_layer, get_device_dtype, register_notrace_function
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
@@ -37,6 +37,8 @@ NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 class Blocks:
     """Makes the parts of a network that are alike: all of one dimension, norm and activation."""
 
+    norm: Norm
+
     def __init__(self, spatial_dims: int, norm: Norm, act_layer: str, **dd: Any):
         check_spatial(spatial_dims, norm)
         try:
@@ -48,7 +50,8 @@ class Blocks:
     def conv(self, dim: int, out_dim: int, kernel_size: int, suffix: str = "") -> dict[str, nn.Module]:
         """Convolution, norm and activation."""
         conv = CONV[self.spatial_dims](dim, out_dim, kernel_size, padding=kernel_size // 2, **self.dd)
-        norm, act = norm_layer(self.norm, self.spatial_dims, out_dim, **self.dd), create_act_layer(self.act_layer, inplace=True)
+        norm = norm_layer(self.norm, self.spatial_dims, out_dim, **self.dd)
+        act = cast(nn.Module, create_act_layer(self.act_layer, inplace=True))  # None only for no name
         return {f"conv{suffix}": conv, f"norm{suffix}": norm, f"act{suffix}": act}
 
     def double_conv(self, dim: int, out_dim: int) -> nn.Sequential:
@@ -72,6 +75,9 @@ class Convolutions(nn.Sequential):
 
 class ConvEncoder(nn.Module):
     """Two convolutions at every level, max pooling between levels; (B, C, …) → the maps of all levels, finest first."""
+
+    channels: list[int]
+    reductions: list[int]
 
     def __init__(self, in_chans: int, widths: Sequence[int], blocks: Blocks):
         super().__init__()
@@ -102,6 +108,9 @@ def channels_last(x: Tensor) -> Tensor:
 class TimmEncoder(nn.Module):
     """A timm model's feature maps, as (B, C, H, W), finest first."""
 
+    channels: list[int]
+    reductions: list[int]
+
     def __init__(self, name: str, in_chans: int, **args: Any):
         super().__init__()
         if not timm.is_model(name):
@@ -111,7 +120,7 @@ class TimmEncoder(nn.Module):
             self.model = self._make()
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # models without feature maps, each in its way
             raise InputError(f"encoder {name} cannot give feature maps: {error}") from error
-        info = self.model.feature_info
+        info = cast(FeatureInfo, self.model.feature_info)
         self.channels, self.reductions = info.channels(), info.reduction()
         if any(fine >= coarse for fine, coarse in zip(self.reductions, self.reductions[1:], strict=False)):
             raise InputError(f"encoder {name} is not hierarchical: its maps are the input's size divided by {self.reductions}")
@@ -129,7 +138,7 @@ class TimmEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         network = self.model if hasattr(self.model, "set_grad_checkpointing") else self.model.model  # timm wraps some
-        network.set_grad_checkpointing(enable)
+        cast(Any, network).set_grad_checkpointing(enable)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -201,6 +210,7 @@ class UNet(nn.Module):
     """
 
     __prepare_scriptable__ = refuse_scripting
+    pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -219,7 +229,7 @@ class UNet(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_chans, self.num_classes, self.deep_supervision, self.spatial_dims = in_chans, num_classes, deep_supervision, spatial_dims
         blocks = Blocks(spatial_dims, norm, act_layer, **dd)
         if encoder is None:
