@@ -98,8 +98,9 @@ def test_torch_fx(name):
     x = images(model, (64, 32), 2)
     again = pickle.loads(pickle.dumps(graph)).eval()  # torchvision's graphs come back in training mode
     assert torch.equal(again(x)["out"], graph(x)["out"])
-    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
-    found = torch.autograd.grad(graph(x)["out"].square().sum(), graph.parameters())
+    own, traced = dict(model.named_parameters()), dict(graph.named_parameters())  # in the order of their use
+    expected = torch.autograd.grad(model(x).square().sum(), list(own.values()))
+    found = torch.autograd.grad(graph(x)["out"].square().sum(), [traced[name] for name in own])
     torch.testing.assert_close(found, expected)
 
 
