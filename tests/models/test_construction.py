@@ -177,3 +177,33 @@ def test_scripting_is_refused_in_a_sentence(name):
 def test_scripting_a_layer_is_refused_wherever_it_is(name):
     with pytest.raises(NotImplementedError, match=f"^{name} cannot be scripted: "):
         torch.jit.script(nn.Sequential(layer(name, device="meta")))
+
+
+POOLS = ["avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "token", "unknown", ""]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name in LIGHT])
+def test_every_kind_of_pooling_is_obeyed_or_refused_at_once(name, pool):
+    """As an argument and later; `head_hidden_size` is the width that the classifier is given."""
+    token = name.startswith(("deit", "tap_fan"))  # have a class token
+    before = name.startswith(("attnet", "tap_fan", "deit"))  # have a norm after pooling, of the map's width
+    refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or name.startswith("deit") and "fast" in pool
+    x = torch.empty(2, 3, 64, 64, device="meta")
+    classes = 0 if not pool else 5  # linear classifiers take no map, in timm's networks neither
+    if refused:
+        with pytest.raises((ValueError, AssertionError), match="pool"):
+            timm.create_model(name, global_pool=pool, device="meta")
+    later = timm.create_model(name, device="meta").eval()
+    if refused:
+        with pytest.raises((ValueError, AssertionError), match="pool"):
+            later.reset_classifier(5, pool)
+        return
+    later.reset_classifier(classes, pool)
+    for model in (timm.create_model(name, global_pool=pool, num_classes=classes, device="meta").eval(), later):
+        before_head = model.forward_head(model.forward_features(x), pre_logits=True)
+        if pool:
+            assert before_head.shape == (2, model.head_hidden_size) and model(x).shape == (2, 5)
+            assert model.head_hidden_size == model.num_features * (1 + pool.endswith("catavgmax"))
+        else:
+            assert model(x).ndim == 4 and model.head_hidden_size == model.num_features

@@ -66,3 +66,13 @@ def test_exports_with_free_batch_and_sizes(tmp_path):
     model, info = load_model("deit_nano_patch16_224_cb", in_chans=1, num_classes=10, depth=1)
     result = export_onnx(model, info, tmp_path / "x.onnx", size=(64, 64))
     assert result.free_batch and result.free_size, result.reason
+
+
+@pytest.mark.parametrize(("output_fmt", "shape"), [("NCHW", (2, 96, 3, 4)), ("NLC", (2, 12, 96))])
+def test_intermediates_in_a_dictionary(output_fmt, shape):
+    model, x = timm.create_model("deit_nano_patch16_224_cb").eval(), torch.randn(2, 3, 40, 50)
+    with torch.no_grad():
+        found = model.forward_intermediates(x, output_dict=True, output_fmt=output_fmt, return_prefix_tokens=True)
+        assert torch.equal(found["image_features"], model.forward_features(x))
+    assert [y.shape for y in found["image_intermediates"]] == [shape] * 4
+    assert [y.shape for y in found["image_intermediates_prefix"]] == [(2, 1, 96)] * 4

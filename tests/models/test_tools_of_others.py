@@ -5,9 +5,12 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.models import get_notrace_functions, get_notrace_modules
 from timm.utils.model import freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, prune
+from torchvision.models.feature_extraction import NodePathTracer
 
 import zoo
 from zoo.models import unet
@@ -155,3 +158,20 @@ def test_batch_norms_freeze_and_thaw(name):
         expected = model(image(model))
         same(frozen.train()(image(model)), expected)
         same(unfreeze_batch_norm_2d(frozen).eval()(image(model)), expected)
+
+
+@models
+def test_torch_fuses_what_fx_traced_with_our_leaves(name):
+    """`fuse` also traces, without leaves: of most families that ends in a TraceError."""
+    model = make(name)
+    tracer = NodePathTracer(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
+    graph = fx.GraphModule(model, tracer.trace(model))
+    fused = fuse(graph, no_trace=True)
+    with torch.no_grad():
+        same(fused(image(model)), model(image(model)))
+    assert (batch_norms(fused) < batch_norms(graph)) == (name not in WITHOUT_PAIRS)
+
+
+def batch_norms(graph: fx.GraphModule) -> int:
+    called = [graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    return sum(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in called)
