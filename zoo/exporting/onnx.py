@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import numpy as np
@@ -191,7 +192,7 @@ def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch
                                       prefer_deferred_runtime_asserts_over_guards=True)
         converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[output], opset_version=opset,
                                       dynamic_shapes=(names,), verbose=False)
-        return converted.model_proto
+        return cast(torch.onnx.ONNXProgram, converted).model_proto
 
 
 def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
@@ -213,7 +214,7 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...
         progress(f"comparing batch {count}, {times(compared)}")
         images = _images(info, count, compared)
         try:
-            found = session.run([info.output], {INPUT: images.numpy()})[0]
+            found = cast(np.ndarray, session.run([info.output], {INPUT: images.numpy()})[0])
         except Exception as error:
             said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {_first_line(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error
@@ -227,7 +228,7 @@ def times(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" …")
 
 

@@ -4,9 +4,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import timm.data
+from PIL import Image
+from torch import Tensor
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
@@ -88,7 +91,8 @@ def _to_int8(source: Path, target: Path, info: ModelInfo, pictures: list[Path]) 
     prepared = source.with_name("prepared.onnx")
     with _quiet():
         quantization.quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantization.quantize_static(prepared, target, _Reader(_images(info, pictures)), per_channel=True,
+        reader = cast(quantization.CalibrationDataReader, _Reader(_images(info, pictures)))  # all that is called is `get_next`
+        quantization.quantize_static(prepared, target, reader, per_channel=True,
                                      activation_type=quantization.QuantType.QUInt8, op_types_to_quantize=list(ARITHMETIC))
     prepared.unlink()
     converted = onnx.load(target)
@@ -109,7 +113,7 @@ class _Reader:
 
 
 def _images(info: ModelInfo, pictures: list[Path]) -> Iterator[np.ndarray]:
-    transform = timm.data.create_transform(**info.data_config, is_training=False)
+    transform = cast(Callable[[Image.Image], Tensor], timm.data.create_transform(**info.data_config, is_training=False))
     for path in pictures:
         yield transform(open_picture(path, info.input_size[0]))[None].numpy()
 

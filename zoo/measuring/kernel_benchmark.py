@@ -5,7 +5,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -87,7 +87,7 @@ def seconds(run: Callable[[], object], device: str, leaves: tuple[Tensor, ...] =
     """Median, without what the caches hold of an earlier run."""
     if device != "cpu":
         from triton.testing import do_bench
-        return do_bench(run, warmup=10, rep=40, grad_to_none=leaves, return_mode="median") / 1e3
+        return cast(float, do_bench(run, warmup=10, rep=40, grad_to_none=leaves, return_mode="median")) / 1e3
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -257,7 +257,7 @@ def training_throughput(model: str, backend: str | None, device: str, batch: int
     `backend` is that of the operators, see `zoo.kernels.default_backend`.
     """
     network = timm.create_model(model, num_classes=1000).to(device).train()
-    size = size or network.pretrained_cfg["input_size"][1]
+    size = size or cast(int, cast(dict[str, Any], network.pretrained_cfg)["input_size"][1])
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(1000, (batch,), device=device)

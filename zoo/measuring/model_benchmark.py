@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -55,10 +56,11 @@ class Comparison:
     @property
     def ratios(self) -> tuple[float, float, float]:
         """The quartiles over rounds of the rival's time over ours: above 1, ours is faster."""
-        ratios = [rival / ours for ours, rival in zip(self.ours.seconds, self.rival.seconds, strict=True)]
+        ratios = [rival / ours for ours, rival in zip(self.ours.seconds, cast(Side, self.rival).seconds, strict=True)]
         if len(ratios) == 1:
-            return tuple(ratios * 3)
-        return tuple(statistics.quantiles(ratios, n=4, method="inclusive"))
+            return ratios[0], ratios[0], ratios[0]
+        lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        return lower, median, upper
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _peak_memory(run: Callable[[nn.Module, Tensor], None], model: nn.Module, ima
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise talks on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run(model, images)
-    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = (event for event in cast(Any, profiled.profiler).kineto_results.events() if event.name() == "[memory]")
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import timm
@@ -41,9 +41,13 @@ def _model(name: str) -> nn.Module:
         return timm.create_model(name).eval()
 
 
+def _cfg(model: nn.Module) -> dict[str, Any]:
+    return cast(dict[str, Any], model.pretrained_cfg)
+
+
 def macs(name: str) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image of the model's own size, see `products`."""
-    return sum(products(name, tuple(_model(name).pretrained_cfg["input_size"])).values())
+    return sum(products(name, tuple(_cfg(_model(name))["input_size"])).values())
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def details(name: str) -> tuple[str, ...]:
     """What `DETAILS` are of a model, as plain text."""
     model = _model(name)
     _, licence = _weights(model)
-    return name, mechanism_of(name) or NONE, *_counts(name, model), _top1(name), licence, model.pretrained_cfg["paper_ids"]
+    return name, mechanism_of(name) or NONE, *_counts(name, model), _top1(name), licence, _cfg(model)["paper_ids"]
 
 
 class Page(NamedTuple):
@@ -110,7 +114,7 @@ class Page(NamedTuple):
 def read_page(mechanism: str, folder: Path = PAGES) -> Page:
     text = (folder / f"{mechanism}.md").read_text()
     heading, lead, _ = text.split("\n\n", 2)
-    return Page(heading.removeprefix("# "), " ".join(lead.split()), re.search(r"\[arXiv \S+\]\(\S+\)", text)[0])
+    return Page(heading.removeprefix("# "), " ".join(lead.split()), cast(re.Match[str], re.search(r"\[arXiv \S+\]\(\S+\)", text))[0])
 
 
 def mechanism_table() -> str:
@@ -145,7 +149,7 @@ def _row(*cells: str) -> str:
 
 def _counts(name: str, model: nn.Module) -> tuple[str, str, str]:
     parameters = sum(p.numel() for p in model.parameters())
-    return f"{parameters / 1e6:.2f} M", f"{macs(name) / 1e9:.2f} G", _size(model.pretrained_cfg["input_size"])
+    return f"{parameters / 1e6:.2f} M", f"{macs(name) / 1e9:.2f} G", _size(_cfg(model)["input_size"])
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -157,13 +161,13 @@ def _top1(name: str) -> str:
 
 
 def _paper(model: nn.Module) -> str:
-    paper = model.pretrained_cfg["paper_ids"].removeprefix("arXiv:")
+    paper = _cfg(model)["paper_ids"].removeprefix("arXiv:")
     return f"[{paper}](https://arxiv.org/abs/{paper})"
 
 
 def _weights(model: nn.Module) -> tuple[str, str]:
     """Where the authors' weights are, and their licence."""
-    cfg = model.pretrained_cfg
+    cfg = _cfg(model)
     if cfg["tag"] == "untrained":
         return NONE, NONE
     return f"[theirs]({cfg['origin_url']})", cfg.get("license") or "not stated"

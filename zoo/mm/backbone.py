@@ -3,6 +3,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -153,7 +154,7 @@ def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path,
 
     `ema`: the average of its weights, see `zoo.weights_in`. Raises InputError unless every weight of `network` is there.
     """
-    weights = weights_in(path, ema, own=network.state_dict(), licence=network.pretrained_cfg.get("license"))
+    weights = weights_in(path, ema, own=network.state_dict(), licence=cast(dict[str, Any], network.pretrained_cfg).get("license"))
     overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
     try:
         whole = timm.create_model(name, **{**args, **overlay, "num_classes": 0})

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
+from numpy._core import multiarray
 from torch import Tensor, nn
 
 from zoo import checkpoints
@@ -40,12 +42,12 @@ def _history_method(owner: type, name: str) -> Callable:
 
 # What the engine writes beside tensors: the histories of logged numbers, NumPy arrays and scalars of int64 and float64.
 ENGINE_CLASSES = (
-    HistoryBuffer, (_history_method, "builtins.getattr"), np.ndarray, np.dtype, np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar, type(np.dtype(np.int64)), type(np.dtype(np.float64)),
+    HistoryBuffer, (_history_method, "builtins.getattr"), np.ndarray, np.dtype, multiarray._reconstruct,
+    multiarray.scalar, type(np.dtype(np.int64)), type(np.dtype(np.float64)),
 )
 
 
-def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
+def load_from_local(filename: str | Path, map_location: str | torch.device | None = None) -> object:
     """What the checkpoint `filename` holds, without config text, which the engine would execute on resuming."""
     checkpoint = checkpoints.read(Path(filename).expanduser(), map_location or "cpu", allow=ENGINE_CLASSES)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("meta"), dict):
@@ -158,7 +160,7 @@ class AtomicCheckpointHook(CheckpointHook):
                                backend_args=self.backend_args)
         self._put_weights(self.last_ckpt)
         if is_main_process():
-            self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir) / "last_checkpoint")
+            self.file_backend.put_text(str(self.last_ckpt), Path(runner.work_dir) / "last_checkpoint")
             for old in outdated:
                 path = Path(self.out_dir, self.filename_tmpl.format(old))
                 if path.exists():
@@ -180,7 +182,7 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
     weights = dict(weights)
     for place, part in model.named_modules():
         if hasattr(part, "take_authors_names"):  # as loading lets it
-            part.take_authors_names(weights, f"{place}.")
+            cast(Any, part).take_authors_names(weights, f"{place}.")
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
     if whole and needed != given:

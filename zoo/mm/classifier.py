@@ -1,5 +1,6 @@
 """Image classification as a task of the engine."""
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,11 @@ class ImageClassifier(BaseModel):
             case "tensor":
                 return self.model(inputs)
             case "loss":
-                return self._losses(inputs, targets)
+                return self._losses(inputs, cast(Tensor, targets))
             case "predict":
                 activation = torch.softmax if self.loss == "cross_entropy" else _sigmoid
                 scores = activation(self.model(inputs).float(), -1)
-                return [{"scores": score, "target": target} for score, target in zip(scores, targets, strict=True)]
+                return [{"scores": score, "target": target} for score, target in zip(scores, cast(Tensor, targets), strict=True)]
         raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

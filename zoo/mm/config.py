@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Number
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 from mmengine.config import Config, ConfigDict
@@ -152,12 +153,12 @@ def _apply(config: Config, option: str) -> None:
     if isinstance(node, list):
         node[int(last)] = value
     elif isinstance(node, Mapping | Config):
-        node[last] = value
+        cast(dict, node)[last] = value
     else:
         raise InputError(f"there is no {key} in the config: {'.'.join(parents)} is {node!r}")
 
 
-def _step(node: object, name: str, key: str) -> object:
+def _step(node: Any, name: str, key: str) -> Any:
     if isinstance(node, list | tuple):
         if not name.isdigit() or int(name) >= len(node):
             raise InputError(f"there is no {key} in the config: {name} is no index below {len(node)}")
@@ -182,7 +183,7 @@ class Block:
     place: str
     values: Mapping
     registry: Registry | None = None
-    default: type | str | None = None
+    default: Callable | str | None = None
     also: Iterable[str] = ()
 
 
@@ -266,7 +267,7 @@ def _find(registry: Registry, name: object, place: str) -> type:
     raise InputError(f"{place} in the config {what}{near_misses(str(name), {**registry.module_dict, **scoped.module_dict})}")
 
 
-def _known_arguments(target: object) -> set[str]:
+def _known_arguments(target: Any) -> set[str]:
     """The names that can be passed to a function, or to a class and, where it hands on keywords, its bases."""
     known: set[str] = set()
     for owner in (target.__mro__ if isinstance(target, type) else (target,)):

@@ -5,9 +5,9 @@ index and the dataset draws under it. So neither the number of workers nor an in
 """
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from timm.data import auto_augment, create_transform
 from timm.data.constants import DEFAULT_CROP_MODE, DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import Compose
 
 from zoo.errors import InputError
 from zoo.reading.class_folders import find_classes, list_labelled
@@ -57,7 +58,7 @@ class ReproducibleSampler(Sampler[Sample]):
     still as many samples as there are images, covers that fraction of them.
     """
 
-    def __init__(self, dataset: Dataset, seed: int | None = 0, shuffle: bool = True, repeats: int = 1):
+    def __init__(self, dataset: Sized, seed: int | None = 0, shuffle: bool = True, repeats: int = 1):
         if repeats < 1 or (repeats > 1 and not shuffle):
             raise InputError(f"repeats={repeats} with shuffle={shuffle}: repeats is at least 1, and 1 without shuffling")
         self.size = len(dataset)
@@ -90,9 +91,9 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, classes: list[str], transform: Mapping, corruption: Mapping | None = None):
-        self.metainfo = {"classes": classes}
+        self.metainfo: dict[str, Any] = {"classes": classes}
         try:
-            self.transform = create_transform(**transform)
+            self.transform = cast(Compose, create_transform(**transform))  # it is one: separate parts are not asked for
         except (TypeError, AssertionError) as error:
             raise InputError(f"the transform cannot be set up: {error}") from error
         keep_a_bit(self.transform.transforms)
@@ -132,7 +133,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **others: object) -> Image
     return auto_augment.posterize(image, max(1, bits_to_keep), **others)
 
 
-def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
+def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)[-2:]
 
 

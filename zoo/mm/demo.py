@@ -2,6 +2,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from zoo.checkpoints import load_trained
 from zoo.exporting.onnx import Exported, export_onnx
@@ -36,7 +37,7 @@ def run_demo(work_dir: Path) -> Demo:
     start = time.perf_counter()
     _, metrics = train(CONFIG, work_dir=work_dir, resume="auto")
     seconds = time.perf_counter() - start
-    checkpoint = latest_checkpoint(work_dir)
+    checkpoint = cast(Path, latest_checkpoint(work_dir))  # which training leaves
     model, info = load_trained(checkpoint)
     exported = export_onnx(model, info, work_dir / f"{CONFIG}.onnx")
 

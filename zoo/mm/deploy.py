@@ -12,6 +12,7 @@ What comes before and after such a network is in the metadata of its file, as JS
             `zoo.predicting.detections.detections` gives, with the numbers of `test_cfg`
 """
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def load_deployable(checkpoint: str | Path | Opened) -> tuple[nn.Module, ModelIn
     return deployable(*load_scene_model(checkpoint))
 
 
-def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
+def deployable(model: Any, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
     """The same of a model that is already there. The model is changed: some of its layers make way for ones that export."""
     if info.toolbox == "mmseg":
         network, output = Segmentor(model), "logits"
@@ -50,7 +51,7 @@ def deployable(model: nn.Module, info: SceneInfo) -> tuple[nn.Module, ModelInfo]
 class Segmentor(nn.Module):
     """(B, 3, H, W) → logits (B, classes, H, W)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.divisor = (model.data_preprocessor.test_cfg or {}).get("size_divisor") or 1
         self.model = _exportable(model)
@@ -65,7 +66,7 @@ class Segmentor(nn.Module):
 class RetinaNet(nn.Module):
     """(B, 3, H, W) → (B, N, 4 + classes): boxes as fractions of the picture, and scores."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.divisor = model.data_preprocessor.pad_size_divisor
         self.model = _exportable(model)
@@ -91,12 +92,13 @@ def _padded(images: Tensor, divisor: int) -> Tensor:
     return F.pad(images, (0, width, 0, height))
 
 
-def _exportable(model: nn.Module) -> nn.Module:
+def _exportable(model: Any) -> Any:
     """Puts layers that export with free sizes into the places of those that do not."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
-                setattr(parent, name, AdaptiveAvgPool(child.output_size))
+                setattr(parent, name, AdaptiveAvgPool(cast(int, child.output_size)))
             elif type(child).__name__ == "Upsample" and getattr(child, "scale_factor", None):  # mmseg's multiplies sizes as floats
-                setattr(parent, name, nn.Upsample(None, child.scale_factor, child.mode, child.align_corners))
+                replaced = cast(nn.Upsample, child)  # of the same attributes
+                setattr(parent, name, nn.Upsample(None, replaced.scale_factor, replaced.mode, replaced.align_corners))
     return model

@@ -4,7 +4,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class RecordSceneHook(Hook):
     """Adds to every checkpoint, as `zoo`, what it takes to use a detector or segmentor without its config: plain values only."""
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        dataset = runner.val_loop.dataloader.dataset
+        dataset = cast(Any, runner.val_loop).dataloader.dataset
         steps = [step for step in runner.cfg.val_dataloader.dataset.pipeline if step.type not in (*READERS, *PACKERS.values())]
         checkpoint["zoo"] = {"task": runner.cfg.default_scope, "model": plain(runner.cfg.model), "steps": plain(steps),
                              "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette"))}
@@ -69,7 +69,7 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         import_toolbox(toolbox)
     except ImportError as error:
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
-    if not isinstance(state := checkpoint.content.get("state_dict"), dict):
+    if not isinstance(state := cast(dict, checkpoint.content).get("state_dict"), dict):
         raise InputError(f"{path} is no detector or segmentor of `zoo train`: it holds no 'state_dict'")
     checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
     parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
@@ -186,7 +186,7 @@ def predict_scenes(model: nn.Module, info: SceneInfo, paths: Iterable[str | Path
     scenes = []
     for path in map(Path, paths):
         with torch.inference_mode():
-            sample = model.test_step(prepare(info, open_picture(path)))[0]
+            sample = cast(BaseModel, model).test_step(prepare(info, open_picture(path)))[0]
         if info.toolbox == "mmseg":
             scenes.append(Scene(path, classes=sample.pred_sem_seg.data[0].cpu().numpy()))
         else:

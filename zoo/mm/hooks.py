@@ -1,13 +1,14 @@
 """What happens around every step of training."""
 import random
-from typing import Literal
+from collections.abc import Sized
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, ValLoop
 
 from zoo.errors import InputError
 
@@ -64,7 +65,7 @@ class ModelEMAHook(EMAHook):
             averaged = self._evaluate(runner)
             self._swap_ema_parameters()
             for name, value in averaged.items():
-                metrics[f"{name}_ema"] = value
+                cast(dict[str, float], metrics)[f"{name}_ema"] = value
                 runner.message_hub.update_scalar(f"val/{name}_ema", value)  # from where it is logged
 
     def before_test_epoch(self, runner: Runner) -> None:
@@ -76,10 +77,11 @@ class ModelEMAHook(EMAHook):
 
     @torch.no_grad()
     def _evaluate(self, runner: Runner) -> dict[str, float]:
-        loader, evaluator = runner.val_loop.dataloader, runner.val_loop.evaluator
+        loop = cast(ValLoop, runner.val_loop)
+        loader, evaluator = loop.dataloader, loop.evaluator
         for batch in loader:
-            evaluator.process(data_samples=runner.model.val_step(batch), data_batch=batch)
-        return evaluator.evaluate(len(loader.dataset))
+            evaluator.process(data_samples=cast(Any, runner.model).val_step(batch), data_batch=batch)
+        return evaluator.evaluate(len(cast(Sized, loader.dataset)))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint["ema_state_dict"] = self.ema_model.state_dict()
@@ -107,7 +109,7 @@ class RecordHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = getattr(runner.model, "module", runner.model)
-        held_out = (runner.val_loop or runner.train_loop).dataloader.dataset
+        held_out = cast(Any, runner.val_loop or runner.train_loop).dataloader.dataset
         checkpoint["zoo"] = {"task": model.task, "model": model.name, "model_args": model.args,
                              "classes": list(held_out.metainfo["classes"]), **held_out.data_config}
 

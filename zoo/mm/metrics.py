@@ -1,5 +1,6 @@
 """What is measured on held-out data."""
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from mmengine.dist import all_reduce
@@ -50,7 +51,7 @@ class Accuracy(Counted):
         counts = sum(results, torch.zeros(1 + len(self.topk), dtype=torch.int64))
         all_reduce(counts)
         images, *hits = counts.tolist()
-        classes = len(self.dataset_meta["classes"])
+        classes = len(cast(dict, self.dataset_meta)["classes"])
         return {f"top{k}": 100 * hit / images for k, hit in zip(self.topk, hits, strict=True) if k <= classes}
 
 
@@ -64,13 +65,13 @@ class MeanIoU(Counted):
     default_prefix = "iou"
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
-        classes = len(self.dataset_meta["classes"])
+        classes = len(cast(dict, self.dataset_meta)["classes"])
         for sample in data_samples:
             pairs = sample["target"].flatten() * classes + sample["labels"].flatten()
             self.results.append(torch.bincount(pairs.cpu(), minlength=classes**2).view(classes, classes))
 
     def compute_metrics(self, results: list[torch.Tensor]) -> dict[str, float]:
-        names = self.dataset_meta["classes"]
+        names = cast(dict, self.dataset_meta)["classes"]
         confusion = sum(results, torch.zeros(len(names), len(names), dtype=torch.int64))
         all_reduce(confusion)
         hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
@@ -89,14 +90,14 @@ class MeanDice(Counted):
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
         from monai.metrics import compute_dice
 
-        classes = len(self.dataset_meta["classes"])
+        classes = len(cast(dict, self.dataset_meta)["classes"])
         for sample in data_samples:
             one_hot = [_one_hot(sample[name], classes) for name in ("labels", "target")]
             dice = compute_dice(*one_hot, include_background=False)[0].double().cpu()
             self.results.append(torch.stack([dice.nan_to_num(0.0), dice.isfinite().double()]))
 
     def compute_metrics(self, results: list[torch.Tensor]) -> dict[str, float]:
-        names = self.dataset_meta["classes"][1:]
+        names = cast(dict, self.dataset_meta)["classes"][1:]
         total = sum(results, torch.zeros(2, len(names), dtype=torch.float64))
         all_reduce(total)
         return _with_mean({name: 100 * dice / images for name, dice, images in zip(names, *total.tolist(), strict=True) if images})

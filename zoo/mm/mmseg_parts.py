@@ -1,4 +1,6 @@
 """Parts of segmentors that mmsegmentation does not have. Imported where a config or a checkpoint is of mmsegmentation."""
+from typing import cast
+
 from mmcv.cnn import ConvModule
 from mmseg.models import EncoderDecoder, SegformerHead
 from mmseg.registry import MODELS
@@ -16,7 +18,7 @@ class LinearSegformerHead(SegformerHead):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.convs = nn.ModuleList(ConvModule(width, self.channels, 1, act_cfg=None) for width in self.in_channels)
+        self.convs = nn.ModuleList(ConvModule(width, self.channels, 1, act_cfg=None) for width in cast(list[int], self.in_channels))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
         self.take_authors_names(state_dict, prefix)

@@ -1,11 +1,12 @@
 """Parts of MONAI, by name. Importing MONAI takes seconds, which only the tasks that use it wait for."""
 import importlib
 from collections.abc import Mapping
+from typing import Any
 
 from zoo.errors import InputError, near_misses, require
 
 
-def monai_part(module: str, config: Mapping) -> object:
+def monai_part(module: str, config: Mapping) -> Any:
     """The object that `config` describes: `type`, a name in `monai.<module>`, and arguments. Raises InputError."""
     require("segmentation", "volumes", "monai")
     found = importlib.import_module(f"monai.{module}")

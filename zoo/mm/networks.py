@@ -1,15 +1,15 @@
 """Networks by name, for the tasks."""
 from collections.abc import Mapping
+from typing import Any
 
 import timm
-from torch import nn
 
 import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses
 
 
-def create_network(name: str, args: Mapping) -> nn.Module:
-    """`timm.create_model`. Raises InputError for an unknown name or argument."""
+def create_network(name: str, args: Mapping) -> Any:
+    """`timm.create_model`: a module, with the attributes of its family. Raises InputError for an unknown name or argument."""
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{near_misses(name, timm.list_models())}")
     try:
@@ -18,7 +18,7 @@ def create_network(name: str, args: Mapping) -> nn.Module:
         raise InputError(f"model {name} cannot be created with {args}: {error}") from error
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Config containers as plain dicts, lists and tuples, which a checkpoint can hold."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}

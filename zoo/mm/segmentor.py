@@ -1,5 +1,6 @@
 """Segmentation in 2-D and 3-D as a task of the engine, with MONAI's losses and sliding windows."""
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -51,10 +52,10 @@ class Segmentor(BaseModel):
             case "tensor":
                 return self.model(inputs)
             case "loss":
-                return {"loss": self.loss(self.model(inputs).float(), targets[:, None])}
+                return {"loss": self.loss(self.model(inputs).float(), cast(Tensor, targets)[:, None])}
             case "predict":
                 return [{"labels": labels, "target": target}
-                        for labels, target in zip(self._logits(inputs).argmax(1), targets, strict=True)]
+                        for labels, target in zip(self._logits(inputs).argmax(1), cast(Tensor, targets), strict=True)]
         raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -62,4 +63,4 @@ class Segmentor(BaseModel):
             return self.model(inputs)
         from monai.inferers import sliding_window_inference
 
-        return sliding_window_inference(inputs, self.window, 4, self.model, overlap=self.overlap, mode="gaussian")
+        return cast(Tensor, sliding_window_inference(inputs, self.window, 4, self.model, overlap=self.overlap, mode="gaussian"))

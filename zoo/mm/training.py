@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed
@@ -12,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from zoo.errors import InputError
 from zoo.mm.backbone import TimmBackbone
@@ -35,6 +36,8 @@ BUILT_BY_ENGINE = (
 # Parts of a model whose `num_classes` is that of the data: the model itself, and these of its heads.
 CLASSIFYING = re.compile(r"\.((bbox|mask|decode|auxiliary)_head(\.\d+)?)?$")
 
+Built = TypeVar("Built")
+
 
 @safe_files()
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | Path | None = None, amp: bool = False,
@@ -52,31 +55,31 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
 
     Raises InputError, before anything is written, for whatever of that cannot be used.
     """
-    config, work_dir = _prepare(config, work_dir, cfg_options)
-    if config.get("train_dataloader") is None:
-        raise InputError(f"the config {config.filename} has no train_dataloader")
+    settings, work_dir = _prepare(config, work_dir, cfg_options)
+    if settings.get("train_dataloader") is None:
+        raise InputError(f"the config {settings.filename} has no train_dataloader")
     if amp:
-        config.optim_wrapper.type = "AutocastOptimWrapper"
+        settings.optim_wrapper.type = "AutocastOptimWrapper"
     if seed is not None:
-        config.randomness = {**config.get("randomness", {}), "seed": seed}
-    if scale := config.get("auto_scale_lr"):  # the engine counts the images of a step without accumulation
-        scale.base_batch_size /= config.optim_wrapper.get("accumulative_counts", 1)
-    config.param_scheduler = [scheduler for scheduler in config.get("param_scheduler") or [] if not _too_late(scheduler, config)]
+        settings.randomness = {**settings.get("randomness", {}), "seed": seed}
+    if scale := settings.get("auto_scale_lr"):  # the engine counts the images of a step without accumulation
+        scale.base_batch_size /= settings.optim_wrapper.get("accumulative_counts", 1)
+    settings.param_scheduler = [scheduler for scheduler in settings.get("param_scheduler") or [] if not _too_late(scheduler, settings)]
     checkpoint = latest_checkpoint(work_dir) if resume == "auto" else resume
-    config.resume = checkpoint is not None
-    config.load_from = str(checkpoint) if checkpoint else config.get("load_from")
+    settings.resume = checkpoint is not None
+    settings.load_from = str(checkpoint) if checkpoint else settings.get("load_from")
 
-    model = _check_parts(config, PARTS[:2])
-    if not config.resume:
-        for backbone in filter(lambda part: isinstance(part, TimmBackbone), model.modules()):
+    model = _check_parts(settings, PARTS[:2])
+    if not settings.resume:
+        for backbone in (part for part in model.modules() if isinstance(part, TimmBackbone)):
             backbone.init_weights()  # reads the checkpoint that it starts from
-    optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, config.optim_wrapper))
-    if config.load_from:
-        check_fits(config.load_from, model, whole=config.resume, optim_wrapper=optim_wrapper if config.resume else None)
-    _start_processes(config, launcher)
+    optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, settings.optim_wrapper))
+    if settings.load_from:
+        check_fits(settings.load_from, model, whole=settings.resume, optim_wrapper=optim_wrapper if settings.resume else None)
+    _start_processes(settings, launcher)
     remove_unfinished(work_dir)
-    with torch_threads(_threads(config)):
-        runner = Runner.from_cfg(config)
+    with torch_threads(_threads(settings)):
+        runner = Runner.from_cfg(settings)
         last = LastMetricsHook()
         runner.register_hook(last)
         _run(runner.train)
@@ -119,20 +122,20 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
 
 def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str | None) -> Config:
     """The config with what testing takes, and nothing else."""
-    config, _ = _prepare(config, None, cfg_options)
-    if config.get("test_dataloader") is None:
-        raise InputError(f"the config {config.filename} has no test_dataloader")
+    settings, _ = _prepare(config, None, cfg_options)
+    if settings.get("test_dataloader") is None:
+        raise InputError(f"the config {settings.filename} has no test_dataloader")
     for part in PARTS[:2]:
         for key in ("dataloader", "cfg", "evaluator"):
-            config.pop(f"{part}_{key}", None)
+            settings.pop(f"{part}_{key}", None)
     for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
-        config.pop(key, None)
-    config.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
-    config.load_from, config.resume = None, False
-    if preprocessor := config.get("data_preprocessor"):  # the engine puts it into a model that it builds
-        config.model.setdefault("data_preprocessor", preprocessor)
-    _choose_launcher(config, launcher)
-    return config
+        settings.pop(key, None)
+    settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
+    settings.load_from, settings.resume = None, False
+    if preprocessor := settings.get("data_preprocessor"):  # the engine puts it into a model that it builds
+        settings.model.setdefault("data_preprocessor", preprocessor)
+    _choose_launcher(settings, launcher)
+    return settings
 
 
 def _test(config: Config, model: nn.Module) -> dict[str, float]:
@@ -184,7 +187,7 @@ def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> None:
             if loader := config.get(f"{part}_dataloader"):
                 dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
                 options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
-                _build(f"{part}_dataloader", lambda options=options: DataLoader([0], **options))
+                _build(f"{part}_dataloader", lambda options=options: DataLoader(cast(Dataset, [0]), **options))
                 _check_classes(model, part, len(dataset.metainfo["classes"]))
             evaluators = config.get(f"{part}_evaluator") or []
             for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
@@ -200,7 +203,7 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
 
 
-def _build(place: str, build: Callable) -> object:
+def _build(place: str, build: Callable[[], Built]) -> Built:
     try:
         return build()
     except InputError:
@@ -209,7 +212,7 @@ def _build(place: str, build: Callable) -> object:
         raise InputError(f"{place} of the config cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _run(work: Callable) -> object:
+def _run(work: Callable[[], Built]) -> Built:
     try:
         return work()
     except InputError as error:  # from a worker process it comes with a traceback in its text

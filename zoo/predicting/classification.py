@@ -2,11 +2,12 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import timm.data
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
@@ -31,12 +32,12 @@ def predict(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, t
     """
     if top < 1 or batch < 1:
         raise InputError(f"{top} classes in batches of {batch} were asked for; both have to be at least 1")
-    paths = list(map(Path, paths))
-    transform = timm.data.create_transform(**info.data_config, is_training=False)
+    files = list(map(Path, paths))
+    transform = cast(Callable[[Image.Image], Tensor], timm.data.create_transform(**info.data_config, is_training=False))
     device = next(model.parameters()).device
     predictions = []
-    for start in range(0, len(paths), batch):
-        chunk = paths[start:start + batch]
+    for start in range(0, len(files), batch):
+        chunk = files[start:start + batch]
         images = torch.stack([transform(open_picture(path, info.input_size[0])) for path in chunk])
         with torch.inference_mode():
             probabilities = model(images.to(device)).float().softmax(dim=-1).cpu()

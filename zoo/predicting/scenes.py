@@ -44,6 +44,7 @@ class Scene:
         if self.classes is not None:
             shares = np.bincount(self.classes.ravel(), minlength=len(names)) / self.classes.size
             return [f"{name}  {share:.1%}" for name, share in zip(names, shares, strict=True) if share]
+        assert self.labels is not None and self.scores is not None and self.boxes is not None  # without a map there are instances
         return [f"{names[label]}  {score:.1%}  at {', '.join(f'{edge:.0f}' for edge in box)}"
                 for label, score, box in zip(self.labels, self.scores, self.boxes, strict=True)]
 
@@ -54,6 +55,7 @@ def draw(scene: Scene, info: SceneInfo) -> Image.Image:
     pixels = np.asarray(picture).astype(np.float32)
     if scene.classes is not None:
         return Image.fromarray(((pixels + info.colours[scene.classes]) / 2).astype(np.uint8))
+    assert scene.labels is not None and scene.scores is not None and scene.boxes is not None  # without a map there are instances
     for mask, label in zip(() if scene.masks is None else scene.masks, scene.labels, strict=False):
         pixels[mask] = (pixels[mask] + info.colours[label]) / 2
     picture = Image.fromarray(pixels.astype(np.uint8))

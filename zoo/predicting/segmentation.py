@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
     window = tuple(window or info.input_size[1:])
     if Path(output) not in targets:
         make_folder(output)
+    classes = cast(int, model.num_classes)
     masks = []
     for path, target in zip(files, targets, strict=True):
         def show(done: int, total: int, path: Path = path) -> None:
@@ -58,11 +60,11 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
 
         x = prepare(info, path)
         try:
-            labels = segment(model, x, window, classes=model.num_classes, overlap=overlap, progress=show)
+            labels = segment(model, x, window, classes=classes, overlap=overlap, progress=show)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         _write(info, path, labels, target)
-        counts = torch.bincount(labels.flatten(), minlength=model.num_classes) / labels.numel()
+        counts = torch.bincount(labels.flatten(), minlength=classes) / labels.numel()
         masks.append(Mask(path, target, tuple((info.class_name(i), share) for i, share in enumerate(counts.tolist()))))
     return masks
 
@@ -81,7 +83,7 @@ def overlay(picture: Image.Image, labels: Tensor, names: Sequence[str]) -> Image
     shown = np.where(index == 0, 0, 1 + (index - 1) % len(PALETTE))
     pixels = np.array(picture.convert("RGB"), np.float32)
     mixed = np.where((index > 0)[..., None], (pixels + colors[shown]) / 2, pixels)
-    there = [i for i in np.unique(index).tolist() if i]
+    there: list[int] = [i for i in np.unique(index).tolist() if i]
     return annotate(Image.fromarray(mixed.round().astype(np.uint8)), [names[i] for i in there],
                     [PALETTE[(i - 1) % len(PALETTE)] for i in there])
 

@@ -3,6 +3,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +18,7 @@ def annotate(picture: Image.Image, lines: Iterable[str], colors: Iterable[tuple[
     """`picture` with `lines` of text below it, in `colors` or black, enlarged to a readable width if it is small."""
     factor = max(1, math.ceil(TILE / max(picture.size)))
     picture = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    font = ImageFont.load_default(max(14, picture.width // 40))
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(14, picture.width // 40)))  # what has a size
     lines = list(lines)
     step = round(font.size * 1.4)
     width = max([picture.width, *(math.ceil(font.getlength(line)) + 8 for line in lines)])

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -44,9 +45,9 @@ class Digits:
         from sklearn.datasets import load_digits  # takes a second, which other data need not wait for
         from sklearn.model_selection import train_test_split
 
-        pixels, targets = load_digits(return_X_y=True)
+        pixels, targets = cast(tuple[np.ndarray, np.ndarray], load_digits(return_X_y=True))
         pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-        parts = train_test_split(pixels, targets, test_size=HELD_OUT, stratify=targets, random_state=0)
+        parts = cast(list[np.ndarray], train_test_split(pixels, targets, test_size=HELD_OUT, stratify=targets, random_state=0))
         pixels, targets = parts[0::2] if split == "train" else parts[1::2]
         upsample = lambda digit: Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).convert(mode)  # noqa: E731
         self.images = [upsample(digit) for digit in pixels[:limit]]
@@ -74,7 +75,8 @@ class DigitScene:
     @property
     def label_map(self) -> np.ndarray:
         """(H, W) uint8: 0 the ground, 1 + digit its ink."""
-        return np.sum([mask * (label + 1) for label, mask in zip(self.labels, self.masks, strict=True)], axis=0, dtype=np.uint8)
+        inks = [mask * (label + 1) for label, mask in zip(self.labels, self.masks, strict=True)]
+        return cast(np.ndarray, np.sum(inks, axis=0, dtype=np.uint8))
 
 
 def colourful_scene(digits: Digits, size: int, random: np.random.Generator) -> DigitScene:

@@ -1,6 +1,7 @@
 """Which pixels speak for a class: heat over a picture, with captum and grad-cam (`pip install "zoo-attention[visualize]"`)."""
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import timm.layers
 import torch
@@ -84,17 +85,17 @@ class BiasGradients:
 
     def __call__(self, image: Tensor) -> Tensor:
         self.release()
-        size = tuple(image.shape[2:])
+        size = (image.shape[2], image.shape[3])
         tokens = _tokens(self.model, _features(self.model, image), size)
         hooks = []
         for name, layer in self.model.named_modules():
             if (bias := _bias(layer)) is None:
                 continue
 
-            def watch(_, given: object, output: object = None, name: str = name, layer: nn.Module = layer, bias: Tensor = bias) -> None:
+            def watch(_, given: Any, output: object = None, name: str = name, layer: nn.Module = layer, bias: Tensor = bias) -> None:
                 value = given[0] if output is None else output
                 if isinstance(value, Tensor) and value.requires_grad and _as_map(value, layer, size, tokens) is not None:
-                    value.register_hook(lambda gradient: self._note(name, bias, _as_map(gradient, layer, size, tokens)))
+                    value.register_hook(lambda gradient: self._note(name, bias, cast(Tensor, _as_map(gradient, layer, size, tokens))))
 
             # What comes before a norm's activation is what its next part is given.
             after = getattr(layer, "drop", None) or getattr(layer, "act", None)
@@ -119,7 +120,7 @@ class BiasGradients:
 class _Split(nn.Module):
     """The model, with a module, `features`, that what its head is given runs through."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model, self.features = model, nn.Identity()
 
@@ -131,7 +132,7 @@ def _gradcam(model: nn.Module, image: Tensor, target: int) -> Tensor:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     split, features = _Split(model), _features(model, image)
-    tokens = _tokens(model, features, tuple(image.shape[2:]))
+    tokens = _tokens(model, features, (image.shape[2], image.shape[3]))
     if not tokens and not (isinstance(features, Tensor) and features.ndim == 4):
         came = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
         raise InputError(f"gradcam needs features that lie on the picture; those of {type(model).__name__} are {came}")
@@ -146,7 +147,8 @@ def _gradcam(model: nn.Module, image: Tensor, target: int) -> Tensor:
 
     cam = GradCAM(split, [layer], as_map)
     try:
-        return torch.from_numpy(cam(image, [ClassifierOutputTarget(target)])[0])
+        targets = cast(list[nn.Module], [ClassifierOutputTarget(target)])  # any callables will do
+        return torch.from_numpy(cam(image, targets)[0])
     finally:
         cam.activations_and_grads.release()
 
@@ -164,7 +166,8 @@ def _fullgrad(model: nn.Module, image: Tensor, target: int) -> Tensor:
     gradient, = torch.autograd.grad(pairs(image)[0, target], image)
     parts = [image.detach() * gradient]
     parts += [bias[:, None, None] * gradient for bias, gradient in zip(pairs.biases, pairs.gradients, strict=True)]
-    return sum(F.interpolate(_scaled(part), image.shape[2:], mode="bilinear", align_corners=True).sum(1)[0] for part in parts)
+    maps = (F.interpolate(_scaled(part), image.shape[2:], mode="bilinear", align_corners=True).sum(1)[0] for part in parts)
+    return cast(Tensor, sum(maps))
 
 
 def _scaled(part: Tensor) -> Tensor:
@@ -172,21 +175,22 @@ def _scaled(part: Tensor) -> Tensor:
     return size / (size.max() + SMALLEST)
 
 
-METHODS = dict(zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad), strict=True))
+METHODS: dict[str, Callable[[nn.Module, Tensor, int], Tensor]] = dict(
+    zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad), strict=True))
 
 Tokens = tuple[int, int, int]  # how many come before the patches, rows, columns
 
 
 def _features(model: nn.Module, image: Tensor) -> object:
     with torch.no_grad():
-        return model.forward_features(image)
+        return cast(Any, model).forward_features(image)
 
 
 def _tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
     """How features that are tokens, (1, N, C), lie on an image of this size; None if they do not, or are something else."""
     if not isinstance(features, Tensor) or features.ndim != 3:
         return None
-    for first in [model.num_prefix_tokens] if hasattr(model, "num_prefix_tokens") else range(3):
+    for first in [cast(int, model.num_prefix_tokens)] if hasattr(model, "num_prefix_tokens") else range(3):
         count = features.shape[1] - first
         for rows in range(1, count + 1):
             if count % rows == 0 and _fits(rows, count // rows, size):
@@ -228,7 +232,7 @@ def _as_map(x: Tensor, layer: nn.Module, size: tuple[int, int], tokens: Tokens |
     if not isinstance(layer, nn.Linear) and type(layer) not in LAST_AXIS_NORMS:
         return x if x.ndim == 4 else None
     if x.ndim == 4:
-        return x.permute(0, 3, 1, 2) if _fits(*x.shape[1:3], size) else None
+        return x.permute(0, 3, 1, 2) if _fits(x.shape[1], x.shape[2], size) else None
     if x.ndim == 3 and tokens and x.shape[1] == tokens[0] + tokens[1] * tokens[2]:
         return _place(x, tokens)
     return None
@@ -237,7 +241,7 @@ def _as_map(x: Tensor, layer: nn.Module, size: tuple[int, int], tokens: Tokens |
 def _bias(layer: nn.Module) -> Tensor | None:
     """What a layer adds to every position of its output, (C); None if nothing, or if it is none of those that are counted."""
     if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
-        scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
+        scale = (cast(Tensor, layer.running_var) + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
         return ((0 if layer.bias is None else layer.bias) - layer.running_mean * scale).detach()
     if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear)) and not isinstance(layer, CancelledBiasLinear):
         return None if layer.bias is None or layer.bias.ndim != 1 else layer.bias.detach()

@@ -1,5 +1,7 @@
 """What a classifier attends to: a picture of its mechanism for every stage, and attributions of its answer."""
 import contextlib
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import timm.data
@@ -76,7 +78,8 @@ def check_target(target: int, classes: int) -> None:
 
 def _prepare(info: ModelInfo, picture: Image.Image) -> tuple[Tensor, np.ndarray]:
     """The input of the model, (1, C, H, W), and what can be seen of it, (H, W, 3) from 0 to 1."""
-    image = timm.data.create_transform(**info.data_config, is_training=False)(picture)
+    transform = cast(Callable[[Image.Image], Tensor], timm.data.create_transform(**info.data_config, is_training=False))
+    image = transform(picture)
     mean, std = (torch.tensor(info.data_config[key])[:, None, None] for key in ("mean", "std"))
     shown = (image * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
     return image[None], shown.numpy()

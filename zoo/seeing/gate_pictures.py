@@ -1,5 +1,6 @@
 """Pictures of what a network's attention gates let through."""
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_inde
     with capture(model) as maps, torch.inference_mode():
         model(x[None])
     gates = {name: reported["attention"][0] for name, reported in maps.items() if isinstance(modules[name], AttentionGate)}
-    padded = [-(-n // model.reduction) * model.reduction for n in x.shape[1:]]
+    reduction = cast(int, model.reduction)
+    padded = [-(-n // reduction) * reduction for n in x.shape[1:]]
     image = _shown(x[:1], at)
     seen = [Seen("image", Path(path).name, what, _grey(image))]
     for name, gate in gates.items():

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,16 +35,16 @@ class Captured:
 
 
 def _routing(seen: Captured, query: Point):
-    layer, (height, width) = seen.layer, seen.size
-    own = region_of(query, seen.size, layer.regions)
+    regions, (height, width) = cast(tuple[int, int], seen.layer.regions), seen.size
+    own = region_of(query, seen.size, regions)
     routes = seen.maps["routes"][own].tolist()
     share = seen.maps["attention"][own].mean((0, 1)).unflatten(0, (len(routes), -1)).sum(1).tolist()
     figure, (axes,) = new_figure(1)
     axes.imshow(seen.image, extent=seen.extent)
-    boxes = [region_box(route, seen.size, layer.regions) for route in routes]
+    boxes = [region_box(route, seen.size, regions) for route in routes]
     for box, weight in zip(boxes, share, strict=True):
         axes.add_patch(rectangle(box, facecolor=("yellow", 0.1 + 0.6 * weight / max(share)), edgecolor="black"))
-    axes.add_patch(rectangle(region_box(own, seen.size, layer.regions), fill=False, edgecolor="red", linewidth=2.5))
+    axes.add_patch(rectangle(region_box(own, seen.size, regions), fill=False, edgecolor="red", linewidth=2.5))
     count = sum(h * w > 0 for *_, h, w in boxes)  # some may lie off the map
     return figure, f"On this {height}x{width} map the red region attends to the {count} in yellow, the stronger the colour, the more."
 
@@ -106,31 +107,31 @@ def _gate(seen: Captured, query: Point):
 
 
 def _high_and_low(seen: Captured, query: Point):
-    layer, (height, width) = seen.layer, seen.size
-    grid = tuple(math.ceil(n / layer.window) for n in seen.size)
+    length, (height, width) = cast(int, seen.layer.window), seen.size  # of a window's sides
+    grid = tuple(math.ceil(n / length) for n in seen.size)
     row, column = (int(f * n) for f, n in zip(query, seen.size, strict=True))
     figure, (left, right) = new_figure(2)
     for axes in (left, right):
         axes.imshow(seen.image, extent=seen.extent)
         axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
     if "hi" in seen.maps:
-        window = row // layer.window * grid[1] + column // layer.window
-        place = row % layer.window * layer.window + column % layer.window
+        window = row // length * grid[1] + column // length
+        place = row % length * length + column % length
         share = seen.maps["hi"].mean(0)[window, place].tolist()
-        top, first = row - row % layer.window, column - column % layer.window
+        top, first = row - row % length, column - column % length
         for i, weight in enumerate(share):
-            box = (top + i // layer.window, first + i % layer.window, 1, 1)
+            box = (top + i // length, first + i % length, 1, 1)
             left.add_patch(rectangle(box, facecolor=("yellow", 0.1 + 0.6 * weight / max(share)), edgecolor="black"))
     if "lo" in seen.maps:
-        low = seen.maps["lo"].mean(0)[row * width + column].unflatten(0, grid).repeat_interleave(layer.window, 0)
-        overlay(right, seen.image, low.repeat_interleave(layer.window, 1)[:height, :width], seen.extent)
-    return figure, (f"What the red cross attends to: left, its window of {layer.window}x{layer.window} positions, in the heads of high "
+        low = seen.maps["lo"].mean(0)[row * width + column].unflatten(0, grid).repeat_interleave(length, 0)
+        overlay(right, seen.image, low.repeat_interleave(length, 1)[:height, :width], seen.extent)
+    return figure, (f"What the red cross attends to: left, its window of {length}x{length} positions, in the heads of high "
                     "frequencies; right, the means of all windows, in those of low ones.")
 
 
 def _halo(seen: Captured, query: Point):
     layer, attention = seen.layer, seen.maps["attention"]
-    block, halo, stride = layer.block_size, layer.halo_size, layer.stride
+    block, halo, stride = cast(tuple[int, int, int], (layer.block_size, layer.halo_size, layer.stride))
     row, column = (int(f * n) for f, n in zip(query, seen.size, strict=True))
     own = attention[row // block, column // block].mean(0)[row % block // stride, column % block // stride]
     top, first = row // block * block - halo, column // block * block - halo
@@ -192,7 +193,8 @@ def region_box(region: int, size: tuple[int, int], regions: tuple[int, int]) -> 
     """First row and column of a region's positions on the map, and how many of either."""
     step = [math.ceil(n / r) for n, r in zip(size, regions, strict=True)]
     first = [place * length for place, length in zip(divmod(region, regions[1]), step, strict=True)]
-    return *first, *(max(min(length, n - start), 0) for length, n, start in zip(step, size, first, strict=True))
+    height, width = (max(min(length, n - start), 0) for length, n, start in zip(step, size, first, strict=True))
+    return first[0], first[1], height, width
 
 
 def sampling_points(offset: Tensor) -> Tensor:
