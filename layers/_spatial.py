@@ -1,12 +1,13 @@
 """Maps of two or three spatial dimensions alike: (B, C, H, W) and (B, C, D, H, W)."""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from zoo.kernels._exporting import is_exporting
 
@@ -19,11 +20,6 @@ SIZES = {2: "H, W", 3: "D, H, W"}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
-
-
-def _in_graph() -> bool:
-    """Whether what runs is recorded for other sizes too, so that asking for sizes would make a graph of every answer."""
-    return is_exporting() or torch.compiler.is_compiling()
 
 
 def check_spatial(spatial_dims: int, norm: str) -> None:
@@ -50,12 +46,17 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **dd: Any) -> nn.Module:
     return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **dd)
 
 
+def known(facts: Iterable[bool]) -> bool:
+    """Whether these hold, of sizes; of free ones in a graph only if they always do, as asking would make a graph of every answer."""
+    return not is_exporting() and all(map(statically_known_true, facts))
+
+
 @register_notrace_function
 def resize(x: Tensor, to: Sequence[int] | int) -> Tensor:
     """Bi- or trilinear interpolation between the centres of positions (align_corners=False), to sizes or by a factor."""
     if isinstance(to, int):
         return F.interpolate(x, scale_factor=float(to), mode=_MODE[x.ndim - 2])
-    if not _in_graph() and x.shape[2:] == tuple(to):
+    if known(n == wanted for n, wanted in zip(x.shape[2:], to, strict=True)):
         return x
     return F.interpolate(x, tuple(to), mode=_MODE[x.ndim - 2])
 
@@ -69,7 +70,7 @@ def pad_to_multiple(x: Tensor, multiple: int, mode: Literal["constant", "replica
             x = x.index_select(dim, torch.arange(size, device=x.device).clamp(max=n - 1))
         return x
     missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
-    if not _in_graph() and not any(missing):
+    if known(n == 0 for n in missing):
         return x
     return F.pad(x, [pad for n in reversed(missing) for pad in (0, n)], mode=mode)
 

@@ -4,13 +4,12 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.kernels._exporting import is_exporting
 from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
 from ._linear import linear
-from ._spatial import crop, pad_to_multiple
+from ._spatial import crop, known, pad_to_multiple
 
 
 @register_notrace_module
@@ -76,7 +75,7 @@ class HiLoAttention(nn.Module):
         padded, size = self._padded(x), (self.window, self.window)
         grid = tuple(n // self.window for n in padded.shape[1:3])
         q, k, v = cut(linear(self.hi_qkv, padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
-        overhang = self.mask_padding and (is_exporting() or padded.shape != x.shape)
+        overhang = self.mask_padding and not known(n == own for n, own in zip(padded.shape, x.shape, strict=True))
         mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backends import choose, public_operator
+from .._exporting import is_exporting
 from .._layout import span, too_large
 from . import gathered, grid_sampled, reference, sampled, torchvision
 
@@ -76,7 +77,8 @@ def deform_conv2d(
     _check(x, offset, weight, bias, mask, stride, padding, dilation)
     arguments = x, offset, weight, bias, mask, stride, padding, dilation
     chosen = choose(
-        "deform_conv2d", backend, x, lambda: _fastest(x, offset, weight), "grid_sampled" if _spelled_out.get() else "torchvision",
+        "deform_conv2d", backend, x, lambda: _fastest(x, offset, weight),
+        "grid_sampled" if is_exporting() and _spelled_out.get() else "torchvision",  # torch 2.11 cannot compile asking for the latter
         {"triton": lambda: too_large(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3]),
          "sampled": lambda: _elsewhere(x), "gathered": lambda: _elsewhere(x) or _in_groups(x, offset, weight)})
     if chosen != "triton":

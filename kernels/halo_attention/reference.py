@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._exporting import is_exporting
+
 
 def halo_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float) -> Tensor:
     """See `zoo.kernels.halo_attention`.
@@ -15,7 +17,9 @@ def halo_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
     out = torch.einsum("nrcmijyx,nrycxme->nricjme", weights, values)  # the blocks side by side
     n, rows, side, columns, *_ = out.shape
     out = out.reshape(n, rows * side, columns * side, *v.shape[3:])
-    return torch.narrow_copy(torch.narrow_copy(out, 1, 0, q.shape[1]), 2, 0, q.shape[2])  # views would make guards of how they lie
+    # In exported graphs views would make guards of how they lie; copies have no derivative in torch 2.11.
+    first = torch.narrow_copy if is_exporting() else torch.narrow
+    return first(first(out, 1, 0, q.shape[1]), 2, 0, q.shape[2])
 
 
 def attention(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float) -> Tensor:

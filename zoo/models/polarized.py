@@ -63,10 +63,11 @@ class PolarizedResNet(Reinitialized, ResNet):
 class _FusedBranches(nn.Module):
     """timm's `HighResolutionModule` for maps of any size: what comes from below is resized to the map it is added to."""
 
-    def __init__(self, module: HighResolutionModule, fuse: Fuse):
+    fuse: Fuse = "nearest"
+
+    def __init__(self, module: HighResolutionModule):
         super().__init__()
         self.branches, self.fuse_layers, self.fuse_act = module.branches, cast(nn.ModuleList, module.fuse_layers), module.fuse_act
-        self.fuse = fuse
         self.grad_checkpointing = False
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -128,7 +129,7 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
     def _make_stage(self, *args: Any, **kwargs: Any) -> tuple[nn.Sequential, list[int]]:
         stage, channels = super()._make_stage(*args, **kwargs)
         for i, module in enumerate(stage):
-            stage[i] = _FusedBranches(cast(HighResolutionModule, module), "nearest")
+            stage[i] = _FusedBranches(cast(HighResolutionModule, module))
         return stage, channels
 
     def _depths(self, drop_path_rate: float) -> list[tuple[float, list[Any]]]:
