@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._exporting import known
+
 
 def region_size(height: int, width: int, regions: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the smallest regions whose grid covers the map: ⌈H/rows⌉, ⌈W/columns⌉."""
@@ -11,8 +13,13 @@ def region_size(height: int, width: int, regions: tuple[int, int]) -> tuple[int,
 
 
 def divides(height: int, width: int, regions: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether the grid covers the map exactly."""
-    return height == regions[0] * size[0] and width == regions[1] * size[1]
+    """Whether the grid is known to cover the map exactly."""
+    return known((height == regions[0] * size[0], width == regions[1] * size[1]))
+
+
+def settled(height: int, width: int, regions: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether it is known if the grid covers the map exactly. Of the free sizes of a graph it is not, unless they always or never do."""
+    return divides(height, width, regions, size) or known((height != regions[0] * size[0],)) or known((width != regions[1] * size[1],))
 
 
 def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:

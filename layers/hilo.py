@@ -4,12 +4,13 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import known
 from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
 from ._linear import linear
-from ._spatial import crop, known, pad_to_multiple
+from ._spatial import crop, pad_to_multiple
 
 
 @register_notrace_module

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from .._backends import choose, public_operator
 from .._layout import span, too_large
-from .._regions import check_map, check_regions, region_size
+from .._regions import check_map, check_regions, region_size, settled
 from . import blocked, dense, reference
 
 __all__ = ["routing_attention"]
@@ -83,6 +83,8 @@ def routing_attention(
 
 
 def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple[int, int], weights: Tensor | None) -> str:
+    if not settled(*k.shape[1:3], regions, kv_size):
+        return "blocked"
     few_keys = k.shape[1] * k.shape[2] <= DENSE_KEYS
     most_routed = regions[0] * regions[1] <= DENSE_SHARE * routes.shape[-1] and kv_size[0] * kv_size[1] <= DENSE_REGION
     return "dense" if weights is None and (few_keys or most_routed) else "blocked"
