@@ -1,9 +1,9 @@
 """Bi-level routing attention (BiFormer, arXiv 2303.08810)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
@@ -12,6 +12,7 @@ from zoo.kernels.routing_attention.reference import attention
 
 from ._capture import report
 from ._linear import linear
+from ._tracing import notrace_module
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
 
@@ -21,7 +22,7 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-@register_notrace_module
+@notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Attention of every region over the few regions that matter to it (arXiv 2303.08810, section 3.2, algorithm 1).
 
@@ -93,7 +94,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing, self.differentiable_routing, self.mask_padding = soft_routing, differentiable_routing, mask_padding
         self._check(lepe_kernel, learned_routing)
 
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias, **dd)
         self.router = nn.Linear(self.qk_dim, self.qk_dim, **dd) if learned_routing else None
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd) if lepe_kernel else None

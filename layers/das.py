@@ -1,18 +1,20 @@
 """Deformable attention to salient information, DAS (arXiv 2311.12091)."""
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, register_notrace_module
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
 from zoo.kernels._exporting import is_exporting
 
 from ._capture import report
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class DAS(nn.Module):
     """Gate of a CNN's map that looks where a deformable convolution takes it (arXiv 2311.12091, section 3).
 
@@ -57,7 +59,7 @@ class DAS(nn.Module):
         width = dim if group_width is None else math.gcd(dim, group_width)
         self.dim, self.padding = dim, kernel_size // 2
         self.hidden_dim = dim // width * max(1, round(ratio * width))
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=self.padding, groups=dim, bias=False, **dd)
         self.pointwise = nn.Conv2d(dim, self.hidden_dim, 1, bias=False, **dd)
         self.act = nn.GELU()

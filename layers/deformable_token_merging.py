@@ -1,18 +1,19 @@
 """Deformable token merging (LITv2, arXiv 2205.13213)."""
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
 from zoo.kernels._exporting import is_exporting
 
 from ._spatial import pad_to_multiple
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class DeformableTokenMerging(nn.Module):
     """Patch merging whose patches find their own places (arXiv 2205.13213, section 3.3; from LITv1, arXiv 2105.14217).
 
@@ -40,7 +41,7 @@ class DeformableTokenMerging(nn.Module):
         if dim < 1 or out_dim < 1:
             raise ValueError(f"dim and out_dim must be at least 1, got {dim} and {out_dim}")
         self.dim = dim
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.offset = nn.Conv2d(dim, 8, 2, stride=2, **dd)
         self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **dd))
         self.bias = nn.Parameter(torch.empty(out_dim, **dd))

@@ -1,7 +1,8 @@
 """HiLo attention (LITv2, arXiv 2205.13213)."""
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._regions import cut, paste, positions
@@ -10,9 +11,10 @@ from ._attention import attend, attention
 from ._capture import report
 from ._linear import linear
 from ._spatial import crop, known, pad_to_multiple
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class HiLoAttention(nn.Module):
     """Multi-head attention whose heads look at high or at low frequencies (arXiv 2205.13213, section 3.2).
 
@@ -55,7 +57,7 @@ class HiLoAttention(nn.Module):
         self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)
         self.hi_heads = num_heads - self.lo_heads
         hi, lo = (heads * (dim // num_heads) for heads in (self.hi_heads, self.lo_heads))
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         if hi:
             self.hi_qkv, self.hi_proj = nn.Linear(dim, 3 * hi, bias=qkv_bias, **dd), nn.Linear(hi, hi, **dd)
         if lo:

@@ -1,18 +1,18 @@
 """Polarized self-attention (arXiv 2107.00782)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
 from ._plain import is_plain
+from ._tracing import notrace_module
 
 Layout = Literal["parallel", "sequential"]
 
 
-@register_notrace_module
+@notrace_module
 class PolarizedSelfAttention(nn.Module):
     """A gate per channel and a gate per position, each at full resolution along its own axis (arXiv 2107.00782, section 3.1).
 
@@ -55,8 +55,9 @@ class PolarizedSelfAttention(nn.Module):
         if layout not in Layout.__args__:
             raise ValueError(f"layout must be parallel or sequential, got {layout!r}")
         self.dim, self.layout = dim, layout
-        inner, dd = dim // 2, dict(device=device, dtype=dtype)
+        inner = dim // 2
         narrow = max(inner // 4, 1)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
 
         self.channel_query = nn.Conv2d(dim, 1, 1, bias=False, **dd)
         self.channel_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.layers import ATConv
 from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
+from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named, stochastic_depth
@@ -30,7 +31,7 @@ REPORTED_IN = "the paper's abstract"
 REPORTED_TOP1 = {"attnet_t2": 84.4}
 
 
-@register_notrace_module
+@notrace_module
 class GatedMlp(nn.Module):
     """The convolutional gated linear unit of AttNet.
 
