@@ -3,7 +3,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
@@ -87,7 +86,8 @@ class BiLevelRoutingAttention(nn.Module):
     ):
         super().__init__()
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
-        self.regions = to_2tuple(regions)
+        rows, columns = (regions, regions) if isinstance(regions, int) else regions
+        self.regions = rows, columns
         self.qk_dim = qk_dim or dim
         self.scale = scale or self.qk_dim**-0.5
         self.kv_pool, self.kv_pool_size = kv_pool, kv_pool_size
@@ -127,7 +127,7 @@ class BiLevelRoutingAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, -width % self.regions[1], 0, -height % self.regions[0]))
         q, k, v = linear(self.qkv, x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         routes, weights = self._route(q, k)
-        kv_size = region_size(*k.shape[1:3], self.regions)
+        kv_size = region_size(*k.shape[1:3], regions=self.regions)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.lepe is not None else None
         if self.kv_pool != "identity":
             (k, kv_size), (v, _) = self._pool(k), self._pool(v)
@@ -159,14 +159,14 @@ class BiLevelRoutingAttention(nn.Module):
         h, w = _ceil_div(height, rows), _ceil_div(width, columns)
         adaptive, average = self.kv_pool.startswith("adaptive"), self.kv_pool.endswith("avg")
         kernel = None if adaptive else (min(pooled, h), min(pooled, w))
-        size = (pooled, pooled) if adaptive else (h // kernel[0], w // kernel[1])
+        size = (pooled, pooled) if kernel is None else (h // kernel[0], w // kernel[1])
         overhang = (0, columns * w - width, 0, rows * h - height)
 
         def pool(maps: Tensor) -> Tensor:
             """(N, C, rows·h, columns·w) → (N, C, rows·size, columns·size), region by region."""
             n, channels = maps.shape[:2]
             parts = maps.reshape(n, channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, h, w)
-            if adaptive:
+            if kernel is None:
                 parts = (F.adaptive_avg_pool2d if average else F.adaptive_max_pool2d)(parts, size)
             else:
                 parts = (F.avg_pool2d if average else F.max_pool2d)(parts, kernel)

@@ -71,7 +71,7 @@ class DAS(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
-        for zero in (self.bias, self.offset.weight, self.offset.bias):
+        for zero in (self.bias, *self.offset.parameters()):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class DeformableTokenMerging(nn.Module):
         bound = 1 / math.sqrt(self.weight[0].numel())  # as nn.Conv2d does
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for zero in self.offset.parameters():
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:

@@ -47,7 +47,8 @@ class TokenMixing(nn.Module):
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, height, width, c = x.shape
         heads = (b, height * width, self.num_heads, c // self.num_heads)
-        return tuple(y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
+        q, k, v = (y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
+        return q, k, v
 
 
 class DepthwiseMlp(nn.Module):

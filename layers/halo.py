@@ -102,9 +102,9 @@ class HaloAttention(nn.Module):
         k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
         q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
-        tables = [table[unread:] for table in self.pos_embed()]
-        report(self, attention=lambda: attention(q, k, *tables, self.block_size, self.halo_size, self.dim_head**-0.5))
-        out = halo_attention(q, k, v, *tables, self.block_size, self.halo_size, self.stride)
+        rel_h, rel_w = (table[unread:] for table in self.pos_embed())
+        report(self, attention=lambda: attention(q, k, rel_h, rel_w, self.block_size, self.halo_size, self.dim_head**-0.5))
+        out = halo_attention(q, k, v, rel_h, rel_w, self.block_size, self.halo_size, self.stride)
         return self.pool(in_layout_of(x, out.flatten(3).permute(0, 3, 1, 2)))
 
     def extra_repr(self) -> str:

@@ -75,10 +75,10 @@ class HiLoAttention(nn.Module):
 
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
-        grid = tuple(n // self.window for n in padded.shape[1:3])
+        grid = [n // self.window for n in padded.shape[1:3]]
         q, k, v = cut(linear(self.hi_qkv, padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
         overhang = self.mask_padding and not known(n == own for n, own in zip(padded.shape, x.shape, strict=True))
-        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
+        mask = (positions(*x.shape[1:3], regions=grid, size=size, device=x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)
         out = crop(out.permute(0, 3, 1, 2), x.shape[1:3], by_index=True).permute(0, 2, 3, 1)

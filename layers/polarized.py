@@ -65,7 +65,7 @@ class PolarizedSelfAttention(nn.Module):
             self.channel_up = nn.Conv2d(inner, dim, 1, bias=False, **dd)
         else:
             self.channel_up = nn.Sequential(
-                nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm((narrow, 1, 1), **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
+                nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm([narrow, 1, 1], **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
         self.spatial_query = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.spatial_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.reset_parameters()

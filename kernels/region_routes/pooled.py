@@ -1,4 +1,6 @@
 """Region means by average pooling, or by sums where the grid does not divide the map; routes, masked only where regions lie off it."""
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ def region_means(x: Tensor, regions: Grid) -> Tensor:
     h, w = size = region_size(height, width, regions)
     if divides(height, width, regions, size):
         return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
-    dd = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    dd: dict[str, Any] = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     rows = (height - h * torch.arange(regions[0], **dd)).clamp(1, h)  # on the map
     columns = (width - w * torch.arange(regions[1], **dd)).clamp(1, w)
     sums = cut(pad_to_grid(x, regions, size), regions, size).squeeze(1).sum(2, dtype=dd["dtype"])
@@ -24,7 +26,7 @@ def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, 
     """See `zoo.kernels.region_routes`; of the means."""
     affinity = q_means @ k_means.transpose(1, 2)
     # Rows and columns of regions that begin on the map.
-    rows, columns = ((length + n - 1) // n for length, n in zip(k_map, region_size(*k_map, regions), strict=True))
+    rows, columns = ((length + n - 1) // n for length, n in zip(k_map, region_size(*k_map, regions=regions), strict=True))
     if (rows, columns) != tuple(regions):
         off_map = torch.ones(regions, dtype=torch.bool, device=affinity.device)
         off_map[:rows, :columns] = False
