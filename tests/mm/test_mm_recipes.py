@@ -134,6 +134,16 @@ def test_learning_rates_are_the_authors(name):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("in1k")])
+def test_the_best_checkpoint_is_by_all_that_is_reported(name):
+    """TAPADL's is by the better of weights and average: of the two kept, one."""
+    config = load_config(name)
+    average = [hook for hook in config.custom_hooks if hook.type == "ModelEMAHook"]
+    both = [hook.get("report") for hook in average] == ["both"]
+    assert config.default_hooks.checkpoint.save_best == (["accuracy/top1", "accuracy/top1_ema"] if both else "accuracy/top1")
+    assert both is name.startswith("tap_fan")
+
+
 def test_the_cosine_lasts_as_long_as_the_run():
     """Also where the run is made shorter, and when it goes on from its state."""
     optimizer = _optimizer(1.0)
