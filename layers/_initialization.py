@@ -1,4 +1,7 @@
-"""First values of weights, by rules that the authors of several layers share."""
+"""First values of weights, by rules that the authors of several layers share.
+
+tests/models/test_initialization.py compares every network's with a table of its authors'.
+"""
 import math
 from collections.abc import Iterable
 

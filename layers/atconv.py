@@ -36,8 +36,8 @@ class ATConv(nn.Module):
     θ is the parameter `difference_control` (C,), 0 at the start. It must not decay: having one dimension it does not under
     timm's rules for optimizers.
 
-    Differences from the authors' code: the context is pooled before its projection, with which the pooling commutes. That
-    saves a third of the products in projections and changes nothing but rounding.
+    Differences from the authors' code (price112/Attentive-Convolution, models/AttNet.py): the context is pooled before its
+    projection, with which the pooling commutes. That saves a third of the products in projections and changes nothing but rounding.
 
     Raises:
         ValueError: a kernel size that is not odd, at construction; a map of another shape, in `forward`.

@@ -37,8 +37,8 @@ class AttentionGate(nn.Module):
         norm: "batch", "instance", or "group" (8 channels each).
         device, dtype: as in torch.
 
-    Differences from the authors' code (GridAttentionBlock, modes concatenation and concatenation_residual): where a size is
-    odd, θ sees the last slice twice, which theirs leaves out.
+    Differences from the authors' code (ozan-oktay/Attention-Gated-Networks, models/layers/grid_attention_layer.py: GridAttentionBlock,
+    modes concatenation and concatenation_residual): where a size is odd, θ sees the last slice twice, which theirs leaves out.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; maps of other shapes, in `forward`.
@@ -108,7 +108,7 @@ class MultiAttentionGate(nn.Module):
     """Several attention gates of one skip connection, combined: ReLU(norm(combine(concatenated outputs))).
 
     `combine` is 1×1(×1). Shapes and arguments as in `AttentionGate`; every gate reports its own `attention`. It is the
-    authors' MultiAttentionBlock, with two gates in their network for CT.
+    authors' MultiAttentionBlock, with two gates in their network for CT (models/networks/unet_CT_multi_att_dsv_3D.py).
 
     Args:
         num_gates: how many, at least 1.

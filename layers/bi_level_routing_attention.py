@@ -56,8 +56,8 @@ class BiLevelRoutingAttention(nn.Module):
         out_proj: False leaves the output projection out.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code (ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling of
-    regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
+    Differences from the authors' code (rayleizhu/BiFormer, ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling
+    of regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
     Routing that is differentiable but hard is declared there and not implemented; it does not exist here.
 
     Raises:

@@ -34,7 +34,7 @@ class DAS(nn.Module):
 
     The offsets begin at zero and the LayerNorm runs over the channels of each position, without the position's neighbours.
 
-    There is no code by the authors. The choices that the formula leaves open are the cheaper ones: grouped deformable
+    There is no code by the authors (docs/cards/das.md). The choices that the formula leaves open are the cheaper ones: grouped deformable
     convolution (a dense one adds 44 % to the parameters of a ResNet-50, this 5 %: docs/das.md), one set of offsets for all channels, no
     factors of the samples, no affine parameters in the InstanceNorm.
     A map of a single position, whose InstanceNorm is zero, is an ordinary input.

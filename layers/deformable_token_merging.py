@@ -26,8 +26,9 @@ class DeformableTokenMerging(nn.Module):
         out_dim: Co, default 2C.
         device, dtype: of the parameters, as in torch.
 
-    The offsets begin at zero; the authors let their convolution learn at 1/100 of the rate. Difference from the authors' code: odd
-    sizes are padded by a row or column of zeros (theirs: an error).
+    The offsets begin at zero; the authors let the weight that predicts them learn at 1/100 of the rate (ziplab/LITv2,
+    classification/optimizer.py). Difference from the authors' code (classification/models/patch_embed.py): odd sizes are padded by a row or
+    column of zeros (theirs: an error).
 
     Raises:
         ValueError: a dimension below 1, at construction; a map of another shape, in `forward`.

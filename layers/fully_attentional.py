@@ -126,7 +126,8 @@ class FullyAttentionalBlock(nn.Module):
         drop_path: rate of stochastic depth.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: maps need not be square, and attention is not materialised.
+    Differences from the authors' code (NVlabs/FAN, models/fan.py; guoyongcs/TAPADL, TAPADL_FAN/models/tap_fan.py): maps need not be
+    square, and attention is not materialised.
 
     Raises:
         ValueError: at construction, if num_heads does not divide dim.

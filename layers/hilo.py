@@ -33,10 +33,10 @@ class HiLoAttention(nn.Module):
         alpha: α in [0, 1], share of Lo-Fi heads: ⌊α · num_heads⌋ of them.
         qkv_bias: bias of the query, key and value projections.
         mask_padding: where windows overhang the map, True leaves the overhang out of attention and means; False pads with zeros,
-            whose projections take part, as the authors do.
+            whose projections take part, as the authors' detectors and segmentors do (detection/mmdet/models/backbones/litv2.py).
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: masked padding, and no dropout.
+    Differences from the authors' code (ziplab/LITv2, hilo.py): masked padding, and no dropout.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.

@@ -33,10 +33,10 @@ class PolarizedSelfAttention(nn.Module):
         layout: "parallel" or "sequential".
         device, dtype: as in timm.
 
-    Differences from the authors' code (PSA.py, PSA_p and PSA_s): none in what is computed. Sums over positions change places
-    with the convolutions beside them, which are linear: the parallel layout then costs O(NC + C²) instead of O(NC²), the
-    sequential one a third of what it did. Where `spatial_value` has hooks or is not what was built here (pruning, adapters), the
-    parallel layout calls it.
+    Differences from the authors' code (DeLightCMU/PSA, semantic-segmentation/network/PSA.py: PSA_p and PSA_s): none in what is
+    computed. Sums over positions change places with the convolutions beside them, which are linear: the parallel layout then
+    costs O(NC + C²) instead of O(NC²), the sequential one a third of what it did. Where `spatial_value` has hooks or is not
+    what was built here (pruning, adapters), the parallel layout calls it.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.

@@ -35,8 +35,9 @@ class SelectiveKernelUnit(nn.Module):
         reduction, min_width: r and L of the paper.
         act_layer, norm_layer, device, dtype: as in timm.
 
-    Differences from the authors' code: theirs (Caffe; PyTorch in implus/PytorchInsight) is written for two branches. timm's
-    `SelectiveKernel` equals this one where its `split_input` is off; it rounds the width of z to multiples of 8.
+    Differences from the authors' code: theirs (Caffe; implus/PytorchInsight, classification/models/imagenet/resnet_sk.py) is
+    written for two branches. timm's `SelectiveKernel` equals this one where its `split_input` is off; it rounds the width
+    of z to multiples of 8.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.

@@ -26,8 +26,8 @@ class TokenAwareAvgPool(nn.Module):
         num_scales: K, of the pools.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: maps need not be square, and no K maps are kept for the backward pass
-    (see `zoo.kernels.token_aware_avg_pool`).
+    Differences from the authors' code (guoyongcs/TAPADL, TAPADL_FAN/models/tap_fan.py): maps need not be square, and
+    no K maps are kept for the backward pass (see `zoo.kernels.token_aware_avg_pool`).
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.

@@ -91,8 +91,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         warmup_epochs: T_w.
         warmup_lr: w.
         min_lr: m.
-        lag: steps that the rate stays behind, t = max(0, steps − lag): 1 where the authors' loop sets it after a step, by the number
-            of the step that is over, as DeiT's does.
+        lag: steps that the rate stays behind, t = max(0, steps − lag): 1 where a loop sets it after a step, by the number of the step
+            that is over, as that of DeiT's authors does (facebookresearch/deit, main.py) and those made of it.
         begin, end: T = end − begin; `end` is by default the number of epochs.
 
     Constant within an epoch; with `convert_to_iter_based` as the engine takes it, it moves at every iteration, and the lag is one.
