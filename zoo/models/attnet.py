@@ -166,7 +166,7 @@ class AttNet(StagedNetwork):
         layer_scale: a learned factor per channel, 1e-6 at the start, on every branch.
 
     Differences from the authors' code: two of the linear maps come after what they commute with (see `ATConv`, `GatedMlp`),
-    which leaves out 5 to 8 % of the multiplications. Stochastic depth is off unless asked for (theirs: 0.02 to 0.5).
+    which leaves out 5 to 8 % of the multiplications. Stochastic depth is off unless asked for (theirs: 0 to 0.5).
     """
 
     truncated = nn.Conv2d, nn.Linear
