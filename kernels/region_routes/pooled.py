@@ -16,7 +16,7 @@ def region_means(x: Tensor, regions: Grid) -> Tensor:
     h, w = size = region_size(height, width, regions)
     if divides(height, width, regions, size):
         return F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(1, 2)
-    dd = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    dd: dict[str, Any] = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if not settled(height, width, regions, size):
         of_rows, of_columns = (_shares(n, count, **dd) for n, count in zip((height, width), regions, strict=True))
         means = of_columns @ (of_rows @ x.to(dd["dtype"]).flatten(2)).unflatten(2, (width, -1))  # (B, rows, columns, C)
@@ -38,7 +38,7 @@ def region_routes(q_means: Tensor, k_means: Tensor, k_map: Grid, regions: Grid, 
     """See `zoo.kernels.region_routes`; of the means."""
     affinity = q_means @ k_means.transpose(1, 2)
     # Rows and columns of regions that begin on the map.
-    rows, columns = ((length + n - 1) // n for length, n in zip(k_map, region_size(*k_map, regions), strict=True))
+    rows, columns = ((length + n - 1) // n for length, n in zip(k_map, region_size(*k_map, regions=regions), strict=True))
     if not known((rows == regions[0], columns == regions[1])):
         row, column = (torch.arange(n, device=affinity.device) for n in regions)
         off_map = (row >= rows)[:, None] | (column >= columns)

@@ -59,7 +59,7 @@ class Blocks:
         return Convolutions(**self.conv(dim, out_dim, 3, "1"), **self.conv(out_dim, out_dim, 3, "2"))
 
     def gate(self, dim: int, gate_dim: int, num_gates: int) -> nn.Module:
-        args = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
+        args: dict[str, Any] = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
         return AttentionGate(dim, gate_dim, **args) if num_gates == 1 else MultiAttentionGate(dim, gate_dim, num_gates=num_gates, **args)
 
 
