@@ -180,7 +180,7 @@ class DecathlonDataset(Volumes):
 class VolumeFolderDataset(Volumes):
     """NIfTI files in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
 
-    A volume's mask is the file of the same place in the sorted list of `labels`.
+    Which mask is a volume's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -198,7 +198,7 @@ class VolumeFolderDataset(Volumes):
 class PictureMaskDataset(MaskedPictures):
     """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
 
-    A picture's mask is the file of the same place in the sorted list of `masks`.
+    Which mask is a picture's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.

@@ -10,24 +10,25 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zoo.errors import InputError, near_misses, times
-from zoo.reading.pictures import open_picture, picture_tensor
+from zoo.reading.pairs import pair
+from zoo.reading.pictures import files_below, open_picture, picture_tensor
 
 
 def paired_files(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
-    """The files of root/split/images, each with that of the same place in root/split/masks."""
+    """The files below root/split/images, each with the one below root/split/`masks` that `zoo.reading.pairs.pair` finds.
+
+    Raises InputError for folders that are missing, and for files without a partner.
+    """
     check_split(split)
     if not root.is_dir():
         raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
-    lists = []
-    for name in ("images", masks):
-        folder = root / split / name
+    folders = [root / split / name for name in ("images", masks)]
+    for folder in folders:
         if not folder.is_dir():
-            near = near_misses(name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
+            near = near_misses(folder.name, os.listdir(folder.parent)) if folder.parent.is_dir() else ""
             raise InputError(f"there is no folder {folder}{near}")
-        lists.append(sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes)))
-    if not lists[0] or len(lists[0]) != len(lists[1]):
-        raise InputError(f"{root / split} has {len(lists[0])} files in images and {len(lists[1])} in {masks}, where pairs are needed")
-    return list(zip(*lists, strict=True))
+    pictures, labels = (files_below(folder, suffixes) for folder in folders)
+    return pair(pictures, labels, *folders)
 
 
 def read_decathlon(path: Path, split: str, folds: int = 5) -> tuple[list[str], list[tuple[Path, Path]]]:

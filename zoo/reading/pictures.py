@@ -1,4 +1,5 @@
 """Pictures in files, as networks see them."""
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,12 +13,24 @@ from zoo.errors import InputError, near_misses
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
+def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in `folder` and its sub-folders whose names end in `suffixes`, sorted.
+
+    Hidden files and folders, whose names begin with a dot, are left out, such as the `._NAME` that macOS puts beside a file NAME.
+    """
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += (Path(place, name) for name in names if name.lower().endswith(suffixes) and not name.startswith("."))
+    return sorted(found)
+
+
 def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
     """The files among `inputs` and the pictures below the folders among them. Raises InputError if there are none."""
     found = []
     for given in map(Path, inputs):
         if given.is_dir():
-            below = sorted(path for path in given.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+            below = files_below(given, PICTURE_SUFFIXES)
             if not below:
                 raise InputError(f"the folder {given} holds no picture ({' '.join(PICTURE_SUFFIXES)})")
             found += below
