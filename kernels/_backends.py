@@ -108,13 +108,19 @@ def _of_triton(x: Tensor, unsupported: Mapping[str, Callable[[], str | None]]) -
 
 def _transform() -> str | None:
     """What is being done to the operator that only plain PyTorch bears, as a noun; None where nothing is."""
-    if _in_functorch():
+    if in_functorch():
         return "a transform of torch.func"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+    return "forward-mode differentiation" if in_forward_mode() else None
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are carried along, by torch.func or autograd."""
+    return forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result  # compiled functions are traced within the transforms that they hold, and run in no others
-def _in_functorch() -> bool:
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -14,6 +14,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHe
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._layout import channels_last
 from zoo.layers import ATConv
 from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
@@ -144,7 +145,7 @@ class Stage(nn.Module):
         x = positions_first(self.downsample(x))
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x.contiguous(memory_format=torch.channels_last)
+        return channels_last(x)
 
 
 def _conv_norm(in_chans: int, dim: int, suffix: str = "", **dd: Any) -> dict[str, nn.Module]:

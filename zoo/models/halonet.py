@@ -16,6 +16,7 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._layout import channels_last
 from zoo.layers import HaloAttention
 from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import StagedNetwork, named, stochastic_depth
@@ -70,7 +71,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x

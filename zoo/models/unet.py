@@ -18,6 +18,7 @@ from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
+from zoo.kernels._backends import in_functorch
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
@@ -100,7 +101,7 @@ class ConvEncoder(nn.Module):
 @register_notrace_function
 def channels_last(x: Tensor) -> Tensor:
     """x, on the CPU with channels last in memory, where convolutions are up to twice as fast."""
-    if x.device.type != "cpu" or is_exporting():
+    if x.device.type != "cpu" or is_exporting() or in_functorch():
         return x
     return x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
 
