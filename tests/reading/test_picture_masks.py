@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from zoo.errors import InputError
-from zoo.reading import masks
 from zoo.reading.masks import MaskValues, read_masked_picture, read_picture_mask
 from zoo.reading.pictures import open_picture
+from zoo.reading.say import say_once
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 2, (6, 9)).astype(np.uint8)
@@ -74,7 +74,7 @@ def test_a_mask_in_colours_is_refused(tmp_path):
 
 @pytest.fixture
 def said(caplog):
-    masks._say_once.cache_clear()
+    say_once.cache_clear()
     caplog.set_level("WARNING", "zoo")
     return caplog
 

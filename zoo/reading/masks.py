@@ -1,7 +1,5 @@
 """Which mask belongs to which picture or volume, what may be in it, and masks in pictures."""
-import functools
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +15,9 @@ from torch import Tensor
 from zoo.errors import InputError, near_misses, times
 from zoo.reading.pairs import pair
 from zoo.reading.pictures import TURNED_ASIDE, UPRIGHT, files_below, open_picture, opening, orientation, picture_tensor, seen_size
+from zoo.reading.say import say_once
 
-LOG = logging.getLogger("zoo")
 LOOKED_AT = 32  # masks of a data set
-_say_once = functools.cache(LOG.warning)
 
 
 def paired_files(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
@@ -123,7 +120,7 @@ class MaskValues:
         if classes == 2 and masks:
             looked_at = masks[::-(-len(masks) // LOOKED_AT)]
             if {value for mask in looked_at for value in np.unique(read_picture_mask(mask)).tolist()} - {0} == {255}:
-                _say_once("the masks in %s have values 0 and 255: 255 is taken for class 1", looked_at[0].parent)
+                say_once("the masks in %s have values 0 and 255: 255 is taken for class 1", looked_at[0].parent)
                 return cls((0, 255))
         return cls(tuple(range(classes)))
 
