@@ -104,7 +104,9 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     classes = tuple(record.get("classes") or ())
     recorded_args = without(record.get("model_args") or {}, SOURCES)
     if classes:
-        recorded_args.setdefault("num_classes", len(classes))
+        known = recorded_args.setdefault("num_classes", len(classes))
+        if isinstance(known, int) and known != len(classes):
+            raise InputError(f"{path} records {len(classes)} classes and a network of {known}, so that nothing says which is which")
     model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
         model = timm.create_model(name, **model_args)

@@ -84,9 +84,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     checkpoint = latest_checkpoint(work_dir) if resume == "auto" else resume
     settings.resume = checkpoint is not None
     settings.load_from = str(checkpoint) if checkpoint else settings.get("load_from")
-
     if settings.resume:
-        _read_no_weights(settings)
+        _forget_sources(settings)
+
     model = _build_model(settings)
     classes = _check_data(settings, PARTS[:2], model)
     if not settings.resume:
@@ -127,7 +127,7 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
 
     The checkpoint is read, and its model built, one time for all of them.
     """
-    model = None
+    model, classes = None, []
     try:
         for change in changes:
             with safe_files():
@@ -137,7 +137,7 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
                     classes = _check_data(changed, PARTS[2:], model)
                     model.load_state_dict(check_fits(checkpoint, model, whole=True, classes=classes), strict=False)
                 else:
-                    _check_data(changed, PARTS[2:], model)
+                    check_same_classes(_check_data(changed, PARTS[2:], model), "the changed test data", classes, "those before")
                 _join_processes(changed)
                 metrics = _test(changed, model)
             yield metrics
@@ -157,7 +157,7 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
         settings.pop(key, None)
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
-    _read_no_weights(settings)
+    _forget_sources(settings)
     if preprocessor := settings.get("data_preprocessor"):  # the engine puts it into a model that it builds
         settings.model.setdefault("data_preprocessor", preprocessor)
     _choose_launcher(settings, launcher)
@@ -188,15 +188,15 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
     return config, work_dir
 
 
+def _forget_sources(config: Config) -> None:
+    """All weights come from a checkpoint: neither are those read, nor those downloaded, that training started from."""
+    config.model = without(plain(config.model), SOURCES)
+
+
 def _too_late(scheduler: Mapping, config: Config) -> bool:
     """Whether a run that was made short ends before the scheduler begins, which the engine takes for a mistake."""
     limit = config.train_cfg.get("max_epochs" if scheduler.get("by_epoch", True) else "max_iters", float("inf"))
     return scheduler.get("begin", 0) >= limit
-
-
-def _read_no_weights(config: Config) -> None:
-    """Lets the model be built without the files of weights that it once started from: a checkpoint's take their place."""
-    config.model = ConfigDict(without(plain(config.model), SOURCES))
 
 
 def _build_model(config: Config) -> nn.Module:

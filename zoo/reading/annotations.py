@@ -40,6 +40,16 @@ def complete(content: Any, path: str | Path) -> None:
             what, place = ("category", "category_id") if annotation["image_id"] in images else ("image", "image_id")
             raise InputError(f"annotation {annotation['id']} in {path} is of {what} {annotation[place]!r}, which is not in the file")
         _fill_in(annotation, images[annotation["image_id"]], path)
+    _check_boxes([(annotation["bbox"], images[annotation["image_id"]]) for annotation in content["annotations"]], path)
+
+
+def _check_boxes(boxes: Sequence[tuple[Sequence[float], dict]], path: str | Path) -> None:
+    """Raises InputError for boxes in another form than COCO's, which the tools would leave out or cut without a word."""
+    small = sum(max(box[2:]) <= 1 for box, _ in boxes)
+    beyond = sum(box[0] + box[2] > image["width"] + 1 or box[1] + box[3] > image["height"] + 1 for box, image in boxes)
+    if boxes and 2 * max(small, beyond) > len(boxes):
+        what = f"{small} are of one pixel at most" if small > beyond else f"{beyond} reach beyond their pictures"
+        raise InputError(f"of the {len(boxes)} boxes in {path} {what}: COCO's have left, top, width and height, in pixels")
 
 
 def _fill_in(annotation: dict, image: dict, path: str | Path) -> None:
