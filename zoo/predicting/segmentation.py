@@ -14,7 +14,7 @@ from zoo.errors import InputError
 from zoo.files import make_folder, replacing
 from zoo.predicting.sheets import annotate, output_files
 from zoo.predicting.sliding_windows import segment
-from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_tensor
+from zoo.reading.pictures import PICTURE_SUFFIXES, files_below, find_pictures, open_picture, picture_tensor
 from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
 
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60),
@@ -93,7 +93,7 @@ def find_inputs(inputs: Iterable[str | Path], info: ModelInfo) -> list[Path]:
     found, volumes = [], len(info.input_size) == 4
     for given in map(Path, inputs):
         if given.is_dir() and volumes:
-            below = sorted(path for path in given.rglob("*") if is_volume(path))
+            below = files_below(given, VOLUME_SUFFIXES)
             if not below:
                 raise InputError(f"the folder {given} holds no volume ({' '.join(VOLUME_SUFFIXES)})")
             found += below
