@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -15,7 +15,6 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import METRICS, MODELS
-from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +35,7 @@ from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
+from zoo.mm.runner import Runner, unlogged
 from zoo.mm.toolbox_operators import operators_in_float32
 from zoo.reading.class_names import check_same_classes
 from zoo.threads import torch_threads
@@ -172,8 +172,9 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     for part in PARTS[:2]:
         for key in ("dataloader", "cfg", "evaluator"):
             settings.pop(f"{part}_{key}", None)
-    for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
+    for key in ("optim_wrapper", "param_scheduler", "visualizer"):
         settings.pop(key, None)
+    settings.custom_hooks = [{"type": "FiniteHook"}, {"type": "ScreenHook"}]
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
     _forget_sources(settings)
@@ -219,7 +220,7 @@ def _too_late(scheduler: Mapping, config: Config) -> bool:
 
 
 def _build_model(config: Config) -> nn.Module:
-    with scope(config):
+    with scope(config), unlogged():
         model = _build("model", lambda: MODELS.build(config.model))
     check_channels(model)
     return model
@@ -244,7 +245,7 @@ def _telling_classes_apart(config: Config, model: nn.Module) -> set[str]:
 def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[str]:
     """Builds the datasets and metrics once, compares their classes with each other and the model, and returns them."""
     known: tuple[str, list[str]] | None = None
-    with scope(config):
+    with scope(config), unlogged():
         for part in parts:
             evaluators = config.get(f"{part}_evaluator") or []
             evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
@@ -258,6 +259,7 @@ def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[
                     check_same_classes(classes, f"the {part} data", known[1], f"the {known[0]} data")
                 known = known or (part, classes)
                 _check_classes(model, part, len(classes))
+                _check_channels(model, part, dataset)
             for metric in evaluators:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
     return known[1] if known else []
@@ -270,6 +272,14 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
         if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
             setting = "args" if place == "" else place
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
+
+
+def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
+    """Raises InputError unless a network that says how many channels it takes gets as many."""
+    taken = getattr(getattr(model, "model", None), "in_chans", None)
+    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
+    if None not in (taken, given) and taken != given:
+        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
 
 
 def _build(place: str, build: Callable[[], Built]) -> Built:
