@@ -1,6 +1,8 @@
 """Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw; and what checkpoints must not do."""
 import copy
+import csv
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -124,12 +126,56 @@ def test_predictions_are_those_of_the_toolbox(trained, scenes):
 
 
 def test_the_tool_draws_folders(trained, scenes, tmp_path, capsys):
-    _, folder, _ = trained
+    name, folder, _ = trained
     main = importlib.import_module("zoo.tools.predict").main
     assert main([str(latest_checkpoint(folder)), str(scenes / "images/val"), "-o", str(tmp_path / "out"), "--threshold", "0.0"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{i:06d}.png" for i in range(3)}
+    endings = (".png",) if name.startswith("mask") else (".png", "_overlay.png")
+    table = "answers.json" if name.startswith("mask") else "answers.csv"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {table, *(f"{i:06d}{ending}" for i in range(3) for ending in endings)}
     said = capsys.readouterr().out
-    assert str(scenes / "images/val/000002.png") in said and "wrote 3 pictures" in said
+    assert str(scenes / "images/val/000002.png") in said and f"wrote {1 + 3 * len(endings)} files" in said
+
+
+def test_answers_are_what_was_found(trained, scenes, tmp_path):
+    """Instances in COCO's form, which pycocotools reads; of a segmentor, label maps and how often each class occurs."""
+    name, folder, _ = trained
+    main = importlib.import_module("zoo.tools.predict").main
+    (tmp_path / "text.png").write_text("no picture")
+    pictures = [str(scenes / f"images/val/00000{i}.png") for i in range(3)]
+    arguments = [str(latest_checkpoint(folder)), pictures[0], str(tmp_path / "text.png"), *pictures[1:], "--threshold", "0.02"]
+    model, info = load_scene_model(latest_checkpoint(folder))
+    found = list(predict_scenes(model, info, pictures, threshold=0.02))
+    assert main([*arguments, "-o", str(tmp_path / "answers.json")]) == 1
+    assert main([*arguments, "-o", str(tmp_path / "answers.csv")]) == 1
+    records = json.loads((tmp_path / "answers.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    if info.toolbox == "mmseg":
+        assert [(row["picture"], row["label"], row["class"], row["pixels"]) for row in records] == [
+            (picture, label, info.classes[label], count) for picture, scene in zip(pictures, found, strict=True)
+            for label, count in enumerate(np.bincount(scene.classes.ravel(), minlength=len(info.classes)).tolist())]
+        assert [int(row["pixels"]) for row in rows] == [row["pixels"] for row in records]
+        assert main([str(latest_checkpoint(folder)), pictures[0], "-o", str(tmp_path / "map.png")]) == 0
+        with Image.open(tmp_path / "map.png") as written:
+            assert np.array_equal(written, found[0].classes)
+            assert np.array_equal(np.asarray(written.convert("RGB")), info.colours[found[0].classes])
+        return
+    assert info.category_ids == tuple(range(10))  # as the annotations number them, not from 1
+    truth = COCO()
+    truth.dataset = {"images": [{"id": i, "width": 96, "height": 96} for i in (1, 3, 4)], "annotations": [],
+                     "categories": [{"id": i, "name": name} for i, name in zip(info.category_ids, info.classes, strict=True)]}
+    truth.createIndex()
+    results = truth.loadRes(str(tmp_path / "answers.json"))
+    assert len(records) == len(rows) == sum(len(scene.labels) for scene in found) > 0
+    for number, picture, scene in zip((1, 3, 4), pictures, found, strict=True):
+        annotations = results.imgToAnns[number]
+        assert [annotation["file_name"] for annotation in annotations] == [picture] * len(scene.labels)
+        for annotation, label, score, edges, mask in zip(annotations, scene.labels, scene.scores, scene.boxes, scene.masks, strict=True):
+            assert (annotation["category_id"], annotation["category_name"]) == (label, info.classes[label])
+            left, top, width, height = annotation["bbox"]
+            np.testing.assert_allclose([left, top, left + width, top + height], edges, atol=2e-3)
+            assert annotation["score"] == pytest.approx(score, abs=1e-6)
+            np.testing.assert_array_equal(results.annToMask(annotation), mask)
+    assert [row["class"] for row in rows] == [record["category_name"] for record in records]
 
 
 def test_drawings(tmp_path):

@@ -27,9 +27,8 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
         raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
     if any(n < w for n, w in zip(sizes, window, strict=True)):
         raise InputError(f"the input has {times(sizes)} positions, fewer than the window of {times(window)}; choose a smaller window")
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
-    device = next(model.parameters()).device
+    check_overlap(overlap)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
     rows, places = starts[0], list(itertools.product(*starts[1:]))
     weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
@@ -51,6 +50,12 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
         labels[row:following] = sums[:, :settled].argmax(0).to(torch.uint8)
         sums = torch.cat([sums[:, settled:], torch.zeros_like(sums[:, :settled])], 1)
     return labels
+
+
+def check_overlap(overlap: float) -> None:
+    """Raises InputError unless windows that share so much of their size make progress."""
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:
