@@ -36,6 +36,9 @@ TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether o
 FREE_SIZE = {2: 512, 3: 256}  # … or of a map, or of blocks on it, that strides have made few; tracing computes nothing of large images
 AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
+CROPS = ("interpolation", "crop_pct", "crop_mode")
+# By task and dimensions: what timm says of every model, and nothing is done with.
+MEANINGLESS = {("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
 
 
 class ExportError(RuntimeError):
@@ -196,8 +199,8 @@ def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
     graph = proto.graph
     for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del described.metadata_props[:]  # the exporter's notes, paths on this machine among them
-    recorded = {"task": info.task, "model": info.name, "classes": info.classes, **info.data_config,
-                "input_size": (info.input_size[0], *size)}
+    said = {key: value for key, value in info.data_config.items() if key not in MEANINGLESS.get((info.task, len(size)), ())}
+    recorded = {"task": info.task, "model": info.name, "classes": info.classes, **said, "input_size": (info.input_size[0], *size)}
     for key, value in recorded.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
 

@@ -1,10 +1,10 @@
 """Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.onnx.export_onnx` takes.
 
-What comes before and after such a network is in the metadata of its file, as JSON:
+What comes before and after such a network is in the metadata of its file, as JSON (docs/guides/exporting.md uses them):
 
     image   (B, 3, H, W): the picture with its `channels` in that order, resized as `steps` say, / 255, minus `mean`, over `std`;
             padding is inside
-    logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, with half-pixel centres; the class
+    logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, as `align_corners` says; the class
             of a pixel is the largest. Where `test_cfg` has the mode "slide", of windows of `crop_size` every `stride`,
             averaged where they overlap
     found   (B, N, 4 + classes), of a RetinaNet: at every anchor the box (left, top, right, bottom, as fractions of width and
