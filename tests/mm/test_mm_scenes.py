@@ -3,6 +3,7 @@ import copy
 import csv
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config, scope
 from zoo.mm.downstream import SOURCES, check_parts, load_scene_model, predict_scenes, prepare, registered_only
 from zoo.mm.networks import plain
+from zoo.mm.training import evaluate_classes
 from zoo.predicting.scenes import Scene, SceneInfo, draw
 from zoo.reading.coco import box, run_lengths
 from zoo.reading.digits import write_digit_scenes
@@ -91,6 +93,44 @@ def test_training_leaves_curves_pictures_and_a_checkpoint_that_evaluates_alike(t
     assert list(folder.rglob("events.out.tfevents*")) and list(folder.rglob("vis_image/*.png"))
     assert metrics and not list(folder.glob(".zoo-unfinished-*"))
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
+
+
+def test_rows_of_classes_agree_with_the_metrics(trained, scenes):
+    name, folder, metrics = trained
+    _, rows = evaluate_classes(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"])
+    if name.startswith("upernet"):
+        ious = [row["iou"] for row in rows if not math.isnan(row["iou"])]
+        assert [row["class"] for row in rows][:2] == ["ground", "0"] and np.mean(ious) == pytest.approx(metrics["mIoU"], abs=0.006)
+        return
+    config = load_config(name, [f"data_root={scenes}"])
+    truth = COCO(config.test_evaluator.ann_file)
+    assert [row["boxes"] for row in rows] == [len(truth.getAnnIds(catIds=[number])) for number in truth.getCatIds()]
+    for column, metric in (("ap", "bbox_mAP"), ("ap50", "bbox_mAP_50"), ("mask_ap", "segm_mAP"), ("mask_ap75", "segm_mAP_75")):
+        found = [row[column] for row in rows if not math.isnan(row[column])]
+        assert np.mean(found) / 100 == pytest.approx(metrics[f"coco/{metric}"], abs=6e-4)
+
+
+def test_average_precision_of_what_is_found_and_what_is_not(scenes):
+    """The annotations themselves as answers, but for those of one class."""
+    from zoo.mm.mmdet_parts import BoxTable
+    path = scenes / "annotations/instances_val.json"
+    truth = COCO(path)
+    table = BoxTable(ann_file=str(path), metric="bbox")
+    table.dataset_meta = {"classes": [str(i) for i in range(10)]}
+    there = {annotation["category_id"] for annotation in truth.dataset["annotations"]}
+    lost = min(there)
+    for number in truth.imgs:
+        kept = [annotation for annotation in truth.imgToAnns[number] if annotation["category_id"] != lost]
+        boxes = np.array([annotation["bbox"] for annotation in kept], float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        table.results.append(({}, {"img_id": number, "bboxes": boxes, "scores": np.ones(len(kept)),
+                                   "labels": np.array([annotation["category_id"] for annotation in kept], int)}))
+    nothing = {"bboxes": np.zeros((0, 4)), "scores": [], "labels": []}
+    for answers in (table.results, [(given, found | nothing) for given, found in table.results]):
+        table.compute_metrics(answers)
+        for number, row in enumerate(table.rows):
+            expected = math.nan if number not in there else 0 if number == lost or answers is not table.results else 100
+            assert [row["ap"], row["ap50"], row["ap75"]] == pytest.approx([expected] * 3, nan_ok=True)
 
 
 def test_errors_under_corruptions(trained, scenes, monkeypatch):

@@ -10,10 +10,13 @@ import pytest
 import timm
 import torch
 from mmengine.registry import DATASETS, MODELS
+from monai.inferers import sliding_window_inference
 from PIL import Image
 
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
+from zoo.measuring import per_class
+from zoo.measuring.class_tables import surface_dice
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
@@ -21,6 +24,7 @@ from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
 from zoo.mm.segmentor import Segmentor
+from zoo.mm.training import evaluate_classes
 from zoo.predicting.segmentation import prepare
 from zoo.predicting.sliding_windows import segment
 from zoo.seeing.gate_pictures import picture_gates
@@ -240,6 +244,28 @@ def test_trains_on_volumes_evaluates_and_predicts_files(volume_run, data, tmp_pa
         assert float(row["millilitres"]) == pytest.approx(float(row["share"]) * millilitres, abs=1e-3)
 
 
+def test_rows_of_volumes_are_in_millimetres(volume_run, data, tmp_path):
+    checkpoint, metrics, options = volume_run
+    tool("test")(["attention_unet3d_folders", str(checkpoint), "--per-class", "--csv", str(tmp_path / "x.csv"), "--cfg-options", *options])
+    row, mean = csv.DictReader((tmp_path / "x.csv").open())
+    assert (row["class"], row["images"], row["missed"], mean["class"]) == ("ball", "1", "0", "mean")
+    assert float(row["dice"]) == pytest.approx(metrics["dice/ball"])
+    item = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), clip=(0, 100))[Sample(0, 0)]
+    with torch.inference_mode():
+        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.25, mode="gaussian")
+    found, truth, spacing = logits[0].argmax(0).numpy(), item["targets"].numpy(), (1.0, 1.0, 2.0)
+    assert item["spacing"].tolist() == list(spacing)
+    assert float(row["hd95"]) == pytest.approx(per_class.overlap(truth, found, 2, spacing).hd95[0]) and float(row["hd95"]) > 0
+    assert float(row["surface_dice"]) == pytest.approx(100 * surface_dice(truth, found, 2, spacing)[0], abs=0.01)
+
+
+def test_resampled_volumes_know_their_spacing(data):
+    resampled = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), spacing=(2.0, 1.0, 1.5))
+    item = resampled[Sample(0, 0)]
+    assert item["inputs"].shape == (1, 7, 12, 13) and item["spacing"].tolist() == pytest.approx([2, 1, 20 / 13])
+    assert "spacing" not in VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), patch=(8, 8, 8))[Sample(0, 0)]
+
+
 def test_exported_networks_give_the_masks_of_their_checkpoints(volume_run, data, tmp_path):
     path = data / "val" / "images" / "0.nii.gz"
     assert tool("export")([str(volume_run[0]), "-o", str(tmp_path / "x.onnx"), "--static-size", "--batch", "3"]) == 0
@@ -302,6 +328,9 @@ def test_trains_on_pictures_and_overlays(data, tmp_path, capsys):
     assert tool("predict")([str(checkpoint), str(tmp_path / "scene.png"), "-o", str(tmp_path / "table.json")]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [(row["label"], row["pixels"]) for row in rows] == list(enumerate(np.bincount(labels.flatten(), minlength=11).tolist()))
+    rows = evaluate_classes("attention_unet_digits", checkpoint, cfg_options=[*options, "test_dataloader.dataset.scenes=4"])[1]
+    assert {f"iou/{row['class']}": row["iou"] for row in rows} == pytest.approx({key: metrics[key] for key in metrics if key != "iou/mean"})
+    assert all(row["dice"] == pytest.approx(200 * row["iou"] / (100 + row["iou"])) for row in rows)
     assert tool("visualize")([str(checkpoint), str(tmp_path / "scene.png"), "-o", str(tmp_path / "gates.png")]) == 0
     assert "the maps of 1 gates" in capsys.readouterr().out
     with pytest.raises(InputError, match="is a 2-D network and takes pictures .*; .*0.nii.gz is a 3-D volume"):

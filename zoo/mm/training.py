@@ -4,11 +4,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
@@ -16,10 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.errors import InputError
+from zoo.measuring.per_class import Row
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished, safe_files
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.hooks import LastMetricsHook
+from zoo.mm.per_class import class_table
 from zoo.threads import torch_threads
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
@@ -96,11 +99,19 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
     return metrics
 
 
+def evaluate_classes(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
+                     cfg_options: Sequence[str] = ()) -> tuple[dict[str, float], list[Row]]:
+    """As `evaluate`, and a row of numbers for each class, see `zoo.mm.per_class`: in the first process, others get what they have."""
+    table = class_table(load_config(config, cfg_options))
+    metrics, = evaluate_each(config, checkpoint, [()], launcher=launcher, cfg_options=cfg_options, also=[table])
+    return metrics, getattr(table, "rows", [])
+
+
 def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[Sequence[str]], *, launcher: str | None = None,
-                  cfg_options: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+                  cfg_options: Sequence[str] = (), also: Sequence[BaseMetric] = ()) -> Iterator[dict[str, float]]:
     """As `evaluate`, once for each of `changes`, further options that change the test data and nothing of the model.
 
-    The checkpoint is read, and its model built, one time for all of them.
+    The checkpoint is read, and its model built, one time for all of them. `also` are metrics beside those of the config.
     """
     model = None
     try:
@@ -114,7 +125,7 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
                 else:
                     _check_data(changed, PARTS[2:], model)
                 _join_processes(changed)
-                metrics = _test(changed, model)
+                metrics = _test(changed, model, also)
             yield metrics
     finally:
         _end_processes()
@@ -138,10 +149,15 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     return settings
 
 
-def _test(config: Config, model: nn.Module) -> dict[str, float]:
+def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[str, float]:
     class GivenModelRunner(Runner):
         def build_model(self, described: Mapping) -> nn.Module:
             return model
+
+        def build_evaluator(self, evaluator: Any) -> Evaluator:
+            built = super().build_evaluator(evaluator)
+            built.metrics += also
+            return built
 
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder

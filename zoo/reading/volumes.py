@@ -102,6 +102,12 @@ class Grid:
         zooms = canonical.header.get_zooms()[:3]
         return [max(1, round(n * zoom / new)) for n, zoom, new in zip(canonical.shape, zooms, self.spacing or zooms, strict=True)]
 
+    def voxel_sizes(self, image: Any) -> tuple[float, ...]:
+        """Millimetres per voxel along each axis after resampling: what `spacing` asks for, but for rounding to whole voxels."""
+        canonical = _canonical(image)
+        lengths = np.array(canonical.header.get_zooms()[:3]) * canonical.shape[:3]
+        return tuple((lengths / self.size(image)).tolist())
+
     def write_mask(self, labels: Tensor, image: Any, path: str | Path) -> None:
         """Writes labels (X, Y, Z) uint8 on this grid as a NIfTI file with the shape and affine of `image`."""
         nibabel = _nibabel()
