@@ -101,6 +101,12 @@ class Boxes:
     scores: np.ndarray | None = None
     crowd: np.ndarray | None = None
 
+    def above(self, score: float) -> "Boxes":
+        """Those with at least that score."""
+        assert self.scores is not None  # answers have them
+        kept = self.scores >= score
+        return Boxes(self.boxes[kept], self.labels[kept], self.scores[kept])
+
 
 def detection(targets: Sequence[Boxes], answers: Sequence[Boxes], names: Sequence[str]) -> list[Row]:
     """COCO's average precision and recall of every class, by pycocotools: over IoU of 0.5 to 0.95, and of the precision at 0.5 and 0.75."""
@@ -119,6 +125,32 @@ def detection(targets: Sequence[Boxes], answers: Sequence[Boxes], names: Sequenc
     labels = np.concatenate([[], *(each.labels[~_crowd(each)] for each in targets)]).astype(np.int64)
     ap, ap50, ap75 = (100 * precision[of].mean((0, 1)) for of in (slice(None), slice(0, 1), slice(5, 6)))
     return _rows(names, boxes=np.bincount(labels, minlength=len(names)), ap=ap, ap50=ap50, ap75=ap75, recall=100 * recall.mean(0))
+
+
+def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Which boxes of the target no answer finds, and which answers are of no box of the target: two arrays of bool.
+
+    The answer with the highest score chooses first, the box of its class that it overlaps most, by at least `iou`. Answers within
+    a crowd of their class are neither; nor is the crowd.
+    """
+    require("measuring boxes", "mm", "pycocotools")
+    from pycocotools import mask
+
+    assert answer.scores is not None
+    crowd = _crowd(target)
+    missed, false = ~crowd, np.ones(len(answer.labels), bool)
+    if not len(target.labels) or not len(answer.labels):
+        return missed, false
+    edges = [np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target)]
+    shared = np.asarray(mask.iou(*edges, crowd.astype(np.uint8).tolist()))
+    shared[answer.labels[:, None] != target.labels] = 0
+    for i in np.argsort(-answer.scores, kind="stable"):
+        open_to = np.where(missed, shared[i], 0)
+        if open_to.max() >= iou:
+            missed[open_to.argmax()] = false[i] = False
+        elif (shared[i][crowd] >= iou).any():
+            false[i] = False
+    return missed, false
 
 
 def _coco(images: Sequence[Boxes], classes: int) -> Any:

@@ -116,6 +116,15 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
+def best_checkpoint(work_dir: Path) -> Path | None:
+    """The best checkpoint that training kept in `work_dir`, as the newest records it; the newest where it kept none."""
+    if (latest := latest_checkpoint(work_dir)) is None:
+        return None
+    hub = cast(dict, load_from_local(latest)).get("message_hub", {})
+    named = [str(value) for name, value in hub.get("runtime_info", {}).items() if name.startswith("best_ckpt")]
+    return next((path for name in named if (path := work_dir / Path(name).name).is_file()), latest)
+
+
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.

@@ -41,7 +41,7 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "data_root", "custom_imports", "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile",
     "activation_checkpointing", "efficient_conv_bn_eval",
-}
+} | {"report"}  # whether training leaves a report.html
 PARTS = ("train", "val", "test")
 
 
@@ -190,6 +190,8 @@ class Block:
 def check_config(config: Config, known: set[str]) -> None:
     """Raises InputError unless every key of the config is among `known`, and every argument known to its class."""
     _reject_unknown("the config", config, known)
+    if not isinstance(report := config.get("report", False), bool):
+        raise InputError(f"report in the config is {report!r}, where True or False is needed")
     for block in _blocks(config):
         if not isinstance(block.values, Mapping):
             raise InputError(f"{block.place} in the config is {block.values!r}, where a dict is needed")

@@ -1,4 +1,5 @@
 """Training and evaluation of a config by mmengine's Runner."""
+import logging
 import os
 import re
 import tempfile
@@ -9,13 +10,16 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.checkpoints import one_line
 from zoo.errors import InputError
 from zoo.measuring.per_class import Row
 from zoo.mm.backbone import TimmBackbone
@@ -56,6 +60,8 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         seed: replaces the config's.
         cfg_options: changes to the config, as `zoo.mm.config.load_config` takes them.
 
+    Where the config has `report=True`, the folder also holds the page that `zoo.mm.report.write_report` writes.
+
     Raises InputError, before anything is written, for whatever of that cannot be used.
     """
     settings, work_dir = _prepare(config, work_dir, cfg_options)
@@ -88,8 +94,22 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         _run(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
+    first = is_main_process()
     _end_processes()
+    if first and settings.get("report"):
+        _report(work_dir)
     return work_dir, last.metrics or {}
+
+
+def _report(work_dir: Path) -> None:
+    """Writes report.html. Whatever goes wrong with it is a sentence in the log: the training is done, and stays."""
+    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
+    try:
+        print_log(f"report: {write_report(work_dir)}", "current")
+    except Exception as error:
+        print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
+                  "current", logging.ERROR)
 
 
 def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
