@@ -115,6 +115,7 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     if sizes is not None and len(sizes) != 1 + dims:
         raise InputError(f"{path} records input_size={tuple(sizes)}, and {name} takes channels and {dims} sizes")
     _check_keys(path, name, model.state_dict(), weights)
+    check_numbers(path, weights)
     model.load_state_dict(weights)
     return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
 
@@ -192,6 +193,14 @@ def _trained_parts(checkpoint: Opened) -> tuple[dict, dict[str, Tensor]]:
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items()
                if isinstance(key, str) and key.startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
     return record, weights
+
+
+def check_numbers(path: str | Path, weights: Mapping[str, Any]) -> None:
+    """Raises InputError if some of the weights in the checkpoint at `path` are NaN, as those of a run that diverged."""
+    bad = [key for key, value in weights.items() if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise InputError(f"{len(bad)} of {len(weights)} weights in {path} are not numbers (NaN), such as {bad[0]}: the run that wrote them "
+                         "had diverged")
 
 
 def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -14,5 +14,4 @@ auto_scale_lr = dict(base_batch_size=4096)
 
 param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-6, lag=1)]
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99995, report='weights'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99995, report='weights')]

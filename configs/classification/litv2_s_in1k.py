@@ -16,4 +16,4 @@ param_scheduler = [
     dict(type='WarmupCosineLR', warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5, lag=1, convert_to_iter_based=True)]
 
 train_dataloader = dict(sampler=dict(repeats=1))
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]
+custom_hooks = []

@@ -21,5 +21,4 @@ auto_scale_lr = dict(base_batch_size=4096)
 param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=10, warmup_lr=1e-6, min_lr=1e-6, end=300)]
 train_cfg = dict(max_epochs=310)  # the last ten at the lowest rate
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99996, report='both'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99996, report='both')]

@@ -75,6 +75,7 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
     if not isinstance(state := cast(dict, checkpoint.content).get("state_dict"), dict):
         raise InputError(f"{path} is no detector or segmentor of `zoo train`: it holds no 'state_dict'")
+    checkpoints.check_numbers(path, state)
     checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
     parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
     check_parts(path, toolbox, [parts, *steps])

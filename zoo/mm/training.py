@@ -15,7 +15,6 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
-from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +26,7 @@ from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished, 
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.per_class import class_table
+from zoo.mm.runner import Runner, unlogged
 from zoo.threads import torch_threads
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
@@ -159,8 +159,9 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     for part in PARTS[:2]:
         for key in ("dataloader", "cfg", "evaluator"):
             settings.pop(f"{part}_{key}", None)
-    for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
+    for key in ("optim_wrapper", "param_scheduler", "visualizer"):
         settings.pop(key, None)
+    settings.custom_hooks = [{"type": "FiniteHook"}, {"type": "ScreenHook"}]
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
     if preprocessor := settings.get("data_preprocessor"):  # the engine puts it into a model that it builds
@@ -212,19 +213,20 @@ def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
 
 
 def _build_model(config: Config) -> nn.Module:
-    with scope(config):
+    with scope(config), unlogged():
         return _build("model", lambda: MODELS.build(config.model))
 
 
 def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> None:
     """Builds the datasets and metrics once, and compares their classes with the model's."""
-    with scope(config):
+    with scope(config), unlogged():
         for part in parts:
             if loader := config.get(f"{part}_dataloader"):
                 dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
                 options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
                 _build(f"{part}_dataloader", lambda options=options: DataLoader(cast(Dataset, [0]), **options))
                 _check_classes(model, part, len(dataset.metainfo["classes"]))
+                _check_channels(model, part, dataset)
             evaluators = config.get(f"{part}_evaluator") or []
             for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
@@ -237,6 +239,14 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
         if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
             setting = "args" if place == "" else place
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
+
+
+def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
+    """Raises InputError unless a network that says how many channels it takes gets as many."""
+    taken = getattr(getattr(model, "model", None), "in_chans", None)
+    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
+    if None not in (taken, given) and taken != given:
+        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
 
 
 def _build(place: str, build: Callable[[], Built]) -> Built:

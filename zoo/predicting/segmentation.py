@@ -13,7 +13,7 @@ from zoo.predicting.answers import Answers, Failed, stop
 from zoo.predicting.label_maps import Labelled, LabelMaps, background_and
 from zoo.predicting.sliding_windows import check_overlap, segment
 from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
+from zoo.reading.volumes import NIFTI_SUFFIXES, VOLUME_SUFFIXES, Grid, find_volumes, is_volume, open_volume
 
 
 def segment_each(model: nn.Module, info: ModelInfo, files: Iterable[Path], *, window: Sequence[int] | None = None, overlap: float = 0.25,
@@ -52,7 +52,7 @@ def segment_each(model: nn.Module, info: ModelInfo, files: Iterable[Path], *, wi
 def mask_answers(model: nn.Module, info: ModelInfo, inputs: Sequence[Path], output: str | Path) -> Answers:
     """What writes the network's answers. Raises InputError as `Answers` does."""
     if len(info.input_size) == 4:
-        return VolumeMasks(inputs, output, Grid.of(info.data_config))
+        return VolumeMasks(inputs, output, info)
     return LabelMaps(inputs, output, background_and(cast(int, model.num_classes)), clear=0)
 
 
@@ -60,28 +60,28 @@ class VolumeMasks(Answers):
     """Masks of volumes as NIfTI files with the volume's shape and affine; a table of the classes' shares and volumes."""
 
     columns = ("volume", "label", "class", "share", "millilitres")
-    suffixes = VOLUME_SUFFIXES
+    suffixes = NIFTI_SUFFIXES
     endings = ("_mask.nii.gz",)
     one_sheet = False
 
-    def __init__(self, inputs: Sequence[Path], output: str | Path, grid: Grid):
+    def __init__(self, inputs: Sequence[Path], output: str | Path, info: ModelInfo):
         super().__init__(inputs, output)
-        self.grid = grid
+        self.grid, self.channels = Grid.of(info.data_config), info.input_size[0]
 
     def flat(self, answer: Labelled) -> list[dict]:
-        image = open_volume(answer.path)
-        millilitres = abs(np.linalg.det(image.affine[:3, :3])) * np.prod(image.shape) / 1000
+        image = open_volume(answer.path, self.channels)
+        millilitres = np.prod(self.grid.voxel_sizes(image)) * answer.labels.size / 1000
         return [{"volume": str(answer.path), "label": label, "class": name, "share": round(share, 6),
                  "millilitres": round(float(share * millilitres), 3)} for label, (name, share) in enumerate(answer.shares())]
 
     def save(self, answer: Labelled, ending: str, path: Path) -> None:
-        self.grid.write_mask(torch.from_numpy(answer.labels), open_volume(answer.path), path)
+        self.grid.write_mask(torch.from_numpy(answer.labels), open_volume(answer.path, self.channels), path)
 
 
 def prepare(info: ModelInfo, path: Path) -> Tensor:
     """(C, *sizes): the file as the network was trained to see it."""
     if len(info.input_size) == 4:
-        return Grid.of(info.data_config).prepare(open_volume(path))
+        return Grid.of(info.data_config).prepare(open_volume(path, info.input_size[0]))
     return picture_tensor(open_picture(path, info.input_size[0]), info.data_config["mean"], info.data_config["std"])
 
 
@@ -90,7 +90,7 @@ def find_inputs(inputs: Iterable[str | Path], info: ModelInfo) -> list[Path]:
     found, volumes = [], len(info.input_size) == 4
     for given in map(Path, inputs):
         if given.is_dir() and volumes:
-            below = sorted(path for path in given.rglob("*") if is_volume(path))
+            below = find_volumes(given, info.input_size[0])
             if not below:
                 raise InputError(f"the folder {given} holds no volume ({' '.join(VOLUME_SUFFIXES)})")
             found += below

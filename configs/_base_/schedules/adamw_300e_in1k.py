@@ -11,5 +11,4 @@ train_cfg = dict(by_epoch=True, max_epochs=300)
 val_cfg = dict()
 test_cfg = dict()
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99996, report='weights'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99996, report='weights')]
