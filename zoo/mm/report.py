@@ -26,8 +26,8 @@ from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, lo
 from zoo.mm.config import change_texts, load_config, scope
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
+from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
-from zoo.predicting.segmentation import PALETTE
 from zoo.reading.pictures import open_picture
 from zoo.reading.scalars import STAMP, Scalars, read_scalars
 from zoo.seeing import mistakes
@@ -242,7 +242,7 @@ class _Masks(_Areas):
 
     def __init__(self, dataset: Any):
         classes = len(dataset.metainfo["classes"])
-        super().__init__(dataset, np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(classes - 1))], np.uint8))
+        super().__init__(dataset, background_and(classes))
         self.overlaps, self.volumes = [], False
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
@@ -280,7 +280,7 @@ class _Scenes(_Areas):
 
     def __init__(self, dataset: Any):
         palette = dataset.metainfo.get("palette")
-        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else COLOURS[:len(dataset.metainfo["classes"])])
+        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else np.resize(COLOURS, (len(dataset.metainfo["classes"]), 3)))
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         for sample in samples:
