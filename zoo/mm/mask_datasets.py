@@ -20,6 +20,7 @@ from zoo.mm.monai import monai_part
 from zoo.reading.brain import MATTER, read_hemisphere
 from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.masks import check_split, paired_files, read_decathlon, read_masked_picture
+from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
 from zoo.reading.volumes import VOLUME_SUFFIXES, Grid
 
@@ -131,6 +132,11 @@ class Volumes(MaskedImages):
         return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]))
 
 
+def listed_files(path: Path, split: str) -> list[tuple[Path, Path]]:
+    """The pairs of a picture or volume and its mask that a CSV has for the split."""
+    return [(image, Path(mask)) for image, mask in read_samples(path, split)]
+
+
 @DATASETS.register_module()
 class MNI152Dataset(MaskedImages):
     """The T1 template of the MNI152 brain that nilearn ships, with grey and white matter, an image for each hemisphere.
@@ -186,12 +192,13 @@ class VolumeFolderDataset(Volumes):
         root: the folder that holds `train` and `val`.
         split: "train" or "val".
         classes: names in the order of the labels in the masks, the background first.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `Volumes`.
     """
 
-    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], **args):
+    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], file: str | None = None, **args):
         super().__init__(classes, window, **args)
-        self.files = paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
+        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
 
 
 @DATASETS.register_module()
@@ -206,13 +213,15 @@ class PictureMaskDataset(MaskedPictures):
         classes: names in the order of the labels, the background first.
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
-                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD, **args):
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+                 file: str | None = None, **args):
         super().__init__(classes, **args)
-        self.files = paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 

@@ -8,16 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import timm
 from mmengine.config import Config
 
 import zoo.models  # noqa: F401  registers them
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, times
 from zoo.files import make_folder
+from zoo.mm.backbone import TimmBackbone
+from zoo.mm.config import PARTS, import_toolbox
 from zoo.predicting.samples import sample_sheet
-from zoo.reading.own_data import OwnData, Task, picture_sizes, write_samples
+from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
+from zoo.reading.volumes import Grid, open_volume
+from zoo.toolboxes import INSTALL, TOOLBOXES
 
 FITTING = {
     "classes": "a classifier, such as biformer_nano or resnet18",
@@ -25,15 +30,21 @@ FITTING = {
     "boxes": "the backbone of a detector, such as biformer_nano",
     "volumes": "a U-Net in 3-D, such as attention_unet3d_nano",
 }
-# What mirror images of may be another class: digits, letters and sides, by their names.
-HANDED = re.compile(r"\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
+# What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
+HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
 STEPS = 1000  # of a training by default, if there are epochs enough
 EPOCHS = (30, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
-RATE, FINE_RATE = 1e-3, 2e-4  # for 32 samples at once; it goes with the root of their number
+# Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
+RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (4e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
+WINDOW, WINDOW_3D = 256, 96  # longest sides of what U-Nets see at once
+LONGEST = 640  # pixels of a picture that a detector sees
+NARROW = 64  # channels of a detector around a network that has no more than 256
+LOOKED_AT = 8  # volumes, for their intensities
+AIR = -500  # Hounsfield units, below which only computed tomography goes
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,13 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
         raise InputError(f"{work_dir} holds a run; go on with it by: zoo train {work_dir / 'config.py'} --resume; or name another "
                          "folder with --work-dir")
     config, told = BUILDERS[data.task](model, data, wishes)
-    config.data_root = str(work_dir.absolute())
+    config.data_root = root = str(work_dir.absolute())
+    for part in PARTS if data.task == "boxes" else ():
+        config[f"{part}_dataloader"].dataset.data_root = root
+        if part != "train":
+            config[f"{part}_evaluator"].ann_file = f"{root}/{config[f'{part}_evaluator'].ann_file}"
     make_folder(work_dir)
-    write_samples(data, work_dir / "samples.csv")
+    write_samples(data, work_dir)
     sample_sheet(data).save(work_dir / "samples.png")
     config.dump(str(work_dir / "config.py"))
     return work_dir / "config.py", told
@@ -114,33 +129,35 @@ def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     config, told = started("classes", data, wishes, "accuracy/top1")
     merge(config, {
         "model.name": model, "model.args.num_classes": len(data.classes), "model.args": sized(model, size, cfg.input_size[-1]),
-        **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in ("train", "val", "test")},
+        **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in PARTS},
         "train_dataloader.dataset.transform.hflip": mirrored})
     return config, [f"pictures are seen at {size}x{size}, {'also' if mirrored else 'never'} mirrored", *told]
 
 
-def started(task: Task, data: OwnData, wishes: Wishes, monitor: str) -> tuple[Config, list[str]]:
+def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: int = 1) -> tuple[Config, list[str]]:
     """The house's config for a task with what does not depend on the network: loaders, length, rate, average, patience."""
     config = Config.fromfile(str(files("zoo.configs") / "_base_" / "own" / f"{task}.py"))
-    samples = len(data.splits["train"])
+    samples = sum(sample.labels != () for sample in data.splits["train"])
     batch = wishes.batch or max(2, min(config.train_dataloader.batch_size, 2 ** int(math.log2(max(1, samples / 10)))))
-    if batch > samples:
+    if batch > samples * patches:
         raise InputError(f"--batch {batch}: {data.root} has {samples} samples to train on")
-    steps = samples * config.train_dataloader.dataset.get("patches", 1) // batch
+    steps = samples * patches // batch
     wanted, (fewest, most) = (FINE_STEPS, FINE_EPOCHS) if wishes.fine else (STEPS, EPOCHS)
     epochs = wishes.epochs or min(most, max(fewest, math.ceil(wanted / steps)))
     interval = max(1, epochs // 40)
-    lr = wishes.lr or (FINE_RATE if wishes.fine else RATE) * math.sqrt(batch / 32)
+    lr = wishes.lr or RATES[data.task][wishes.fine] * math.sqrt(batch / 32)
     warmup = min(max(1, round(WARMING * epochs)), epochs - 1)
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
     merge(config, {
         "train_dataloader.batch_size": batch, "train_cfg.max_epochs": epochs, "train_cfg.val_interval": interval,
-        **{f"{part}_dataloader.num_workers": workers for part in ("train", "val", "test")},
+        **{f"{part}_dataloader.num_workers": workers for part in PARTS},
         "optim_wrapper.optimizer.lr": lr, "param_scheduler.0.end": warmup, "param_scheduler.1.begin": warmup,
         "custom_hooks.1.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
         "custom_hooks.2": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
         "default_hooks.checkpoint": dict(interval=interval, save_best=monitor), "default_hooks.logger.interval": max(1, min(50, steps))})
-    if "test" in data.splits:
+    if "test" in data.splits and task == "boxes":
+        config.test_dataloader.dataset.ann_file = config.test_evaluator.ann_file = "test.json"
+    elif "test" in data.splits:
         config.test_dataloader.dataset.split = "test"
     start = "from random weights" if not wishes.fine else "from pretrained weights" if wishes.pretrained else f"from {wishes.weights}"
     return config, [
@@ -177,4 +194,116 @@ def sized(model: str, size: int, usual: int) -> dict[str, Any]:
     return {"img_size": size}
 
 
-BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {"classes": classes_config}
+def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To say of every pixel its class: the U-Net, or one around the network."""
+    widths, heights = zip(*picture_sizes(sample.path for samples in data.splits.values() for sample in samples), strict=True)
+    window = [wishes.size or inner_side(min(sides), WINDOW, STRIDE) for sides in (heights, widths)]
+    named = {"name": model} if kind_of(model) == "unet" else {"name": "attention_unet", "args": {"encoder": model}}
+    mirrored = mirrors(data.classes)
+    config, told = started("masks", data, wishes, "iou/mean")
+    merge(config, {
+        "model": named, "model.args.num_classes": len(data.classes), "model.window": window, "train_dataloader.dataset.patch": window,
+        **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), window=window, **stored(data)) for part in PARTS},
+        "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored})
+    return config, [f"windows of {times(window)} pixels are seen, {'also' if mirrored else 'never'} mirrored", *told]
+
+
+def stored(data: OwnData) -> dict[str, Any]:
+    """The values of the classes in masks, where they are others than their places."""
+    return {} if data.values == tuple(range(len(data.classes))) else {"mask_values": list(data.values)}
+
+
+def inner_side(length: int, most: int, multiple: int) -> int:
+    """The side of windows in pictures or volumes of that length: `most`, or what fits, if it can be a multiple."""
+    return min(most, length // multiple * multiple or length)
+
+
+def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To say of every voxel its class, by a U-Net in 3-D. Volumes are brought to the spacing that half of them exceed, if they differ."""
+    images = [open_volume(sample.path, *([data.channels] if data.channels > 1 else [])) for sample in data.splits["train"]]
+    spacings = np.array([voxel_sizes(image) for image in images])
+    spacing = None if (spacings.max(0) < 1.01 * spacings.min(0)).all() else np.median(spacings, 0).round(3).tolist()
+    clip = intensities(data.splits["train"]) if data.channels == 1 else None
+    grid = Grid.of({"spacing": spacing})
+    sizes = np.array([grid.size(image) for image in images])
+    window = [min(wishes.size or WINDOW_3D, inner_side(int(side), WINDOW_3D, 8)) for side in sizes.min(0)]
+    patches = max(4, min(32, round(float(np.median(sizes.prod(1))) / math.prod(window))))
+    mirrored = mirrors(data.classes)
+    config, told = started("volumes", data, wishes, "dice/mean", patches)
+    seen = dict(classes=list(data.classes), window=window, spacing=spacing, clip=clip)
+    if data.channels > 1:
+        seen["channels"] = data.channels
+        merge(config, {"model.args.in_chans": data.channels})
+    merge(config, {
+        "model.name": model, "model.args.num_classes": len(data.classes), "model.window": window,
+        **{f"{part}_dataloader.dataset": seen for part in PARTS},
+        "train_dataloader.dataset": dict(patch=window, patches=patches), "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored})
+    return config, [
+        f"windows of {times(window)} voxels are seen, {patches} of every volume in an epoch, {'also' if mirrored else 'never'} mirrored",
+        f"spacing: {f'{times(spacing)} mm' if spacing else 'as it is'}; intensities: "
+        f"{f'clipped to {clip[0]:g} to {clip[1]:g}' if clip else 'mean 0 and variance 1'}", *told]
+
+
+def voxel_sizes(image: Any) -> np.ndarray:
+    """Millimetres along the axes that networks see: right, anterior, superior."""
+    import nibabel
+
+    return nibabel.affines.voxel_sizes(nibabel.as_closest_canonical(image).affine)
+
+
+def intensities(samples: Sequence[Sample]) -> list[float] | None:
+    """Of computed tomography the range to clip to, nnU-Net's: all but a hundredth of what the masks show. None of other volumes."""
+    shown = []
+    for sample in samples[::-(-len(samples) // LOOKED_AT)]:
+        voxels, labels = (np.asanyarray(open_volume(path).dataobj) for path in (sample.path, cast(Path, sample.mask)))
+        if voxels.min() > AIR:
+            return None
+        shown.append(voxels[labels > 0])
+    found = np.concatenate(shown)
+    low, high = np.percentile(found, (0.5, 99.5)).round().tolist() if found.size else (0.0, 0.0)
+    return [low, high] if low < high else None
+
+
+def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To find boxes, and masks where all boxes have them: Mask R-CNN or Faster R-CNN around the network."""
+    try:
+        import_toolbox("mmdet")
+    except ImportError as error:
+        raise InputError(f"boxes are learned with {TOOLBOXES['mmdet']}; {INSTALL}") from error
+    sizes = picture_sizes(sample.path for sample in data.splits["train"])
+    size = wishes.size or min(LONGEST, -(-int(statistics.median(map(max, sizes))) // STRIDE) * STRIDE)
+    sides = [math.sqrt(box["bbox"][2] * box["bbox"][3]) * size / max(width, height)
+             for sample, (width, height) in zip(data.splits["train"], sizes, strict=True) for box in sample.boxes]
+    small = statistics.quantiles(sides, n=10)[0] if len(sides) > 1 else sides[0]  # a tenth of the boxes are smaller
+    monitor = "coco/segm_mAP" if data.outlined else "coco/bbox_mAP"
+    config, told = started("boxes", data, wishes, monitor)
+    widths = list(TimmBackbone(model).channels)
+    narrow = NARROW if max(widths) <= 256 else 256
+    head = dict(in_channels=narrow, num_classes=len(data.classes))
+    levels = {"out_channels": narrow, "finest_scale": min(56, max(12, round(2 * small)))}
+    strides = [4 * 2**level for level in range(len(widths) + 1)]
+    mirrored = mirrors(data.classes)
+    merge(config, {
+        "model.backbone.name": model, "model.neck": dict(in_channels=widths, out_channels=narrow, num_outs=len(widths) + 1),
+        "model.rpn_head": dict(in_channels=narrow, feat_channels=narrow),
+        "model.rpn_head.anchor_generator": dict(scales=[min(8, max(2, round(small / 4)))], strides=strides),
+        "model.roi_head.bbox_roi_extractor": levels, "model.roi_head.mask_roi_extractor": levels,
+        "model.roi_head.bbox_head": {**head, "fc_out_channels": 4 * narrow},
+        "model.roi_head.mask_head": {**head, "conv_out_channels": narrow},
+        **{f"{part}_dataloader.dataset.metainfo.classes": tuple(data.classes) for part in PARTS},
+        **{f"{part}_dataloader.dataset.pipeline.{step}.scale": (size, size) for part, step in zip(PARTS, (2, 1, 1), strict=True)},
+        "train_dataloader.dataset.pipeline.3.prob": 0.5 * mirrored})
+    if not data.outlined:
+        config.model.type = "FasterRCNN"
+        for part in ("mask_roi_extractor", "mask_head"):
+            del config.model.roi_head[part]
+        for part, step in zip(PARTS, (1, 2, 2), strict=True):
+            config[f"{part}_dataloader"].dataset.pipeline[step].with_mask = False
+        for part in PARTS[1:]:
+            config[f"{part}_evaluator"].metric = ["bbox"]
+    return config, [f"{'Mask' if data.outlined else 'Faster'} R-CNN around {model}; pictures are seen at {size} pixels, "
+                    f"{'also' if mirrored else 'never'} mirrored", *told]
+
+
+BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {
+    "classes": classes_config, "masks": masks_config, "volumes": volumes_config, "boxes": boxes_config}
