@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from torch import nn
 
 import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses
@@ -16,6 +17,13 @@ def create_network(name: str, args: Mapping) -> Any:
         return timm.create_model(name, **args)
     except TypeError as error:
         raise InputError(f"model {name} cannot be created with {args}: {error}") from error
+
+
+def freeze_but(module: nn.Module, *trained: nn.Module) -> None:
+    """Only what is in `trained` learns, of all that is in `module`, and only that is not as in evaluation."""
+    module.requires_grad_(False).eval()
+    for part in trained:
+        part.requires_grad_(True).train()
 
 
 def plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from zoo.errors import InputError, near_misses, times
 from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
+from zoo.mm.training import check_model
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume
@@ -84,10 +85,13 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
     for a folder in which a run has begun.
     """
     check_fits_data(model, data)
+    if wishes.pretrained:
+        check_downloadable(zoo.models.unet.ENCODERS.get(model, model))
     if list(work_dir.glob("*.pth")):
         raise InputError(f"{work_dir} holds a run; go on with it by: zoo train {work_dir / 'config.py'} --resume; or name another "
                          "folder with --work-dir")
     config, told = BUILDERS[data.task](model, data, wishes)
+    check_model(config)
     config.data_root = root = str(work_dir.absolute())
     for part in PARTS if data.task == "boxes" else ():
         config[f"{part}_dataloader"].dataset.data_root = root
@@ -106,6 +110,14 @@ def check_fits_data(model: str, data: OwnData) -> None:
         raise InputError(f"there is no model {model}{near_misses(model, timm.list_models())}")
     if (kind := kind_of(model)) not in KINDS[data.task]:
         raise InputError(f"{model} is {NAMED[kind]}, and {data.root} holds {data.form}, which need {FITTING[data.task]}")
+
+
+def check_downloadable(model: str) -> None:
+    """Raises InputError unless timm or the zoo knows where weights of the model are."""
+    cfg: Any = timm.get_pretrained_cfg(model)
+    if not (cfg.url or cfg.hf_hub_id or cfg.file):
+        raise InputError(f"there are no weights of {model} to download; --weights takes a file, and without it training starts from random "
+                         "ones")
 
 
 KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",)}
@@ -130,7 +142,7 @@ def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     merge(config, {
         "model.name": model, "model.args.num_classes": len(data.classes), "model.args": sized(model, size, cfg.input_size[-1]),
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in PARTS},
-        "train_dataloader.dataset.transform.hflip": mirrored})
+        "train_dataloader.dataset.transform.hflip": mirrored, **of_network(wishes, "model.args")})
     return config, [f"pictures are seen at {size}x{size}, {'also' if mirrored else 'never'} mirrored", *told]
 
 
@@ -159,10 +171,18 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
         config.test_dataloader.dataset.ann_file = config.test_evaluator.ann_file = "test.json"
     elif "test" in data.splits:
         config.test_dataloader.dataset.split = "test"
+    if wishes.weights is not None and not Path(wishes.weights).is_file():
+        raise InputError(f"there is no file {wishes.weights}; --weights takes one")
     start = "from random weights" if not wishes.fine else "from pretrained weights" if wishes.pretrained else f"from {wishes.weights}"
     return config, [
         f"{start}: {epochs} epochs of {steps} steps with {batch} samples at a rate of {lr:.2g}, less if {monitor} stays where it is",
         f"the average of the weights is evaluated {'after every epoch' if interval == 1 else f'every {interval} epochs'}, the best is kept"]
+
+
+def of_network(wishes: Wishes, args: str) -> dict[str, Any]:
+    """What a model of the house's is told of the weights that it starts from; `args` is the place of timm's arguments."""
+    weights = {"model.weights": str(Path(wishes.weights).absolute())} if wishes.weights else {}
+    return {**weights, **({f"{args}.pretrained": True} if wishes.pretrained else {}), **({"model.freeze": True} if wishes.freeze else {})}
 
 
 def merge(config: Config, changes: dict[str, Any]) -> None:
@@ -204,7 +224,8 @@ def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
     merge(config, {
         "model": named, "model.args.num_classes": len(data.classes), "model.window": window, "train_dataloader.dataset.patch": window,
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), window=window, **stored(data)) for part in PARTS},
-        "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored})
+        "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored,
+        **of_network(wishes, "model.args.encoder_args" if "args" in named else "model.args")})
     return config, [f"windows of {times(window)} pixels are seen, {'also' if mirrored else 'never'} mirrored", *told]
 
 
@@ -237,7 +258,8 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     merge(config, {
         "model.name": model, "model.args.num_classes": len(data.classes), "model.window": window,
         **{f"{part}_dataloader.dataset": seen for part in PARTS},
-        "train_dataloader.dataset": dict(patch=window, patches=patches), "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored})
+        "train_dataloader.dataset.patch": window, "train_dataloader.dataset.patches": patches,
+        "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored, **of_network(wishes, "model.args")})
     return config, [
         f"windows of {times(window)} voxels are seen, {patches} of every volume in an epoch, {'also' if mirrored else 'never'} mirrored",
         f"spacing: {f'{times(spacing)} mm' if spacing else 'as it is'}; intensities: "
@@ -277,7 +299,8 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
     small = statistics.quantiles(sides, n=10)[0] if len(sides) > 1 else sides[0]  # a tenth of the boxes are smaller
     monitor = "coco/segm_mAP" if data.outlined else "coco/bbox_mAP"
     config, told = started("boxes", data, wishes, monitor)
-    widths = list(TimmBackbone(model).channels)
+    backbone = TimmBackbone(model)
+    widths = list(backbone.channels)
     narrow = NARROW if max(widths) <= 256 else 256
     head = dict(in_channels=narrow, num_classes=len(data.classes))
     levels = {"out_channels": narrow, "finest_scale": min(56, max(12, round(2 * small)))}
@@ -293,6 +316,12 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         **{f"{part}_dataloader.dataset.metainfo.classes": tuple(data.classes) for part in PARTS},
         **{f"{part}_dataloader.dataset.pipeline.{step}.scale": (size, size) for part, step in zip(PARTS, (2, 1, 1), strict=True)},
         "train_dataloader.dataset.pipeline.3.prob": 0.5 * mirrored})
+    if wishes.weights:
+        config.model.backbone.checkpoint = str(Path(wishes.weights).absolute())
+    if wishes.pretrained:
+        config.model.backbone.args = dict(pretrained=True)
+    if wishes.freeze:
+        config.model.backbone.frozen_stages = backbone.parts
     if not data.outlined:
         config.model.type = "FasterRCNN"
         for part in ("mask_roi_extractor", "mask_head"):

@@ -15,11 +15,16 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.checkpoints import without
 from zoo.errors import InputError
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished, safe_files
+from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
+from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
+from zoo.mm.networks import plain
+from zoo.mm.segmentor import Segmentor
 from zoo.threads import torch_threads
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
@@ -68,11 +73,12 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     checkpoint = latest_checkpoint(work_dir) if resume == "auto" else resume
     settings.resume = checkpoint is not None
     settings.load_from = str(checkpoint) if checkpoint else settings.get("load_from")
+    if settings.resume:
+        _forget_sources(settings)
 
     model = _check_parts(settings, PARTS[:2])
     if not settings.resume:
-        for backbone in (part for part in model.modules() if isinstance(part, TimmBackbone)):
-            backbone.init_weights()  # reads the checkpoint that it starts from
+        read_start(model)
     optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, settings.optim_wrapper))
     if settings.load_from:
         check_fits(settings.load_from, model, whole=settings.resume, optim_wrapper=optim_wrapper if settings.resume else None)
@@ -132,6 +138,7 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
         settings.pop(key, None)
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
+    _forget_sources(settings)
     if preprocessor := settings.get("data_preprocessor"):  # the engine puts it into a model that it builds
         settings.model.setdefault("data_preprocessor", preprocessor)
     _choose_launcher(settings, launcher)
@@ -160,6 +167,23 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
         raise InputError(f"nothing can be written to the work dir {work_dir}: {existing} is {why}")
     config.work_dir = str(work_dir)
     return config, work_dir
+
+
+def _forget_sources(config: Config) -> None:
+    """All weights come from a checkpoint: neither are those read, nor those downloaded, that training started from."""
+    config.model = without(plain(config.model), SOURCES)
+
+
+def check_model(config: Config) -> None:
+    """Raises InputError unless the model of a config can be built, and the weights that it starts from can be read."""
+    read_start(_build_model(config))
+
+
+def read_start(model: nn.Module) -> None:
+    """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
+    for part in model.modules():
+        if isinstance(part, TimmBackbone | ImageClassifier | Segmentor):
+            part.init_weights()
 
 
 def _too_late(scheduler: Mapping, config: Config) -> bool:

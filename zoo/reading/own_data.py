@@ -72,6 +72,9 @@ class OwnData:
     channels: int = 1
     outlined: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "splits", {split: self.splits[split] for split in ("train", "val", "test") if split in self.splits})
+
     def counts(self, split: str) -> list[int]:
         """Of each class how many samples of the split are of it or show it; of boxes, how many there are."""
         found = Counter(label for sample in self.splits[split] for label in sample.labels)
@@ -189,7 +192,9 @@ def _place(folders: Sequence[str]) -> tuple[str | None, str | None, tuple[str, .
 
 
 def _stem(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").rpartition(".")[0]
+    """The name without what nnU-Net adds for the first channel of a volume."""
+    stem = path.name.lower().removesuffix(".gz").rpartition(".")[0]
+    return stem.removesuffix("_0000") if is_volume(path) else stem
 
 
 def pictures_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]]) -> OwnData:
@@ -271,7 +276,7 @@ def decathlon(root: Path) -> OwnData:
         paired = {"train": [pair for pair in listed if pair not in held], **({"val": sorted(held)} if held else {})}
     else:
         files = [path for path in visible(root, VOLUME_SUFFIXES)
-                 if channels == 1 or not re.search(r"_\d{4}$", _stem(path)) or _stem(path).endswith("_0000")]
+                 if channels == 1 or not re.search(r"_\d{4}$", _stem(path))]
         paired = {split: pairs_ for split, pairs_ in pairs(root, files).items() if split != "test"}
     return volumes_with_masks(root, paired, [labels[label] for label in range(len(labels))], channels, "a dataset.json with its volumes")
 
@@ -393,7 +398,9 @@ def table(path: Path) -> OwnData:
     if not rows or any(len(row) != len(rows[0]) for row in rows) or len(rows[0]) < 2:
         raise InputError(f"{path} has no rows of two columns or more, all of one length: paths, and labels or masks, and maybe splits")
     located = [[(path.parent / cell.strip()) for cell in row] for row in rows]
-    header = [cell.strip().casefold() for cell in rows[0]] if not any(place.is_file() for place in located[0]) else []
+    header = [cell.strip().casefold() for cell in rows[0]]
+    if any(cell.endswith(PICTURE_SUFFIXES + VOLUME_SUFFIXES) for cell in header):
+        header = []
     rows, located = (rows[1:], located[1:]) if header else (rows, located)
     if not rows:
         raise InputError(f"{path} has no files in its first row, and no other rows")

@@ -38,13 +38,15 @@ def held_out(labels: Sequence[Iterable[int]], groups: Sequence[int], folds: int,
     if different < folds:
         raise InputError(f"{different} different samples cannot be divided into {folds} folds; name fewer with --folds, or add data")
     require("dividing data", "train", "sklearn")
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedKFold
 
-    counts = Counter(label for present in labels for label in present)
-    rarest = [min(present, key=lambda label: (counts[label], label), default=-1) for present in map(set, labels)]
-    sizes = Counter(rarest)
+    counts = Counter(label for present in labels for label in set(present))
+    rarest = {group: min(set(present), key=lambda label: (counts[label], label), default=-1)
+              for group, present in zip(reversed(groups), reversed(labels), strict=True)}  # of a group, of its first sample
+    sizes = Counter(rarest.values())
     commonest = sizes.most_common(1)[0][0]
-    rarest = [label if sizes[label] >= folds else commonest for label in rarest]  # too few to have equal shares
-    parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), rarest, groups))
-    chosen = set(parts[fold][1].tolist())
-    return [place in chosen for place in range(len(labels))]
+    strata = [label if sizes[label] >= folds else commonest for label in rarest.values()]  # too few to have equal shares
+    parts = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(different), strata))
+    names = list(rarest)
+    chosen = {names[place] for place in parts[fold][1]}
+    return [group in chosen for group in groups]
