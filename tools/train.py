@@ -72,18 +72,22 @@ def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
 
     if Path(args.config).suffix == ".py":
         raise InputError(f"{args.config} is a config, which names its data itself; before data there is a model's name")
+    if "RANK" in os.environ:
+        raise InputError("a model and data are for one process; many take the config.py that it writes into its work dir")
     wishes = Wishes(args.epochs, args.batch, args.lr, args.size, args.weights, args.pretrained, args.freeze)
     data = divided(discover(args.data), args.folds, args.fold or 0, args.seed or 0)
     name = f"{args.config}_{data.root.absolute().stem}" + ("" if args.folds is None else f"_fold{args.fold or 0}")
     work_dir = Path(args.work_dir or Path("work_dirs") / name)
-    config, told = write_config(args.config, data, work_dir, wishes)
     counts = {split: data.counts(split) for split in data.splits}
     width = max(map(len, data.classes))
     print(f"{data.root}: {data.form}, {', '.join(f'{len(samples)} for {split}' for split, samples in data.splits.items())}")
     print(f"  {'class':<{width}}", *(f"{split:>8}" for split in counts))
     for place, label in enumerate(data.classes):
         print(f"  {label:<{width}}", *(f"{counted[place]:>8}" for counted in counts.values()))
-    print(*(f"  {line}" for line in (*data.notes, *told)), sep="\n")
+    for line in data.notes:
+        print(f"  {line}")
+    config, told = write_config(args.config, data, work_dir, wishes)
+    print(*(f"  {line}" for line in told), sep="\n")
     print(f"  samples: {work_dir / 'samples.png'}; config: {config}", flush=True)
     return config, work_dir
 

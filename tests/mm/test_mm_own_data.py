@@ -69,7 +69,7 @@ def test_class_folders_train_and_go_on(zoo_train, tmp_path):
     data = write_colours(tmp_path / "colours")
     said, work_dir = zoo_train("test_resnet", data, "--epochs", 3, "--batch", 4, "--lr", 0.01)
     assert re.search(r"colours: class folders, 2\d for train, \d+ for val", said) and re.search(r"\bgreen +\d+ +\d+", said)
-    assert "12 of 36" not in said and "fold 0 of 5" in said and "32x32" in said
+    assert "12 of 36" not in said and "fold 0 of 5" in said and "pictures of 32×32 pixels are seen at 32×32, also mirrored" in said
     assert Image.open(work_dir / "samples.png").size > (300, 300)
     best, = work_dir.glob("best_*.pth")
     accuracy = evaluate(work_dir / "config.py", best)["accuracy/top1"]
@@ -119,7 +119,7 @@ def write_stripes(folder: Path, mask_folder: Path, count: int = 8, side: int = 3
 def test_pictures_and_masks_train(zoo_train, tmp_path, model):
     write_stripes(tmp_path / "data/images", tmp_path / "data/masks")
     said, work_dir = zoo_train(model, tmp_path / "data", "--epochs", 2, "--batch", 2)
-    assert "pictures and masks, 6 for train, 2 for val" in said and "windows of 32×32" in said
+    assert "pictures and masks, 6 for train, 2 for val" in said and "of pictures of 32×32 pixels windows of 32×32 are seen" in said
     best, = work_dir.glob("best_iou_mean_*.pth")
     assert load_trained(best)[1].classes == ("background", "object")
     write_masks(*load_trained(best), [tmp_path / "data/images/0.png"], tmp_path / "answer.png")
@@ -181,7 +181,7 @@ def test_boxes_train(zoo_train, tmp_path, outlined):
             path.write_text(json.dumps(described))
     said, work_dir = zoo_train("biformer_nano", tmp_path / "scenes", "--epochs", 1, "--batch", 2)
     assert f"COCO's boxes {'and' if outlined else 'without'} masks, 8 for train, 3 for val" in said and "never mirrored" in said
-    assert f"{'Mask' if outlined else 'Faster'} R-CNN around biformer_nano; pictures are seen at 64 pixels" in said
+    assert f"{'Mask' if outlined else 'Faster'} R-CNN around biformer_nano; pictures of 64×64 pixels are seen at 64" in said
     metrics = evaluate(work_dir / "config.py", latest_checkpoint(work_dir))
     assert ("coco/segm_mAP" in metrics) == outlined and "coco/bbox_mAP" in metrics
     model, info = load_scene_model(latest_checkpoint(work_dir))

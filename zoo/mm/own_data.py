@@ -34,7 +34,7 @@ FITTING = {
 # What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
 HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
 STEPS = 1000  # of a training by default, if there are epochs enough
-EPOCHS = (30, 200)  # fewest and most by default
+EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
 RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (4e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4)}
@@ -143,7 +143,7 @@ def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
         "model.name": model, "model.args.num_classes": len(data.classes), "model.args": sized(model, size, cfg.input_size[-1]),
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in PARTS},
         "train_dataloader.dataset.transform.hflip": mirrored, **of_network(wishes, "model.args")})
-    return config, [f"pictures are seen at {size}x{size}, {'also' if mirrored else 'never'} mirrored", *told]
+    return config, [f"pictures {extent(sizes)} pixels are seen at {size}×{size}, {mirrored_or_not(mirrored)}", *told]
 
 
 def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: int = 1) -> tuple[Config, list[str]]:
@@ -191,6 +191,16 @@ def merge(config: Config, changes: dict[str, Any]) -> None:
         config.merge_from_dict({place: value})
 
 
+def mirrored_or_not(mirrored: float) -> str:
+    return f"{'also' if mirrored else 'never'} mirrored"
+
+
+def extent(sizes: Sequence[Sequence[int]]) -> str:
+    """The smallest and the largest of sizes."""
+    small, large = (times(chosen(sizes, key=math.prod)) for chosen in (min, max))
+    return f"of {small}" if small == large else f"from {small} to {large}"
+
+
 def usual_side(sizes: Sequence[tuple[int, int]]) -> int:
     """The shorter side that half of the pictures have, as a multiple of the stride of networks."""
     return max(1, round(statistics.median(map(min, sizes)) / STRIDE)) * STRIDE
@@ -216,7 +226,8 @@ def sized(model: str, size: int, usual: int) -> dict[str, Any]:
 
 def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To say of every pixel its class: the U-Net, or one around the network."""
-    widths, heights = zip(*picture_sizes(sample.path for samples in data.splits.values() for sample in samples), strict=True)
+    sizes = picture_sizes(sample.path for samples in data.splits.values() for sample in samples)
+    widths, heights = zip(*sizes, strict=True)
     window = [wishes.size or inner_side(min(sides), WINDOW, STRIDE) for sides in (heights, widths)]
     named = {"name": model} if kind_of(model) == "unet" else {"name": "attention_unet", "args": {"encoder": model}}
     mirrored = mirrors(data.classes)
@@ -226,7 +237,7 @@ def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), window=window, **stored(data)) for part in PARTS},
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored,
         **of_network(wishes, "model.args.encoder_args" if "args" in named else "model.args")})
-    return config, [f"windows of {times(window)} pixels are seen, {'also' if mirrored else 'never'} mirrored", *told]
+    return config, [f"of pictures {extent(sizes)} pixels windows of {times(window[::-1])} are seen, {mirrored_or_not(mirrored)}", *told]
 
 
 def stored(data: OwnData) -> dict[str, Any]:
@@ -261,7 +272,8 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
         "train_dataloader.dataset.patch": window, "train_dataloader.dataset.patches": patches,
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored, **of_network(wishes, "model.args")})
     return config, [
-        f"windows of {times(window)} voxels are seen, {patches} of every volume in an epoch, {'also' if mirrored else 'never'} mirrored",
+        f"of volumes {extent(sizes.tolist())} voxels windows of {times(window)} are seen, {patches} of each in an epoch, "
+        f"{mirrored_or_not(mirrored)}",
         f"spacing: {f'{times(spacing)} mm' if spacing else 'as it is'}; intensities: "
         f"{f'clipped to {clip[0]:g} to {clip[1]:g}' if clip else 'mean 0 and variance 1'}", *told]
 
@@ -330,8 +342,8 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
             config[f"{part}_dataloader"].dataset.pipeline[step].with_mask = False
         for part in PARTS[1:]:
             config[f"{part}_evaluator"].metric = ["bbox"]
-    return config, [f"{'Mask' if data.outlined else 'Faster'} R-CNN around {model}; pictures are seen at {size} pixels, "
-                    f"{'also' if mirrored else 'never'} mirrored", *told]
+    return config, [f"{'Mask' if data.outlined else 'Faster'} R-CNN around {model}; pictures {extent(sizes)} pixels are seen at {size}, "
+                    f"{mirrored_or_not(mirrored)}", *told]
 
 
 BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {
