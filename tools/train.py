@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
 def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     """Says what the data are and what will be done; the config for it, and the work dir."""
     from zoo.mm.own_data import Wishes, write_config
-    from zoo.reading.own_data import discover, divided
+    from zoo.reading.discovery import discover
+    from zoo.reading.own_data import divided
 
     if Path(args.config).suffix == ".py":
         raise InputError(f"{args.config} is a config, which names its data itself; before data there is a model's name")

@@ -1,4 +1,5 @@
 """`zoo train MODEL DATA`: every kind of data, from files to a checkpoint that the other commands take."""
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from zoo.checkpoints import load_trained
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.downstream import load_scene_model
+from zoo.mm.own_data import mirrors
 from zoo.predicting.classification import predict
 from zoo.predicting.segmentation import write_masks
 from zoo.reading.digits import write_digit_scenes
@@ -69,7 +71,7 @@ def test_class_folders_train_and_go_on(zoo_train, tmp_path):
     data = write_colours(tmp_path / "colours")
     said, work_dir = zoo_train("test_resnet", data, "--epochs", 3, "--batch", 4, "--lr", 0.01)
     assert re.search(r"colours: class folders, 2\d for train, \d+ for val", said) and re.search(r"\bgreen +\d+ +\d+", said)
-    assert "12 of 36" not in said and "fold 0 of 5" in said and "pictures of 32×32 pixels are seen at 32×32, also mirrored" in said
+    assert "fold 0 of 5" in said and "pictures of 32×32 pixels are seen at 32×32, also mirrored" in said
     assert Image.open(work_dir / "samples.png").size > (300, 300)
     best, = work_dir.glob("best_*.pth")
     accuracy = evaluate(work_dir / "config.py", best)["accuracy/top1"]
@@ -161,12 +163,24 @@ def test_volumes_train(zoo_train, tmp_path):
 
 def test_tables_train(zoo_train, tmp_path):
     data = write_colours(tmp_path / "colours", count=6)
-    rows = [f"{path.relative_to(tmp_path)},{path.parent.name},{'val' if path.stem == '0' else 'train'}"
-            for path in sorted(data.rglob("*.png"))]
-    (tmp_path / "table.csv").write_text("\n".join(["picture,colour,part", *rows]))
+    names = {"blue": "'b', \\n", "green": 'g "ü"', "red": "2"}
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["picture", "colour", "part"])
+        rows.writerows([path.relative_to(tmp_path), names[path.parent.name], "val" if path.stem == "0" else "train"]
+                       for path in sorted(data.rglob("*.png")))
     said, work_dir = zoo_train("test_resnet", tmp_path / "table.csv", "--epochs", 1)
     assert "a table of files and classes, 15 for train, 3 for val" in said
-    assert load_trained(latest_checkpoint(work_dir))[1].classes == ("blue", "green", "red")
+    assert load_trained(latest_checkpoint(work_dir))[1].classes == ("2", "'b', \\n", 'g "ü"')
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    (("cat", "dog"), True), (("0", "1"), False), (("a", "B"), False), (("left lung", "heart"), False), (("hand_R", "foot_R"), False),
+    (("bright", "lefty"), True), (("background", "class 1"), False), (("background", "object"), True),
+    (("Traffic light", "right-turn"), False),
+])
+def test_what_is_mirrored(names, expected):
+    assert mirrors(names) == expected
 
 
 @pytest.mark.parametrize("outlined", [True, False])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from zoo.errors import InputError
-from zoo.reading.own_data import discover, divided, read_samples, write_samples
+from zoo.reading.discovery import discover
+from zoo.reading.own_data import divided, read_samples, write_samples
 from zoo.reading.splits import held_out, identical_files
 
 

@@ -134,13 +134,19 @@ def kind_of(model: str) -> str:
 def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To tell pictures apart by their classes."""
     sizes = picture_sizes([sample.path for samples in data.splits.values() for sample in samples])
-    cfg: Any = timm.get_pretrained_cfg(model)
-    size = wishes.size or (cfg.input_size[-1] if wishes.fine else min(cfg.input_size[-1], usual_side(sizes)))
-    seen = dict(input_size=(3, size, size), mean=cfg.mean, std=cfg.std)
+    usual = cast(Any, timm.get_pretrained_cfg(model)).input_size[-1]
+    size = wishes.size or (usual if wishes.fine else min(usual, usual_side(sizes)))
+    try:
+        args = sized(model, size, usual)
+    except InputError:
+        if wishes.size:
+            raise
+        size, args = usual, {}
+    seen = dict(input_size=(3, size, size), **normalization(model))
     mirrored = 0.5 * mirrors(data.classes)
     config, told = started("classes", data, wishes, "accuracy/top1")
     merge(config, {
-        "model.name": model, "model.args.num_classes": len(data.classes), "model.args": sized(model, size, cfg.input_size[-1]),
+        "model.name": model, "model.args.num_classes": len(data.classes), "model.args": args,
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in PARTS},
         "train_dataloader.dataset.transform.hflip": mirrored, **of_network(wishes, "model.args")})
     return config, [f"pictures {extent(sizes)} pixels are seen at {size}×{size}, {mirrored_or_not(mirrored)}", *told]
@@ -158,7 +164,7 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
     epochs = wishes.epochs or min(most, max(fewest, math.ceil(wanted / steps)))
     interval = max(1, epochs // 40)
     lr = wishes.lr or RATES[data.task][wishes.fine] * math.sqrt(batch / 32)
-    warmup = min(max(1, round(WARMING * epochs)), epochs - 1)
+    warmup = max(1, round(WARMING * epochs))
     workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
     merge(config, {
         "train_dataloader.batch_size": batch, "train_cfg.max_epochs": epochs, "train_cfg.val_interval": interval,
@@ -189,6 +195,12 @@ def merge(config: Config, changes: dict[str, Any]) -> None:
     """Puts values at places "a.b.0.c" into the config; of one place, dicts are merged."""
     for place, value in changes.items():
         config.merge_from_dict({place: value})
+
+
+def normalization(model: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of the channels of pictures, between 0 and 1, as the model's weights expect them."""
+    cfg: Any = timm.get_pretrained_cfg(model)
+    return {"mean": list(cfg.mean), "std": list(cfg.std)}
 
 
 def mirrored_or_not(mirrored: float) -> str:
@@ -234,7 +246,8 @@ def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
     config, told = started("masks", data, wishes, "iou/mean")
     merge(config, {
         "model": named, "model.args.num_classes": len(data.classes), "model.window": window, "train_dataloader.dataset.patch": window,
-        **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), window=window, **stored(data)) for part in PARTS},
+        **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), window=window, **normalization(model), **stored(data))
+           for part in PARTS},
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored,
         **of_network(wishes, "model.args.encoder_args" if "args" in named else "model.args")})
     return config, [f"of pictures {extent(sizes)} pixels windows of {times(window[::-1])} are seen, {mirrored_or_not(mirrored)}", *told]
@@ -319,6 +332,7 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
     strides = [4 * 2**level for level in range(len(widths) + 1)]
     mirrored = mirrors(data.classes)
     merge(config, {
+        "model.data_preprocessor": {key: [255 * value for value in values] for key, values in normalization(model).items()},
         "model.backbone.name": model, "model.neck": dict(in_channels=widths, out_channels=narrow, num_outs=len(widths) + 1),
         "model.rpn_head": dict(in_channels=narrow, feat_channels=narrow),
         "model.rpn_head.anchor_generator": dict(scales=[min(8, max(2, round(small / 4)))], strides=strides),

@@ -3,7 +3,7 @@ _base_ = ['./schedule.py', '../default_runtime.py']
 
 data_root = 'work_dirs/own'  # holds the list
 
-model = dict(type='ImageClassifier', name='biformer_nano', args=dict(num_classes=2, drop_path_rate=0.05), label_smoothing=0.1)
+model = dict(type='ImageClassifier', name='biformer_nano', args=dict(num_classes=2), label_smoothing=0.1)
 
 pictures = dict(type='ListedPicturesDataset', file='samples.csv', classes=[])
 train_dataloader = dict(
