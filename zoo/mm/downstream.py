@@ -29,7 +29,7 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 READERS = ("LoadImageFromFile", "LoadAnnotations", "LoadPicture", "LoadLabels")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
 # Keys that say which weights training started from. Those of a checkpoint take their place, so that loading it reads no other file.
-SOURCES = (*checkpoints.SOURCES, "init_cfg", "checkpoint", "teacher_ckpt")
+SOURCES = (*checkpoints.SOURCES, "weights", "init_cfg", "checkpoint", "teacher_ckpt")
 # What the toolboxes name by `type` without registering it: operators of mmcv, and words that one of their classes tells apart.
 UNREGISTERED = frozenset((
     "nms", "soft_nms", "RoIAlign", "RoIPool", "SimpleRoIAlign", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack",

@@ -32,6 +32,7 @@ from zoo.mm.checkpoint import (
     remove_unfinished,
     safe_files,
 )
+from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
 from zoo.mm.downstream import SOURCES
@@ -39,6 +40,7 @@ from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
 from zoo.mm.runner import Runner, unlogged
+from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
 from zoo.reading.class_names import check_same_classes
 from zoo.threads import torch_threads
@@ -98,8 +100,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     model = _build_model(settings)
     classes = _check_data(settings, PARTS[:2], model)
     if not settings.resume:
-        for backbone in (part for part in model.modules() if isinstance(part, TimmBackbone)):
-            backbone.init_weights()  # reads the checkpoint that it starts from
+        read_start(model)
     optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, settings.optim_wrapper))
     others: OtherClassesHook | None = None
     if settings.load_from:
@@ -227,6 +228,18 @@ def _prepare(name: str | Path, work_dir: str | Path | None, cfg_options: Sequenc
 def _forget_sources(config: Config) -> None:
     """All weights come from a checkpoint: neither are those read, nor those downloaded, that training started from."""
     config.model = without(plain(config.model), SOURCES)
+
+
+def check_model(config: Config) -> None:
+    """Raises InputError unless the model of a config can be built, and the weights that it starts from can be read."""
+    read_start(_build_model(config))
+
+
+def read_start(model: nn.Module) -> None:
+    """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
+    for part in model.modules():
+        if isinstance(part, TimmBackbone | ImageClassifier | Segmentor):
+            part.init_weights()
 
 
 def _too_late(scheduler: Mapping, config: Config) -> bool:
