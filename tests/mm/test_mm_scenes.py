@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs mmdetection and mmsegmentation: make mm")
 import torch
-from mmengine.registry import MODELS
+from html_pages import Page
+from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 from pycocotools.coco import COCO
 
 from zoo.checkpoints import without
 from zoo.errors import InputError
-from zoo.mm import corruptions, evaluate, train
+from zoo.mm import corruptions, evaluate, report, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config, scope
 from zoo.mm.downstream import SOURCES, check_parts, load_scene_model, predict_scenes, prepare, registered_only
@@ -89,6 +90,40 @@ def test_training_leaves_curves_pictures_and_a_checkpoint_that_evaluates_alike(t
     assert list(folder.rglob("events.out.tfevents*")) and list(folder.rglob("vis_image/*.png"))
     assert metrics and not list(folder.glob(".zoo-unfinished-*"))
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
+
+
+def test_a_report_has_what_the_toolbox_measures_and_the_pictures_that_went_worst(trained, scenes, monkeypatch):
+    name, folder, metrics = trained
+    rows = []
+    detection = report.per_class.detection
+    monkeypatch.setattr(report.per_class, "detection", lambda *given: rows.extend(detection(*given)) or rows)
+    page = Page(report.write_report(folder))
+    assert {"0", "9"} <= set(page.texts) and page.says(f"with biformer_nano on {scenes}")
+    if name.startswith("mask"):
+        assert page.says("coco bbox, held-out data") and page.says("missed: given, and not found") and "AP50, %" in page.texts
+        assert f"{metrics['coco/bbox_mAP']:.3f}" in page.texts and len(page.pictures) == 3
+        assert np.nanmean([row["ap"] for row in rows]) == pytest.approx(100 * metrics["coco/bbox_mAP"], abs=0.06)  # of three digits
+    else:
+        assert f"{metrics['mIoU']:.1f}%" in page.texts and page.says("held-out data, %") and len(page.pictures) == 3 * 4
+
+
+def test_answers_that_are_right_have_full_marks_in_a_report(scenes):
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    config = load_config("mask-rcnn_biformer-nano_fpn_digits", [f"data_root={scenes}"])
+    with scope(config):
+        dataset = DATASETS.build(config.val_dataloader.dataset)
+    answers = report._Detections(dataset)
+    for index in range(len(dataset)):
+        given = dataset.get_data_info(index)
+        sample = DetDataSample(metainfo={"img_path": given["img_path"]})
+        sample.pred_instances = InstanceData(
+            bboxes=torch.tensor([each["bbox"] for each in given["instances"]]), scores=torch.ones(len(given["instances"])),
+            labels=torch.tensor([each["bbox_label"] for each in given["instances"]]))
+        answers.add({}, [sample])
+    said = answers.said()
+    assert {row["ap"] for row in said["table"] if row["boxes"]} == {pytest.approx(100)} and not said["mistakes"].shown
 
 
 def test_errors_under_corruptions(trained, scenes, monkeypatch):

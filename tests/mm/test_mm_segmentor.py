@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from html_pages import Page
 from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
@@ -19,6 +20,7 @@ from zoo.mm.config import load_config
 from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
+from zoo.mm.report import write_report
 from zoo.mm.segmentor import Segmentor
 from zoo.predicting.sliding_windows import segment
 from zoo.seeing.gate_pictures import picture_gates
@@ -232,6 +234,17 @@ def test_trains_on_volumes_evaluates_and_predicts_files(volume_run, data, tmp_pa
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0_mask.nii.gz", "1_mask.nii.gz"]
 
 
+def test_a_report_of_volumes_has_their_slices_and_distances(volume_run, data):
+    checkpoint, metrics, _ = volume_run
+    page = Page(write_report(checkpoint.parent))
+    head = page.texts.index("HD95, voxels") - 4
+    assert page.texts[head:head + 5] == ["class", "images", "missed", "Dice, %", "HD95, voxels"] and "voxels" in page.texts
+    assert page.texts.count(f"{metrics['dice/ball']:.1f}%") == 1 and page.says(f"{metrics['dice/ball']:.1f}")
+    assert page.says("0.nii.gz, slice ") and page.says("of 10, where most differs") and len(page.pictures) == 4
+    assert {what.rpartition(": ")[2] for what, _ in page.pictures} == {"picture", "given", "answer", "difference"}
+    assert all(picture.size == (14, 12) for _, picture in page.pictures) and page.says(f"attention_unet3d on {data}")
+
+
 def test_gates_of_a_volume_are_pictured(volume_run, data, tmp_path):
     path = data / "val" / "images" / "0.nii.gz"
     _, info = load_trained(volume_run[0])
@@ -265,8 +278,12 @@ def test_what_a_network_for_volumes_is_not_given(volume_run, data, tmp_path):
 
 def test_trains_on_pictures_and_overlays(data, tmp_path, capsys):
     options = ["model.args={'num_classes': 11, 'in_chans': 1, 'widths': (4, 6, 8)}", "train_dataloader.dataset.scenes=32",
-               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "experiment_name=scenes"]
+               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "train_cfg.val_interval=1", "experiment_name=scenes",
+               "report=True"]
     _, metrics = train("attention_unet_digits", work_dir=tmp_path / "run", cfg_options=options)
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.says("HD95, pixels") and f"{metrics['iou/background']:.1f}" in page.texts and len(page.pictures) == 4 * 4
+    assert page.says("scene 3. ") and all(picture.size == (64, 64) for _, picture in page.pictures)
     assert 0 <= metrics["iou/mean"] <= 100 and metrics["iou/background"] > 0
     checkpoint = latest_checkpoint(tmp_path / "run")
     model, info = load_trained(checkpoint)

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -25,8 +25,10 @@ from zoo.measuring import per_class
 from zoo.measuring.per_class import Boxes
 from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, load_from_local, safe_files
 from zoo.mm.config import change_texts, load_config, scope
+from zoo.mm.data_checks import build_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
+from zoo.mm.runner import unlogged
 from zoo.predicting.scenes import COLOURS
 from zoo.predicting.segmentation import PALETTE
 from zoo.reading.pictures import open_picture
@@ -61,12 +63,12 @@ def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, 
     check_writable(target)
     config = load_config(paths.config)
     change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
-    with scope(config):
-        model = _model(config, paths.checkpoint)
-        evaluated = _evaluate(config, model, progress) if config.get("val_dataloader") else {}
-        trained_on = DATASETS.build(config.train_dataloader.dataset)
+    with scope(config), unlogged():
+        trained_on = build_dataset("train", config.train_dataloader.dataset)
         if hasattr(trained_on, "full_init"):
             trained_on.full_init()
+        model = _model(config, paths.checkpoint, trained_on.metainfo["classes"])
+        evaluated = _evaluate(config, model, progress) if config.get("val_dataloader") else {}
         report = _report(config, paths, read_scalars(paths.work_dir), model, trained_on, evaluated)
     with replacing(target) as written:
         written.write_text(render(report), encoding="utf-8", errors="replace")  # names of files can be bytes that are no text
@@ -95,13 +97,13 @@ class _Paths(NamedTuple):
         return cls(work_dir, configs[-1], newest, Path(checkpoint) if checkpoint else best)
 
 
-def _model(config: Config, checkpoint: Path) -> Any:
-    """The model with the weights of the checkpoint; those that training began with are not read."""
+def _model(config: Config, checkpoint: Path, classes: Sequence[str]) -> Any:
+    """The model with the weights of the checkpoint, which knows these classes; those that training began with are not read."""
     described = ConfigDict(checkpoints.without(plain(config.model), SOURCES))
     if preprocessor := config.get("data_preprocessor"):
         described.setdefault("data_preprocessor", preprocessor)
     model = MODELS.build(described)
-    model.load_state_dict(check_fits(checkpoint, model, whole=True), strict=False)
+    model.load_state_dict(check_fits(checkpoint, model, whole=True, classes=classes), strict=False)
     return model.to(get_device()).eval()
 
 
