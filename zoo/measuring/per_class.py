@@ -141,8 +141,8 @@ def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarra
     missed, false = ~crowd, np.ones(len(answer.labels), bool)
     if not len(target.labels) or not len(answer.labels):
         return missed, false
-    edges = [np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target)]
-    shared = np.asarray(mask.iou(*edges, crowd.astype(np.uint8).tolist()))
+    found, given = (np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target))
+    shared = np.asarray(mask.iou(found, given, crowd.astype(np.uint8).tolist()))
     shared[answer.labels[:, None] != target.labels] = 0
     for i in np.argsort(-answer.scores, kind="stable"):
         open_to = np.where(missed, shared[i], 0)
