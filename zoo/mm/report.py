@@ -16,6 +16,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from PIL import Image
+from tqdm import tqdm
 
 import zoo
 from zoo import checkpoints
@@ -29,6 +30,7 @@ from zoo.mm.data_checks import build_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
 from zoo.mm.runner import unlogged
+from zoo.mm.training import in_one_sentence
 from zoo.predicting.scenes import COLOURS
 from zoo.predicting.segmentation import PALETTE
 from zoo.reading.pictures import open_picture
@@ -44,17 +46,15 @@ WORST = {"classes": 24, "masks": 8, "boxes": 12}  # mistakes that are pictured
 NUMBERS = 4  # metrics in the page's head
 THRESHOLD = 0.3  # score of boxes that are drawn
 NAMED = 5  # of more, some are named and the others counted
-Progress = Callable[[int, int], None]
 
 
 @safe_files()
-def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, progress: Progress = lambda done, total: None) -> Path:
+def write_report(work_dir: str | Path, checkpoint: str | Path | None = None) -> Path:
     """Evaluates a checkpoint on the validation data of the training in `work_dir` and writes report.html there; its path.
 
     Args:
         work_dir: where `zoo train` wrote.
         checkpoint: default: the best that it kept, or else the newest.
-        progress: called with the numbers of batches done and in all.
 
     Raises InputError for a folder that no training wrote, a checkpoint that does not fit, and data that are not there any more.
     """
@@ -68,7 +68,7 @@ def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, 
         if hasattr(trained_on, "full_init"):
             trained_on.full_init()
         model = _model(config, paths.checkpoint, trained_on.metainfo["classes"])
-        evaluated = _evaluate(config, model, progress) if config.get("val_dataloader") else {}
+        evaluated = in_one_sentence(lambda: _evaluate(config, model)) if config.get("val_dataloader") else {}
         report = _report(config, paths, read_scalars(paths.work_dir), model, trained_on, evaluated)
     with replacing(target) as written:
         written.write_text(render(report), encoding="utf-8", errors="replace")  # names of files can be bytes that are no text
@@ -107,7 +107,7 @@ def _model(config: Config, checkpoint: Path, classes: Sequence[str]) -> Any:
     return model.to(get_device()).eval()
 
 
-def _evaluate(config: Config, model: Any, progress: Progress) -> dict:
+def _evaluate(config: Config, model: Any) -> dict:
     """The metrics of the config, and what `Report` says of classes and mistakes, from one pass over the validation data."""
     loader: Any = Runner.build_dataloader(config.val_dataloader, seed=0)
     dataset = loader.dataset
@@ -116,11 +116,10 @@ def _evaluate(config: Config, model: Any, progress: Progress) -> dict:
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
     answers = (kind or (_Classes if model.task == "classification" else _Masks))(dataset)
     with torch.no_grad():
-        for i, batch in enumerate(loader):
+        for batch in tqdm(loader, desc="report", leave=False, disable=None):  # None: off a terminal
             samples = model.val_step(batch)
             evaluator.process(data_samples=samples, data_batch=batch)
             answers.add(batch, samples)
-            progress(i + 1, len(loader))
     if not answers.count:
         raise InputError("the validation data hold no sample")
     said = answers.said()

@@ -112,7 +112,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         last = LastMetricsHook()
         for hook in filter(None, (last, others)):
             runner.register_hook(hook)
-        _run(runner.train)
+        in_one_sentence(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
     first = is_main_process()
@@ -192,7 +192,7 @@ def _test(config: Config, model: nn.Module) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
-        metrics = _run(GivenModelRunner.from_cfg(config).test)
+        metrics = in_one_sentence(GivenModelRunner.from_cfg(config).test)
     vars(model).pop("test_step", None)  # where the config asks to compile, the engine leaves the compiled one
     return metrics
 
@@ -291,10 +291,11 @@ def _build(place: str, build: Callable[[], Built]) -> Built:
         raise InputError(f"{place} of the config cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _run(work: Callable[[], Built]) -> Built:
+def in_one_sentence(work: Callable[[], Built]) -> Built:
+    """What `work` gives. An InputError of a process that loads data comes with a traceback in its text; only the sentence is left."""
     try:
         return work()
-    except InputError as error:  # from a worker process it comes with a traceback in its text
+    except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("zoo.errors.InputError: ")) from error
 
 
