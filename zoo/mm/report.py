@@ -23,16 +23,17 @@ from zoo import checkpoints
 from zoo.errors import InputError, near_misses
 from zoo.files import check_writable, replacing
 from zoo.measuring import per_class
-from zoo.measuring.per_class import Boxes
+from zoo.measuring.per_class import Boxes, Row
 from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, load_from_local, safe_files
 from zoo.mm.config import change_texts, load_config, scope
 from zoo.mm.data_checks import build_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
+from zoo.mm.per_class import class_table
 from zoo.mm.runner import unlogged
 from zoo.mm.training import in_one_sentence
+from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
-from zoo.predicting.segmentation import PALETTE
 from zoo.reading.pictures import open_picture
 from zoo.reading.scalars import STAMP, Scalars, read_scalars
 from zoo.seeing import mistakes
@@ -111,7 +112,10 @@ def _evaluate(config: Config, model: Any) -> dict:
     """The metrics of the config, and what `Report` says of classes and mistakes, from one pass over the validation data."""
     loader: Any = Runner.build_dataloader(config.val_dataloader, seed=0)
     dataset = loader.dataset
-    evaluator = Evaluator(config.val_evaluator)
+    metrics = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
+    config.test_evaluator = config.val_evaluator  # what the next reads
+    table: Any = class_table(config)
+    evaluator = Evaluator([*metrics, table])
     evaluator.dataset_meta = dataset.metainfo
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
     answers = (kind or (_Classes if model.task == "classification" else _Masks))(dataset)
@@ -122,15 +126,16 @@ def _evaluate(config: Config, model: Any) -> dict:
             answers.add(batch, samples)
     if not answers.count:
         raise InputError("the validation data hold no sample")
-    said = answers.said()
-    metrics = evaluator.evaluate(answers.count)
-    return {"metrics": metrics, "samples": answers.count, "notes": answers.notes, "classes": answers.names, **said}
+    measured = evaluator.evaluate(answers.count)
+    said = answers.said(table.rows)
+    return {"metrics": measured, "samples": answers.count, "notes": answers.notes, "classes": answers.names, "table": table.rows, **said}
 
 
 class _Answers:
     """Base of what is gathered from batches and answers.
 
-    Subclasses give `add`, which counts samples in `count`, and `said`, arguments of `Report`. `notes` are sentences for it.
+    Subclasses give `add`, which counts samples in `count`, and `said`, arguments of `Report`, by the rows of its table. `notes` are
+    sentences for it.
     """
 
     most: int
@@ -143,7 +148,7 @@ class _Answers:
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         raise NotImplementedError
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         raise NotImplementedError
 
     def offer(self, badness: float, picture: Callable[[], Mistake]) -> None:
@@ -194,13 +199,13 @@ class _Classes(_Answers):
                     f"{scores[target]:.1%}", [("what the model saw", mistakes.fitted(_picture(inputs, self.dataset.data_config)))]))
             self.count += 1
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         targets, answers = np.array(self.targets), np.array(self.answers)
         counts = per_class.confusion(targets, answers, len(self.names))
         self.missing(counts.sum(1))
         if self.unsound:
             self.notes.append(f"The scores of {self.unsound} of {self.count} samples are no finite numbers: the answers mean nothing.")
-        return {"table": per_class.classification(targets, answers, self.names), "by": "f1", "confusion": counts,
+        return {"by": "f1", "confusion": counts,
                 "mistakes": self.worst("Wrong answers with the highest scores, the answer first.", "No answer is wrong.")}
 
 
@@ -244,15 +249,15 @@ class _Masks(_Areas):
 
     def __init__(self, dataset: Any):
         classes = len(dataset.metainfo["classes"])
-        super().__init__(dataset, np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(classes - 1))], np.uint8))
+        super().__init__(dataset, background_and(classes))
         self.overlaps, self.volumes = [], False
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
-        spacing = self.dataset.data_config.get("spacing")
         for inputs, sample in zip(batch["inputs"], samples, strict=True):
             target, answer = (sample[name].cpu().numpy() for name in ("target", "labels"))
             self.volumes = target.ndim == 3
-            self.overlaps.append(per_class.overlap(target, answer, len(self.names), spacing if self.volumes else None))
+            if not self.volumes:  # whose distances the table has
+                self.overlaps.append(per_class.overlap(target, answer, len(self.names)))
             self.compare(target, answer, lambda inputs=inputs, target=target, answer=answer: self._pictured(inputs, target, answer))
             self.count += 1
 
@@ -264,15 +269,13 @@ class _Masks(_Areas):
         what = f"{self.name()}, slice {at} of {inputs.shape[-1]}, where most differs"
         return what, mistakes.masks(grey(image), target, answer, self.colours)
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         self.missing(self.confusion.sum(1))
-        areas = per_class.areas(self.confusion, self.names)
-        overlaps = [dict.fromkeys(("images", "missed", "dice", "hd95"), math.nan), *per_class.overlaps(self.overlaps, self.names)]
-        table = [{"class": area["class"], "images": each["images"], "missed": each["missed"], "dice": each["dice"], "hd95": each["hd95"],
-                  **{name: area[name] for name in ("iou", "precision", "recall")},
-                  "voxels" if self.volumes else "pixels": area["pixels"]} for area, each in zip(areas, overlaps, strict=True)]
-        distance = "pixels" if not self.volumes else "mm" if self.dataset.data_config.get("spacing") else "voxels"
-        return {"table": table, "by": "dice", "distance": distance, "mistakes": self.worst_masks()}
+        if self.volumes:
+            return {"by": "dice", "distance": "mm", "mistakes": self.worst_masks()}
+        distances = [math.nan, *(row["hd95"] for row in per_class.overlaps(self.overlaps, self.names))]
+        table = [{**row, "hd95": distance} for row, distance in zip(rows, distances, strict=True)]
+        return {"table": table, "by": "iou", "distance": "pixels", "mistakes": self.worst_masks()}
 
 
 class _Scenes(_Areas):
@@ -282,7 +285,7 @@ class _Scenes(_Areas):
 
     def __init__(self, dataset: Any):
         palette = dataset.metainfo.get("palette")
-        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else COLOURS[:len(dataset.metainfo["classes"])])
+        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else np.resize(COLOURS, (len(dataset.metainfo["classes"]), 3)))
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         for sample in samples:
@@ -291,9 +294,9 @@ class _Scenes(_Areas):
                 Path(path).name, mistakes.masks(open_picture(path), target, answer, self.colours, background=False)))
             self.count += 1
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         self.missing(self.confusion.sum(1))
-        return {"table": per_class.areas(self.confusion, self.names), "by": "iou", "mistakes": self.worst_masks()}
+        return {"by": "iou", "mistakes": self.worst_masks()}
 
 
 class _Detections(_Answers):
@@ -303,7 +306,7 @@ class _Detections(_Answers):
 
     def __init__(self, dataset: Any):
         super().__init__(dataset)
-        self.targets, self.answers = [], []
+        self.given = np.zeros(len(self.names), np.int64)
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         for sample in samples:
@@ -311,11 +314,10 @@ class _Detections(_Answers):
             target = Boxes(np.array([each["bbox"] for each in given], np.float64).reshape(-1, 4),
                            np.array([each["bbox_label"] for each in given], np.int64),
                            crowd=np.array([each.get("ignore_flag", 0) for each in given], bool))
-            found = sample.pred_instances.cpu().numpy()
-            answer = Boxes(found.bboxes.astype(np.float64), found.labels.astype(np.int64), found.scores)
-            self.targets.append(target)
-            self.answers.append(answer)
-            sure = answer.above(THRESHOLD)
+            found = sample.pred_instances
+            found = found[found.scores >= THRESHOLD].cpu().numpy()
+            sure = Boxes(found.bboxes.astype(np.float64), found.labels.astype(np.int64), found.scores)
+            self.given += np.bincount(target.labels[~cast(np.ndarray, target.crowd)], minlength=len(self.names))
             missed, false = per_class.unmatched(target, sure)
             self.offer(int(missed.sum() + false.sum()), lambda path=sample.img_path, target=target, sure=sure, missed=missed, false=false:
                        self._pictured(path, target, sure, missed, false))
@@ -330,10 +332,9 @@ class _Detections(_Answers):
         return Mistake(f"{missed.sum()} missed, {false.sum()} false", f"{Path(path).name}; {len(target.labels)} objects are given",
                        [("boxes", mistakes.boxes(open_picture(path), drawn))])
 
-    def said(self) -> dict:
-        table = per_class.detection(self.targets, self.answers, self.names)
-        self.missing(np.array([row["boxes"] for row in table]))
-        return {"table": table, "by": "ap", "mistakes": self.worst(
+    def said(self, rows: Sequence[Row]) -> dict:
+        self.missing(self.given)
+        return {"by": "ap", "mistakes": self.worst(
             f"The pictures with most boxes that are missed or false, at scores from {THRESHOLD:.0%} and an overlap (IoU) from 50%.",
             "No box is missed or false.", mistakes.BOXES)}
 
