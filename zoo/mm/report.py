@@ -410,6 +410,8 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
 def _source(config: Config, dataset: Any) -> str:
     """Where the data lie: the folder of all files, if the dataset names them, or what the config says; or else the dataset's type."""
     files = [path for path, _ in getattr(dataset, "samples", ())] or getattr(dataset, "names", ())
+    if hasattr(dataset, "get_data_info"):  # of a toolbox
+        files = [dataset.get_data_info(index)["img_path"] for index in range(len(dataset))]
     if files and Path(files[0]).is_file():
         return os.path.commonpath([Path(path).parent for path in files])
     described = config.train_dataloader.dataset
