@@ -46,6 +46,7 @@ NAME = "report.html"
 WORST = {"classes": 24, "masks": 8, "boxes": 12}  # mistakes that are pictured
 NUMBERS = 4  # metrics in the page's head
 THRESHOLD = 0.3  # score of boxes that are drawn
+LEGEND = 30  # classes in the legend of masks
 NAMED = 5  # of more, some are named and the others counted
 
 
@@ -113,12 +114,16 @@ def _evaluate(config: Config, model: Any) -> dict:
     loader: Any = Runner.build_dataloader(config.val_dataloader, seed=0)
     dataset = loader.dataset
     metrics = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
-    config.test_evaluator = config.val_evaluator  # what the next reads
-    table: Any = class_table(config)
-    evaluator = Evaluator([*metrics, table])
-    evaluator.dataset_meta = dataset.metainfo
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
     answers = (kind or (_Classes if model.task == "classification" else _Masks))(dataset)
+    config.test_evaluator = config.val_evaluator  # what the next reads
+    table: list[Any] = []
+    try:
+        table.append(class_table(config))
+    except InputError as error:
+        answers.notes.append(f"There is no table of classes: {error}.")
+    evaluator = Evaluator([*metrics, *table])
+    evaluator.dataset_meta = dataset.metainfo
     with torch.no_grad():
         for batch in tqdm(loader, desc="report", leave=False, disable=None):  # None: off a terminal
             samples = model.val_step(batch)
@@ -127,8 +132,9 @@ def _evaluate(config: Config, model: Any) -> dict:
     if not answers.count:
         raise InputError("the validation data hold no sample")
     measured = evaluator.evaluate(answers.count)
-    said = answers.said(table.rows)
-    return {"metrics": measured, "samples": answers.count, "notes": answers.notes, "classes": answers.names, "table": table.rows, **said}
+    rows = table[0].rows if table else []
+    said = answers.said(rows)
+    return {"metrics": measured, "samples": answers.count, "notes": answers.notes, "classes": answers.names, "table": rows, **said}
 
 
 class _Answers:
@@ -239,7 +245,7 @@ class _Areas(_Answers):
 
     def worst_masks(self) -> Mistakes:
         shown = [i for i in np.flatnonzero(self.confusion.sum(0) + self.confusion.sum(1)).tolist() if i >= int(self.background)]
-        classes = {self.names[i]: tuple(self.colours[i].tolist()) for i in shown[:mistakes.LIMIT // 10]}
+        classes = {self.names[i]: tuple(self.colours[i].tolist()) for i in shown[:LEGEND]}
         return self.worst("The lowest Dice, the mean over the classes that are given or answered.", "No mask differs from its answer.",
                           {**classes, **(DIFFERENCES if self.background else {"answered as another class": CONFUSED})})
 
@@ -361,6 +367,7 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
 
     by_class = {f"{prefix}/{name}" for prefix in ("iou", "dice") for name in evaluated.get("classes", ())}
     means = ("iou/mean", "dice/mean")
+    metrics = {name: value for name, value in metrics.items() if not (name.startswith("coco/") and value == -1)}  # of sizes that none has
     heads = sorted((name for name in metrics if name in means or name not in by_class), key=lambda name: (name != best, name not in means))
     numbers = {f"best {unit}" if is_best else unit: f"{at} of {planned}",
                **{name: _number(name, metrics[name]) for name in heads[:NUMBERS]}}
@@ -368,8 +375,6 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
     if held_out is None:
         notes.append("The config has no validation data: nothing is known of how well the model answers.")
     for name in heads:
-        if name.startswith("coco/") and metrics[name] == -1:
-            continue  # of sizes that no object has
         logged = dict(scalars.held_out.get(name, ())).get(at, math.nan)
         if not math.isfinite(metrics[name]):
             notes.append(f"{name} is not a finite number.")

@@ -128,9 +128,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
 
 def _report(work_dir: Path) -> None:
     """Writes report.html. Whatever goes wrong with it is a sentence: the training is done, and stays."""
-    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
-
     try:
+        from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
         print(f"report: {write_report(work_dir)}", flush=True)
     except Exception as error:
         print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
