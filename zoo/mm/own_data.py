@@ -92,6 +92,7 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
                          "folder with --work-dir")
     config, told = BUILDERS[data.task](model, data, wishes)
     check_model(config)
+    config.report = True
     config.data_root = root = str(work_dir.absolute())
     for part in PARTS if data.task == "boxes" else ():
         config[f"{part}_dataloader"].dataset.data_root = root
