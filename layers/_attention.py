@@ -20,4 +20,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     heads = q.shape[1:-2]
     if mask is not None:
         mask = mask.expand(*heads, *mask.shape[-2:]).flatten(0, -3)
-    return F.scaled_dot_product_attention(*(y.flatten(1, -3) for y in (q, k, v)), mask).unflatten(1, heads)
+    q, k, v = (y.flatten(1, -3) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, heads)

@@ -34,7 +34,8 @@ class ModelInfo:
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
     `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
-    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
+    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported;
+    `output` is what the model gives, by name.
     """
 
     name: str
@@ -117,6 +118,7 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
         raise InputError(f"{path} records input_size={tuple(sizes)}, and {name} takes channels and {dims} sizes")
     if differing := differences(model.state_dict(), weights):
         raise InputError(f"the weights in {path} do not fit {name}: {differing}")
+    check_numbers(path, weights)
     model.load_state_dict(weights)
     return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
 
@@ -194,6 +196,14 @@ def _trained_parts(checkpoint: Opened) -> tuple[dict, dict[str, Tensor]]:
     weights = {key.removeprefix(MODEL_PREFIX): value for key, value in state.items()
                if isinstance(key, str) and key.startswith(MODEL_PREFIX) and isinstance(value, Tensor)}
     return record, weights
+
+
+def check_numbers(path: str | Path, weights: Mapping[str, Any]) -> None:
+    """Raises InputError if some of the weights in the checkpoint at `path` are NaN, as those of a run that diverged."""
+    bad = [key for key, value in weights.items() if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise InputError(f"{len(bad)} of {len(weights)} weights in {path} are not numbers (NaN), such as {bad[0]}: the run that wrote them "
+                         "had diverged")
 
 
 def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -33,7 +33,7 @@ def _fails(capfd, program: str, *arguments: object) -> str:
     ([DIGITS, "--cfg-options", "optim_wrapper.clip_grad.norm=1"], "did you mean max_norm"),
     ([DIGITS, "--cfg-options", "optim_wrapper.paramwise_cfg={'layer_deacy': 0.5}"], "layer_deacy"),
     ([DIGITS, "--cfg-options", "param_scheduler.7.begin=1"], "no index below 2"),
-    ([DIGITS, "--cfg-options", "custom_hooks.1.type=ModelEMAHok"], "did you mean ModelEMAHook"),
+    ([DIGITS, "--cfg-options", "custom_hooks.0.type=ModelEMAHok"], "did you mean ModelEMAHook"),
     ([DIGITS, "--cfg-options", "train_dataloader.dataset.limt=1"], "did you mean limit"),
     ([DIGITS, "--cfg-options", "train_dataloader.dataset.transform.input_siz=1"], "input_siz"),
     ([DIGITS, "--cfg-options", "train_dataloader.sampler.repeat=2"], "did you mean repeats"),

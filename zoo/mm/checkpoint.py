@@ -117,6 +117,15 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
+def best_checkpoint(work_dir: Path) -> Path | None:
+    """The best checkpoint that training kept in `work_dir`, as the newest records it; the newest where it kept none."""
+    if (latest := latest_checkpoint(work_dir)) is None:
+        return None
+    hub = cast(dict, load_from_local(latest)).get("message_hub", {})
+    named = [str(value) for name, value in hub.get("runtime_info", {}).items() if name.startswith("best_ckpt")]
+    return next((path for name in named if (path := work_dir / Path(name).name).is_file()), latest)
+
+
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.
@@ -127,6 +136,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Comes after the other hooks, so that `state_dict` is what is evaluated."""
+        for state in checkpoint.get("param_schedulers", ()):  # functions among it would be refused on reading, as code
+            for key in [key for key, value in state.items() if callable(value)]:
+                del state[key]
         self.weights = None
         if checkpoint.get("zoo", {}).get("task") in checkpoints.TASKS:
             self.weights = {name.removeprefix(checkpoints.MODEL_PREFIX): value.clone(memory_format=torch.contiguous_format)
@@ -136,15 +148,51 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process() and self.weights is not None:
             self.file_backend.put(safetensors.torch.save(self.weights, {"format": "pt"}), weights_beside(checkpoint))
 
-    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        before = self._best_paths()
-        super()._save_best_checkpoint(runner, metrics)
-        for path in self._best_paths() - before:
-            self._put_weights(path)
+    def before_train(self, runner: Runner) -> None:
+        """Forgets the best of another folder's run, from which this one was resumed: its files are not this run's to remove."""
+        super().before_train(runner)
+        info = runner.message_hub.runtime_info
+        if any(Path(path).absolute().parent != Path(self.out_dir).absolute() for path in self._best_paths().values()):
+            for key in [key for key in info if key.startswith(("best_score", "best_ckpt"))]:
+                del info[key]
+            self._set_best_paths({})
 
-    def _best_paths(self) -> set[str]:
-        paths = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
-        return {path for path in paths if path}
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        """Writes the checkpoint of this step again where the metrics have changed a schedule."""
+        super().after_val_epoch(runner, metrics)
+        step = runner.epoch if self.by_epoch else runner.iter
+        if self.last_ckpt and Path(self.last_ckpt).name == self.filename_tmpl.format(step) and any(
+                getattr(scheduler, "need_val_args", False) for scheduler in runner.param_schedulers or ()):
+            self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        if unknown := set(self.key_indicators) - {"auto", *metrics}:
+            raise InputError(f"default_hooks.checkpoint.save_best={unknown.pop()!r}: the evaluation gives {', '.join(metrics)}")
+        before = self._best_paths()
+        self._set_best_paths({})  # so that the engine does not remove them before there are others
+        super()._save_best_checkpoint(runner, metrics)
+        written = self._best_paths()
+        self._set_best_paths({**before, **written})
+        for path in written.values():
+            self._put_weights(path)
+        for key in before.keys() & written.keys():
+            if is_main_process() and before[key] != written[key] and Path(before[key]).exists():
+                self.file_backend.remove(before[key])
+
+    def _best_paths(self) -> dict[str, str]:
+        """The best checkpoint by every metric that is looked at."""
+        if not self.save_best:
+            return {}
+        paths = {self.save_best[0]: self.best_ckpt_path} if len(self.save_best) == 1 else self.best_ckpt_path_dict
+        return {key: path for key, path in paths.items() if path}
+
+    def _set_best_paths(self, paths: dict[str, str]) -> None:
+        if self.save_best and len(self.save_best) == 1:
+            self.best_ckpt_path = paths.get(self.save_best[0])
+        elif self.save_best:
+            self.best_ckpt_path_dict = {key: paths.get(key) for key in self.save_best}
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated: set[int] = set()
@@ -193,6 +241,7 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, classes: Sequ
         raise InputError(f"the weights in {path} are of another model: {differences}; {checkpoints.seems(checkpoint)}")
     if not any(name in given and given[name].shape == value.shape for name, value in needed.items()):
         raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits; {checkpoints.seems(checkpoint)}")
+    checkpoints.check_numbers(path, weights)
     if optim_wrapper is not None:
         _check_resumable(path, checkpoint, optim_wrapper)
     return weights

@@ -41,7 +41,7 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "data_root", "custom_imports", "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile",
     "activation_checkpointing", "efficient_conv_bn_eval",
-}
+} | {"report"}  # whether training leaves a report.html
 PARTS = ("train", "val", "test")
 # Keys of the config that arguments of training and testing say, and how.
 ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
@@ -51,6 +51,11 @@ HOUSE_PARTS = {
     "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
 }
 KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
+HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
+BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+# Of metrics, the prefix and name of the number that says which checkpoint is the best.
+BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
+        "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
@@ -80,7 +85,6 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     known = TOP_LEVEL
     if config.get("default_scope") in TOOLBOXES:
         known = known | set(config)  # the toolboxes' configs keep variables of their own at the top
-        _add_house_rules(config)
     data_root = config.get("data_root")
     for option in options:
         _check_read(config, option)
@@ -90,6 +94,7 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         change_texts(config, lambda text: new + text[len(old):] if f"{text}/".startswith(old) else text)
     if config.get("default_scope") in HOUSE_PARTS:
         _read_by_house_parts(config)
+    _add_house_rules(config)
     with scope(config):
         for part in PARTS:
             dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
@@ -130,13 +135,45 @@ def _read_by_house_parts(config: Config) -> None:
 
 
 def _add_house_rules(config: Config) -> None:
-    """What every run here has and the toolboxes' configs do not ask for: whole checkpoints that say what they are,
-    TensorBoard's curves, and a seed."""
-    config.default_hooks.checkpoint.type = "AtomicCheckpointHook"
-    config.default_hooks.checkpoint.setdefault("max_keep_ckpts", 3)
-    config.custom_hooks = [*config.get("custom_hooks", []), {"type": "IterationSeedHook"}, {"type": "RecordSceneHook"}]
-    config.visualizer.vis_backends = [*config.visualizer.vis_backends, {"type": "TensorboardVisBackend"}]
-    config.setdefault("randomness", {"seed": 0})
+    """What every run has, whatever the config and its options say of hooks: whole checkpoints that say what they are, the best of them
+    kept, a stop where numbers are no longer finite, TensorBoard's curves, lines on the screen, and a seed."""
+    record = "RecordSceneHook" if config.get("default_scope") in TOOLBOXES else "RecordHook"
+    own = [hook for _, hook in _numbered("", config.get("custom_hooks"))]
+    config.custom_hooks = [*(hook for hook in own if _kind(hook) not in (*HOUSE_HOOKS, record)),
+                           *({"type": kind} for kind in (*HOUSE_HOOKS, record))]
+    hooks = dict(config.get("default_hooks") or {})
+    checkpoint = hooks.get("checkpoint", {"interval": 1})
+    if _kind(checkpoint) in ("", "CheckpointHook", "AtomicCheckpointHook") and isinstance(checkpoint, Mapping):
+        best = _best_metric(config)
+        chosen = {"save_best": best, "rule": "greater"} if best and "save_best" not in checkpoint else {}
+        hooks["checkpoint"] = {"max_keep_ckpts": 3, **chosen, **checkpoint, "type": "AtomicCheckpointHook"}
+    config.default_hooks = hooks
+    visualizer = {"type": "Visualizer", **(config.get("visualizer") or {})}
+    backends = [backend for _, backend in _numbered("", visualizer.get("vis_backends"))]
+    visualizer["vis_backends"] = [*backends, *({"type": kind} for kind in BACKENDS if kind not in map(_kind, backends))]
+    config.visualizer = visualizer
+    config.randomness = {"seed": 0, **(config.get("randomness") or {})}
+
+
+def _kind(part: object) -> str:
+    """The bare name of the class that a dict of the config names, or of none."""
+    kind = part.get("type", "") if isinstance(part, Mapping) else ""
+    return kind.rpartition(".")[-1] if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+def _best_metric(config: Config) -> str | None:
+    """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
+    for _, metric in _numbered("", config.get("val_evaluator")):
+        kind = _kind(metric)
+        if kind == "CocoMetric":
+            measured = metric.get("metric", "bbox")
+            measured = [measured] if isinstance(measured, str) else measured
+            return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
+        if kind in BEST:
+            prefix, name = BEST[kind]
+            prefix = metric.get("prefix") or prefix
+            return f"{prefix}/{name}" if prefix else name
+    return None
 
 
 def scope(config: Config) -> contextlib.AbstractContextManager:
@@ -162,7 +199,7 @@ def find_config(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
-                 if path.parent.name != "_base_" and path.stem != "__init__"}
+                 if "_base_" not in path.parts and path.stem != "__init__"}
     if name in installed:
         return installed[name]
     raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
@@ -271,6 +308,8 @@ class Block:
 def check_config(config: Config, known: set[str]) -> None:
     """Raises InputError unless every key of the config is among `known`, and every argument known to its class."""
     _reject_unknown("the config", config, known)
+    if not isinstance(report := config.get("report", False), bool):
+        raise InputError(f"report in the config is {report!r}, where True or False is needed")
     for block in _blocks(config):
         if not isinstance(block.values, Mapping):
             raise InputError(f"{block.place} in the config is {block.values!r}, where a dict is needed")

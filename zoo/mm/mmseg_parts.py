@@ -57,6 +57,8 @@ class LoadLabels(LoadAnnotations):
 class LinearSegformerHead(SegformerHead):
     """SegFormer's head as FAN's and TAPADL's authors have it: a linear layer alone projects each map; only the fusion has norm and ReLU.
 
+    NVlabs/FAN, segmentation/mmseg/models/decode_heads/segformer_head.py, and the same file in guoyongcs/TAPADL.
+
     Arguments as mmsegmentation's `SegformerHead`. `load_state_dict` of it, or of a network around it, also takes the authors' names.
     """
 

@@ -1,23 +1,27 @@
 """Training and evaluation of a config by mmengine's Runner."""
 import contextlib
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import METRICS, MODELS
-from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.checkpoints import without
+from zoo.checkpoints import one_line, without
 from zoo.errors import InputError
+from zoo.measuring.per_class import Row
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.checkpoint import (
     OtherClassesHook,
@@ -28,11 +32,15 @@ from zoo.mm.checkpoint import (
     remove_unfinished,
     safe_files,
 )
+from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
+from zoo.mm.per_class import class_table
+from zoo.mm.runner import Runner, unlogged
+from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
 from zoo.reading.class_names import check_same_classes
 from zoo.threads import torch_threads
@@ -69,6 +77,8 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         seed: replaces the config's.
         cfg_options: changes to the config, as `zoo.mm.config.load_config` takes them.
 
+    Where the config has `report=True`, the folder also holds the page that `zoo.mm.report.write_report` writes.
+
     Raises InputError, before anything is written, for whatever of that cannot be used.
     """
     settings, work_dir = _prepare(config, work_dir, cfg_options)
@@ -90,8 +100,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     model = _build_model(settings)
     classes = _check_data(settings, PARTS[:2], model)
     if not settings.resume:
-        for backbone in (part for part in model.modules() if isinstance(part, TimmBackbone)):
-            backbone.init_weights()  # reads the checkpoint that it starts from
+        read_start(model)
     optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, settings.optim_wrapper))
     others: OtherClassesHook | None = None
     if settings.load_from:
@@ -110,8 +119,22 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         _run(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
+    first = is_main_process()
     _end_processes()
+    if first and settings.get("report"):
+        _report(work_dir)
     return work_dir, last.metrics or {}
+
+
+def _report(work_dir: Path) -> None:
+    """Writes report.html. Whatever goes wrong with it is a sentence in the log: the training is done, and stays."""
+    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
+    try:
+        print_log(f"report: {write_report(work_dir)}", "current")
+    except Exception as error:
+        print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
+                  "current", logging.ERROR)
 
 
 def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
@@ -121,11 +144,19 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
     return metrics
 
 
+def evaluate_classes(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
+                     cfg_options: Sequence[str] = ()) -> tuple[dict[str, float], list[Row]]:
+    """As `evaluate`, and a row of numbers for each class, see `zoo.mm.per_class`: in the first process, others get what they have."""
+    table = class_table(load_config(config, cfg_options))
+    metrics, = evaluate_each(config, checkpoint, [()], launcher=launcher, cfg_options=cfg_options, also=[table])
+    return metrics, getattr(table, "rows", [])
+
+
 def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[Sequence[str]], *, launcher: str | None = None,
-                  cfg_options: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+                  cfg_options: Sequence[str] = (), also: Sequence[BaseMetric] = ()) -> Iterator[dict[str, float]]:
     """As `evaluate`, once for each of `changes`, further options that change the test data and nothing of the model.
 
-    The checkpoint is read, and its model built, one time for all of them.
+    The checkpoint is read, and its model built, one time for all of them. `also` are metrics beside those of the config.
     """
     model, classes = None, []
     try:
@@ -139,7 +170,7 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
                 else:
                     check_same_classes(_check_data(changed, PARTS[2:], model), "the changed test data", classes, "those before")
                 _join_processes(changed)
-                metrics = _test(changed, model)
+                metrics = _test(changed, model, also)
             yield metrics
     finally:
         _end_processes()
@@ -153,8 +184,9 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     for part in PARTS[:2]:
         for key in ("dataloader", "cfg", "evaluator"):
             settings.pop(f"{part}_{key}", None)
-    for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
+    for key in ("optim_wrapper", "param_scheduler", "visualizer"):
         settings.pop(key, None)
+    settings.custom_hooks = [{"type": "FiniteHook"}, {"type": "ScreenHook"}]
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
     _forget_sources(settings)
@@ -164,10 +196,15 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     return settings
 
 
-def _test(config: Config, model: nn.Module) -> dict[str, float]:
+def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[str, float]:
     class GivenModelRunner(Runner):
         def build_model(self, described: Mapping) -> nn.Module:
             return model
+
+        def build_evaluator(self, evaluator: Any) -> Evaluator:
+            built = super().build_evaluator(evaluator)
+            built.metrics += also
+            return built
 
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
@@ -193,6 +230,18 @@ def _forget_sources(config: Config) -> None:
     config.model = without(plain(config.model), SOURCES)
 
 
+def check_model(config: Config) -> None:
+    """Raises InputError unless the model of a config can be built, and the weights that it starts from can be read."""
+    read_start(_build_model(config))
+
+
+def read_start(model: nn.Module) -> None:
+    """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
+    for part in model.modules():
+        if isinstance(part, TimmBackbone | ImageClassifier | Segmentor):
+            part.init_weights()
+
+
 def _too_late(scheduler: Mapping, config: Config) -> bool:
     """Whether a run that was made short ends before the scheduler begins, which the engine takes for a mistake."""
     limit = config.train_cfg.get("max_epochs" if scheduler.get("by_epoch", True) else "max_iters", float("inf"))
@@ -200,7 +249,7 @@ def _too_late(scheduler: Mapping, config: Config) -> bool:
 
 
 def _build_model(config: Config) -> nn.Module:
-    with scope(config):
+    with scope(config), unlogged():
         model = _build("model", lambda: MODELS.build(config.model))
     check_channels(model)
     return model
@@ -225,7 +274,7 @@ def _telling_classes_apart(config: Config, model: nn.Module) -> set[str]:
 def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[str]:
     """Builds the datasets and metrics once, compares their classes with each other and the model, and returns them."""
     known: tuple[str, list[str]] | None = None
-    with scope(config):
+    with scope(config), unlogged():
         for part in parts:
             evaluators = config.get(f"{part}_evaluator") or []
             evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
@@ -239,6 +288,7 @@ def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[
                     check_same_classes(classes, f"the {part} data", known[1], f"the {known[0]} data")
                 known = known or (part, classes)
                 _check_classes(model, part, len(classes))
+                _check_channels(model, part, dataset)
             for metric in evaluators:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
     return known[1] if known else []
@@ -251,6 +301,14 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
         if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
             setting = "args" if place == "" else place
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
+
+
+def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
+    """Raises InputError unless a network that says how many channels it takes gets as many."""
+    taken = getattr(getattr(model, "model", None), "in_chans", None)
+    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
+    if None not in (taken, given) and taken != given:
+        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
 
 
 def _build(place: str, build: Callable[[], Built]) -> Built:

@@ -1,7 +1,7 @@
 """HaloNets (Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731).
 
 ResNet's bottlenecks with halo attention in place of the 3×3 convolution, in all four stages. There is no code and there are no
-weights by the authors. Multiply-adds of one image, those of the paper's table and ours, in G:
+weights by the authors (docs/cards/halo.md). Multiply-adds of one image, those of the paper's table and ours, in G:
 
 | | H0 | H1 | H2 | H3 | H4 | H5 | H6 | H7 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

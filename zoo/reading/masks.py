@@ -1,5 +1,4 @@
 """Which mask belongs to which picture or volume, what may be in it, and masks in pictures."""
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,30 +34,6 @@ def paired_files(root: Path, split: str, masks: str, suffixes: tuple[str, ...]) 
             raise InputError(f"there is no folder {folder}{near}")
     pictures, labels = (files_below(folder, suffixes) for folder in folders)
     return pair(pictures, labels, *folders)
-
-
-def read_decathlon(path: Path, split: str, folds: int = 5) -> tuple[list[str], list[tuple[Path, Path]]]:
-    """The classes in a `dataset.json` of the Medical Segmentation Decathlon, and pairs of a volume and its mask for "train" or "val".
-
-    The file's `validation` list is the "val" part; without one, every `folds`-th of its `training` list, the rest being "train".
-    Raises InputError for a file that is missing, no such description, or names nothing for the split.
-    """
-    check_split(split)
-    described = _read_json(path)
-    try:
-        labels = {int(label): name for label, name in described["labels"].items()}
-        training = [(entry["image"], entry["label"]) for entry in described["training"]]
-        held_out = [(entry["image"], entry["label"]) for entry in described.get("validation", ()) if isinstance(entry, dict)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a description of the Decathlon's kind: {error!r}") from error
-    if sorted(labels) != list(range(len(labels))):
-        raise InputError(f"{path} has labels {sorted(labels)}, where they have to run from 0")
-    held_out = held_out or training[::folds]
-    chosen = held_out if split == "val" else [pair for pair in training if pair not in held_out]
-    files = [(path.parent / image, path.parent / mask) for image, mask in chosen]
-    if not files:
-        raise InputError(f"{path} names no volumes for {split}")
-    return [labels[i] for i in range(len(labels))], files
 
 
 def read_picture_mask(path: str | Path, picture: str | Path | None = None) -> np.ndarray:
@@ -161,13 +136,9 @@ def check_labels(labels: Tensor, classes: int, path: str | Path) -> None:
         raise InputError(f"the mask {path} has unknown labels {shown}; known are 0 to {classes - 1}")
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"there is no {path}; set data_root to the folder that holds {path.name}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+def label_dtype(classes: int) -> torch.dtype:
+    """The smallest type that holds the labels of so many classes."""
+    return torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
 
 
 def check_split(split: str) -> None:
