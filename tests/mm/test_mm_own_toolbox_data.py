@@ -75,6 +75,7 @@ def test_boxes_alone_are_enough_with_mixed_precision_too(animals):
     train(DETECTOR, work_dir=animals / "run", amp=True, cfg_options=options)
     checkpoint = latest_checkpoint(animals / "run")
     assert read(checkpoint)["zoo"]["classes"] == list(CATS)
+    assert load_config(DETECTOR, options).default_hooks.checkpoint.save_best == "coco/bbox_mAP"
     assert evaluate(DETECTOR, checkpoint, cfg_options=options) is not None
     for split in ("train", "val"):
         coco(animals, split, categories=[{"id": 3, "name": "dog"}, {"id": 5, "name": "cat"}])
