@@ -50,6 +50,7 @@ HOUSE_PARTS = {
     "mmdet": {"LoadImageFromFile": "LoadPicture", "CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"},
     "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
 }
+COCO_METRICS = ("CocoMetric", HOUSE_PARTS["mmdet"]["CocoMetric"])
 KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
 HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
 BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
@@ -165,7 +166,7 @@ def _best_metric(config: Config) -> str | None:
     """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
     for _, metric in _numbered("", config.get("val_evaluator")):
         kind = _kind(metric)
-        if kind == "CocoMetric":
+        if kind in COCO_METRICS:
             measured = metric.get("metric", "bbox")
             measured = [measured] if isinstance(measured, str) else measured
             return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
