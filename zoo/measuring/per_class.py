@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def classification(targets: np.ndarray, answers: np.ndarray, names: Sequence[str
     from sklearn.metrics import precision_recall_fscore_support
 
     counts = [np.bincount(indices, minlength=len(names)) for indices in (targets, answers)]
-    numbers = precision_recall_fscore_support(targets, answers, labels=range(len(names)), zero_division=np.nan)
+    numbers = precision_recall_fscore_support(targets, answers, labels=range(len(names)), zero_division=cast(Any, np.nan))
     precision, recall, f1 = (100 * np.asarray(values) for values in numbers[:3])
     return _rows(names, images=counts[0], answers=counts[1], precision=precision, recall=recall, f1=f1)
 
@@ -141,8 +141,8 @@ def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarra
     missed, false = ~crowd, np.ones(len(answer.labels), bool)
     if not len(target.labels) or not len(answer.labels):
         return missed, false
-    edges = [np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target)]
-    shared = np.asarray(mask.iou(*edges, crowd.astype(np.uint8).tolist()))
+    found, given = (np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target))
+    shared = np.asarray(mask.iou(found, given, crowd.astype(np.uint8).tolist()))
     shared[answer.labels[:, None] != target.labels] = 0
     for i in np.argsort(-answer.scores, kind="stable"):
         open_to = np.where(missed, shared[i], 0)
@@ -163,7 +163,7 @@ def _coco(images: Sequence[Boxes], classes: int) -> Any:
             width, height = right - left, bottom - top
             annotations.append({"id": len(annotations) + 1, "image_id": index, "category_id": int(label), "score": float(score),
                                 "bbox": [left, top, width, height], "area": width * height, "iscrowd": int(many)})
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {"images": [{"id": index} for index in range(len(images))], "annotations": annotations,
                     "categories": [{"id": index} for index in range(classes)]}
     coco.createIndex()

@@ -114,7 +114,8 @@ def orientation(picture: Image.Image) -> int:
 def seen_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of a picture, as it is stored, when it is turned upright."""
     aside = orientation(picture) in TURNED_ASIDE and picture.format != "TIFF"  # Pillow says of TIFF how large it is to be seen
-    return picture.size[::-1] if aside else picture.size
+    width, height = picture.size
+    return (height, width) if aside else (width, height)
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:

@@ -185,7 +185,7 @@ def _confusions(counts: np.ndarray, names: Sequence[str]) -> str:
                 f'<div class="wide" tabindex="0"><table class="matrix"><thead><tr><th scope="col">given \\ answer</th>{head}</tr></thead>'
                 f'<tbody>{"".join(body)}</tbody></table></div>')
     order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
     body = "".join(f'<tr><th scope="row">{html.escape(names[i])}</th><td>{html.escape(names[j])}</td><td>{counts[i, j]:,}</td>'
                    f"<td>{100 * counts[i, j] / counts[i].sum():.1f}</td></tr>" for i, j in pairs)
     return (f'<p>The {len(pairs)} most frequent ones between {len(names)} classes.</p>'
