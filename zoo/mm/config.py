@@ -199,7 +199,7 @@ def find_config(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
-                 if path.parent.name != "_base_" and path.stem != "__init__"}
+                 if "_base_" not in path.parts and path.stem != "__init__"}
     if name in installed:
         return installed[name]
     raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
