@@ -68,14 +68,15 @@ class LabelTable(ClassTable):
             if target.ndim == 2:
                 self.results.append(per_class.confusion(target, answer, len(self.names)))
             else:
-                spacing = spacing.tolist()
+                spacing = cast(Any, spacing).tolist()
                 self.results.append((per_class.overlap(target, answer, len(self.names), spacing),
                                      class_tables.surface_dice(target, answer, len(self.names), spacing)))
 
     def fill(self, results: list) -> tuple[list[Row], dict[str, float]]:
         if isinstance(results[0], tuple):
-            return class_tables.volumes(*zip(*results, strict=True), self.names), {}
-        return class_tables.areas(sum(results), self.names), {}
+            overlaps, surfaces = zip(*results, strict=True)
+            return class_tables.volumes(overlaps, surfaces, self.names), {}
+        return class_tables.areas(np.sum(results, axis=0), self.names), {}
 
 
 def class_table(config: Config) -> BaseMetric:
