@@ -21,6 +21,7 @@ from zoo.errors import InputError
 
 Reported = Literal["average", "weights", "both"]
 NAMED = 5  # classes that are said to be learned
+UNSEEN = 5e-5  # what the log shows as 0.0000
 
 
 @HOOKS.register_module()
@@ -182,6 +183,7 @@ class ScreenHook(Hook):
         self.bar: tqdm | None = None
         self.line: list[str] = []
         self.losses: list[float] = []
+        self.silent: set[str] | None = None
         self.steps = 0
 
     def before_train(self, runner: Runner) -> None:
@@ -217,7 +219,9 @@ class ScreenHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
         self.steps += 1
-        self.losses.append(torch.as_tensor((outputs or {}).get("loss", math.nan)).item())
+        values = {name: torch.as_tensor(value).item() for name, value in (outputs or {}).items()}
+        self.losses.append(values.get("loss", math.nan))
+        self.silent = {name for name, value in values.items() if abs(value) < UNSEEN and (self.silent is None or name in self.silent)}
         self._step(f"loss {self.losses[-1]:.4f}")
         if not self.by_epoch and (self.every_n_train_iters(runner, self.length) or self.is_last_train_iter(runner)):
             self._finish(runner)
@@ -255,6 +259,10 @@ class ScreenHook(Hook):
 
     def _finish(self, runner: Runner) -> None:
         self._end()
+        if self.steps == len(self.losses):  # the first that is finished
+            for name in sorted(name for name in self.silent or () if "loss" in name or "similarity" in name):
+                why = ": no weight of attention is above attention_threshold / tokens; lower it" if "attention" in name else ""
+                runner.logger.warning(f"{name} has been 0 at every step, and nothing is learned from it{why}")
         here = self._place(runner, 1)
         self.line = [here, f"loss {sum(self.losses) / max(1, len(self.losses)):.4f}", f"rate {self.rate:.3g}"]
         self.losses = []
