@@ -255,7 +255,8 @@ class ScreenHook(Hook):
         self._say_line(runner)
         key, path = self._best(runner)
         if path is not None:
-            self._say(f"best {key}: {runner.message_hub.get_info('best_score'):.4g}, {path}")
+            info = runner.message_hub.runtime_info
+            self._say(f"best {key}: {info.get('best_score', info.get(f'best_score_{key}')):.4g}, {path}")
 
     def _finish(self, runner: Runner) -> None:
         self._end()
@@ -275,9 +276,10 @@ class ScreenHook(Hook):
     def _best(self, runner: Runner) -> tuple[str | None, str | None]:
         """The name of the metric by which the best checkpoint is chosen, and that checkpoint, as far as there are any."""
         hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best), None)
-        if hook is None or len(hook.key_indicators) > 1 or hook.key_indicators[0] == "auto":
+        if hook is None or hook.key_indicators[0] == "auto":
             return None, None
-        return hook.key_indicators[0], hook.best_ckpt_path
+        key = hook.key_indicators[0]
+        return key, hook.best_ckpt_path if len(hook.key_indicators) == 1 else hook.best_ckpt_path_dict.get(key)
 
     def _say_line(self, runner: Runner) -> None:
         if self.line:

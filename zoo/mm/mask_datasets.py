@@ -3,7 +3,6 @@
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
 drawn under the sample's seed (see `zoo.mm.datasets`).
 """
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from zoo.predicting.sliding_windows import padded
 from zoo.reading.brain import MATTER, read_hemisphere
 from zoo.reading.decathlon import read_decathlon
 from zoo.reading.digits import CLASSES, Digits, grey_scene
-from zoo.reading.masks import paired_files, read_masked_picture
+from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning
+from zoo.reading.say import say_once
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid
 
 KEYS = ("inputs", "targets")
 
@@ -132,11 +132,9 @@ class Volumes(MaskedImages):
         return [str(image) for image, _ in self.files]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        with warnings.catch_warnings():
-            if self.said[index]:
-                warnings.simplefilter("ignore", MissingVoxelsWarning)
-            self.said[index] = True
-            return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0])
+        say = (lambda *text: None) if self.said[index] else say_once
+        self.said[index] = True
+        return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0], say)
 
 
 @DATASETS.register_module()
@@ -186,7 +184,7 @@ class DecathlonDataset(Volumes):
 class VolumeFolderDataset(Volumes):
     """Volumes in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
 
-    A volume's mask is the file of the same place in the sorted list of `labels`.
+    Which mask is a volume's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -201,9 +199,9 @@ class VolumeFolderDataset(Volumes):
 
 @DATASETS.register_module()
 class PictureMaskDataset(MaskedPictures):
-    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
+    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels say the classes.
 
-    A picture's mask is the file of the same place in the sorted list of `masks`.
+    Which mask is a picture's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -211,19 +209,23 @@ class PictureMaskDataset(MaskedPictures):
         classes: names in the order of the labels, the background first.
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
+        mask_values: what stands for the classes in the masks, in their order. By default their numbers, 0, 1, …, or for two classes
+            0 and 255, see `zoo.reading.masks.MaskValues`.
         args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
-                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD, **args):
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+                 mask_values: Sequence[int] | None = None, **args):
         super().__init__(classes, **args)
         self.files = paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
+        self.values = MaskValues.of(len(classes), [mask for _, mask in self.files], mask_values)
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         config = self.data_config
-        return read_masked_picture(*self.files[index], config["mean"], config["std"], len(self.metainfo["classes"]))
+        return read_masked_picture(*self.files[index], config["mean"], config["std"], self.values)
 
 
 @DATASETS.register_module()
