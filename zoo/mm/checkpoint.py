@@ -162,7 +162,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().after_val_epoch(runner, metrics)
         step = runner.epoch if self.by_epoch else runner.iter
         if self.last_ckpt and Path(self.last_ckpt).name == self.filename_tmpl.format(step) and any(
-                getattr(scheduler, "need_val_args", False) for scheduler in runner.param_schedulers or ()):
+                getattr(scheduler, "need_val_args", False) for scheduler in cast(list, runner.param_schedulers or [])):
             self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:

@@ -11,6 +11,7 @@ import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, ValLoop
 from mmengine.structures import BaseDataElement
@@ -212,7 +213,7 @@ class ScreenHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._say_line(runner)
-        self.rate = next(iter(runner.optim_wrapper.get_lr().values()))[0]
+        self.rate = next(iter(cast(OptimWrapper, runner.optim_wrapper).get_lr().values()))[0]
         if self.bar is None:
             here = f"epoch {runner.epoch + 1}/{runner.max_epochs}" if self.by_epoch else f"to step {runner.max_iters}"
             self._begin(here, self.length)
