@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -93,7 +95,7 @@ def _kept() -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def _fused(model: nn.Module) -> Iterator[None]:
     """Lets timm's attention run as scaled_dot_product_attention, which computes the same."""
-    spelled_out = [m for m in model.modules() if getattr(m, "fused_attn", True) is False]
+    spelled_out = [m for m in model.modules() if isinstance(m, (Attention, AttentionRope, BeitAttention)) and not m.fused_attn]
     if spelled_out and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "
                          "leave one of checkpointing and fused_attn=False")

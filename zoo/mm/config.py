@@ -165,7 +165,7 @@ def _best_metric(config: Config) -> str | None:
     """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
     for _, metric in _numbered("", config.get("val_evaluator")):
         kind = _kind(metric)
-        if kind == "CocoMetric":
+        if kind in ("CocoMetric", "CheckedCocoMetric"):
             measured = metric.get("metric", "bbox")
             measured = [measured] if isinstance(measured, str) else measured
             return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
