@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check timm-tests lint docs models measure exports gpu clean
+.PHONY: demo mm test check timm-tests lint docs models measure own-data exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -46,6 +46,10 @@ models: $(READY)
 measure: $(READY)
 	$(BIN)/python -m zoo benchmark $$($(BIN)/python -c "from zoo.measuring.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
+
+# What `zoo train MODEL DATA` reaches on small data of every kind: about ten minutes with two quiet cores.
+own-data: $(MM_READY)
+	$(BIN)/python -m benchmarks.own_data
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)

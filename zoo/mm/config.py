@@ -92,9 +92,9 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
     if data_root and config.data_root != data_root:
         old, new = f"{data_root.rstrip('/')}/", f"{config.data_root.rstrip('/')}/"
         change_texts(config, lambda text: new + text[len(old):] if f"{text}/".startswith(old) else text)
-    _add_house_rules(config)
     if config.get("default_scope") in HOUSE_PARTS:
         _read_by_house_parts(config)
+    _add_house_rules(config)
     with scope(config):
         for part in PARTS:
             dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
@@ -199,7 +199,7 @@ def find_config(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
-                 if path.parent.name != "_base_" and path.stem != "__init__"}
+                 if "_base_" not in path.parts and path.stem != "__init__"}
     if name in installed:
         return installed[name]
     raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")

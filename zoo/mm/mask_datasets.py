@@ -1,7 +1,7 @@
 """Datasets of images and volumes with masks, for segmentation.
 
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
-drawn under the sample's seed (see `zoo.mm.datasets`).
+drawn under the sample's seed (see `zoo.mm.datasets`). Items of whole volumes also have `spacing` (3,), millimetres per voxel.
 """
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +22,10 @@ from zoo.reading.brain import MATTER, read_hemisphere
 from zoo.reading.decathlon import read_decathlon
 from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
+from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
 from zoo.reading.say import say_once
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, open_volume
 
 KEYS = ("inputs", "targets")
 
@@ -73,7 +74,13 @@ class MaskedImages(Dataset):
                 if hasattr(step, "set_random_state"):
                     step.set_random_state(np.random.randint(2**31))
                 item = step(item)
-        return {"inputs": torch.as_tensor(item["inputs"]).contiguous(), "targets": torch.as_tensor(item["targets"])[0].long()}
+        found = {"inputs": torch.as_tensor(item["inputs"]).contiguous(), "targets": torch.as_tensor(item["targets"])[0].long()}
+        spacing = self.spacing(sample.index % len(self.names)) if self.patch is None else None
+        return found if spacing is None else {**found, "spacing": torch.tensor(spacing)}
+
+    def spacing(self, index: int) -> tuple[float, ...] | None:
+        """Millimetres per position along the axes of what `read` gives, if there are any; items of whole images have it."""
+        return None
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         if self.kept is not None and index in self.kept:
@@ -136,6 +143,14 @@ class Volumes(MaskedImages):
         self.said[index] = True
         return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0], say)
 
+    def spacing(self, index: int) -> tuple[float, ...]:
+        return self.grid.voxel_sizes(open_volume(self.files[index][0], self.data_config["input_size"][0]))
+
+
+def listed_files(path: Path, split: str) -> list[tuple[Path, Path]]:
+    """The pairs of a picture or volume and its mask that a CSV has for the split."""
+    return [(image, Path(mask)) for image, mask in read_samples(path, split)]
+
 
 @DATASETS.register_module()
 class MNI152Dataset(MaskedImages):
@@ -158,6 +173,9 @@ class MNI152Dataset(MaskedImages):
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return self.volume
+
+    def spacing(self, index: int) -> tuple[float, ...]:
+        return self.data_config["spacing"]
 
 
 @DATASETS.register_module()
@@ -190,11 +208,13 @@ class VolumeFolderDataset(Volumes):
         root: the folder that holds `train` and `val`.
         split: "train" or "val".
         classes: names in the order of the labels in the masks, the background first.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `Volumes`.
     """
 
-    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], **args):
-        super().__init__(classes, paired_files(Path(root), split, "labels", VOLUME_SUFFIXES), window, **args)
+    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], file: str | None = None, **args):
+        files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
+        super().__init__(classes, files, window, **args)
 
 
 @DATASETS.register_module()
@@ -211,14 +231,15 @@ class PictureMaskDataset(MaskedPictures):
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
         mask_values: what stands for the classes in the masks, in their order. By default their numbers, 0, 1, …, or for two classes
             0 and 255, see `zoo.reading.masks.MaskValues`.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
                  mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
-                 mask_values: Sequence[int] | None = None, **args):
+                 mask_values: Sequence[int] | None = None, file: str | None = None, **args):
         super().__init__(classes, **args)
-        self.files = paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
         self.values = MaskValues.of(len(classes), [mask for _, mask in self.files], mask_values)
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}

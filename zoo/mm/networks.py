@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from torch import nn
 
 import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses
@@ -27,6 +28,13 @@ def _files_in(args: Mapping) -> list[str]:
     """The files of weights that arguments of timm name."""
     named = {**args, **(args.get("pretrained_cfg_overlay") or {})}
     return [str(named[key]) for key in ("checkpoint_path", "file") if named.get(key)]
+
+
+def freeze_but(module: nn.Module, *trained: nn.Module) -> None:
+    """Only what is in `trained` learns, of all that is in `module`, and only that is not as in evaluation."""
+    module.requires_grad_(False).eval()
+    for part in trained:
+        part.requires_grad_(True).train()
 
 
 def plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, chec
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import reset_parameters
+from zoo.weights import load_weights
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
@@ -117,7 +118,7 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(name):
             raise InputError(f"encoder must be a model that timm knows, got {name!r}{near_misses(name, timm.list_models())}")
         try:
-            self._make = partial(timm.create_model, name, features_only=True, in_chans=in_chans, **args)
+            self._create = partial(timm.create_model, name, in_chans=in_chans, **args)
             self.model = self._make()
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # models without feature maps, each in its way
             raise InputError(f"encoder {name} cannot give feature maps: {error}") from error
@@ -125,6 +126,15 @@ class TimmEncoder(nn.Module):
         self.channels, self.reductions = info.channels(), info.reduction()
         if any(fine >= coarse for fine, coarse in zip(self.reductions, self.reductions[1:], strict=False)):
             raise InputError(f"encoder {name} is not hierarchical: its maps are the input's size divided by {self.reductions}")
+
+    def _make(self, **more: Any) -> nn.Module:
+        return self._create(features_only=True, **more)
+
+    def load_weights(self, file: str) -> None:
+        """Takes the weights of a classifier of the encoder's name in a file, as `zoo.weights.load_weights` reads it."""
+        whole = self._create()
+        load_weights(whole, file, new_head=True)
+        self.model.load_state_dict(self._make(pretrained=True, pretrained_cfg_overlay={"state_dict": whole.state_dict()}).state_dict())
 
     def reset_parameters(self) -> None:
         """Values of a new encoder; timm's models without head have no method for that."""
