@@ -195,7 +195,8 @@ class DecathlonDataset(Volumes):
 
     def __init__(self, root: str, split: str, window: Sequence[int], folds: int = 5, file: str = "dataset.json", **args):
         task = read_decathlon(Path(root) / file, split, folds)
-        super().__init__(task.classes, task.files, window, channels=task.channels, **args)
+        files = task.training if split == "train" else task.validation
+        super().__init__(task.classes, files, window, channels=task.channels, **args)
 
 
 @DATASETS.register_module()

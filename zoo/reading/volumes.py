@@ -184,6 +184,11 @@ class Grid:
             nibabel.save(mask, written)
 
 
+def labels_in(path: str | Path) -> list[float]:
+    """The values that occur in the mask at `path`, in ascending order; those that are NaN count as 0, which is said."""
+    return _voxels(open_volume(path), 0.0, say_once).unique().tolist()
+
+
 def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     """As interpolation with "nearest-exact", of whole numbers of any type."""
     for axis, (old, new) in enumerate(zip(labels.shape[1:], size, strict=True), 1):
