@@ -93,6 +93,7 @@ def test_training_leaves_curves_pictures_and_a_checkpoint_that_evaluates_alike(t
     name, folder, metrics = trained
     assert list(folder.rglob("events.out.tfevents*")) and list(folder.rglob("vis_image/*.png"))
     assert metrics and not list(folder.glob(".zoo-unfinished-*"))
+    assert len(list(folder.glob("best_*.pth"))) == 1
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
 
 

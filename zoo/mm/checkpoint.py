@@ -172,7 +172,8 @@ class AtomicCheckpointHook(CheckpointHook):
             raise InputError(f"default_hooks.checkpoint.save_best={unknown.pop()!r}: the evaluation gives {', '.join(metrics)}")
         before = self._best_paths()
         self._set_best_paths({})  # so that the engine does not remove them before there are others
-        super()._save_best_checkpoint(runner, metrics)
+        plain = {name: value.item() if isinstance(value, np.generic | Tensor) else value for name, value in metrics.items()}
+        super()._save_best_checkpoint(runner, plain)  # which records the best, and only plain numbers are read again
         written = self._best_paths()
         self._set_best_paths({**before, **written})
         for path in written.values():

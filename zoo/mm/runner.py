@@ -82,9 +82,9 @@ class Runner(EngineRunner):
 
     def _measured(self, scheduler: _ParamScheduler) -> list[dict[str, float]]:
         """What a scheduler that looks at a metric has seen."""
-        name = f"val/{getattr(scheduler, 'monitor', None)}"
-        return [{cast(Any, scheduler).monitor: value} for value in self.message_hub.log_scalars[name].data[0].tolist()
-                ] if name in self.message_hub.log_scalars else []
+        monitor = getattr(scheduler, "monitor", "")
+        history = self.message_hub.log_scalars.get(f"val/{monitor}")
+        return [{monitor: value} for value in history.data[0].tolist()] if history else []
 
 
 class _Log(io.TextIOBase):
