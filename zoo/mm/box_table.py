@@ -1,4 +1,4 @@
-"""Parts around detectors that mmdetection does not have. Imported where a config is of mmdetection."""
+"""Average precision of every class of a detector. Imported where a config is of mmdetection."""
 import contextlib
 import copy
 import io
