@@ -4,6 +4,7 @@ import contextlib
 import html
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def image(picture: Image.Image, alt: str, kind: str = "PNG") -> str:
 def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]], remark: str = "") -> str:
     """One HTML document with all pictures inside: it needs no other file and no server. `remark` stands above them."""
     used = {colour for _, seen in sections for shown in seen for colour in shown.colours}
-    parts = [f'<p class="remark">{html.escape(remark)}</p>'] if remark else []
+    parts = ['<p class="remark">' + re.sub("`(.*?)`", r"<code>\1</code>", html.escape(remark)) + "</p>"] if remark else []
     if used:
         items = (f'<li><span style="background:{look}"></span>{html.escape(meaning)}</li>'
                  for colour, (look, meaning) in LEGEND.items() if colour in used)
