@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check timm-tests lint docs models measure exports gpu clean
+.PHONY: demo mm test check timm-tests lint docs models measure own-data exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -26,9 +26,11 @@ check: $(MM_READY)
 timm-tests: $(READY)
 	$(BIN)/python tests/timm_contract.py $(TIMM_OPTIONS)
 
-lint: $(READY)
+# With the toolboxes, for their types. Nothing is fetched: pyright and its Node.js are packages, and it does not ask for newer ones.
+lint: $(MM_READY)
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports --config setup.cfg --no-cache
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 # The site, in build/site: pages of docs/, and a reference from docstrings. Nothing is fetched, neither now nor by who reads it.
 docs: $(READY)
@@ -44,6 +46,10 @@ models: $(READY)
 measure: $(READY)
 	$(BIN)/python -m zoo benchmark $$($(BIN)/python -c "from zoo.measuring.model_table import listed; print(*listed())") \
 		--against benchmarks.resnet50:build --batch 1 --rounds 9 --forward-only --json benchmarks/models.json
+
+# What `zoo train MODEL DATA` reaches on small data of every kind: about ten minutes with two quiet cores.
+own-data: $(MM_READY)
+	$(BIN)/python -m benchmarks.own_data
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)

@@ -1,8 +1,8 @@
 """Which weights of a file are a model's, under which names, and whether they fit.
 
-One rule, whatever route a file is loaded by: the weights that its authors evaluated, which are those under `state_dict` or `model`;
-their exponential moving average, under `state_dict_ema` or `model_ema`, only where it is asked for with `ema=True`. Which ones were
-taken is said in one line of the log `zoo` (level INFO).
+One rule, whatever route a file is loaded by: the weights that its authors evaluated (`zoo.models.released` says of each), which are
+those under `state_dict` or `model`; their exponential moving average, under `state_dict_ema` or `model_ema`, only where it is asked
+for with `ema=True`. Which ones were taken is said in one line of the log `zoo` (level INFO).
 """
 import contextlib
 import logging
@@ -99,13 +99,15 @@ def weights_in(file: str | Path | Mapping, ema: bool = False, *, own: Iterable[s
     return kept
 
 
-def load_weights(model: nn.Module, file: str | Path | Mapping, ema: bool = False, filter_fn: Filter | None = None) -> None:
+def load_weights(model: nn.Module, file: str | Path | Mapping, ema: bool = False, filter_fn: Filter | None = None,
+                 new_head: bool = False) -> None:
     """Loads the weights that `weights_in` finds in `file` into `model`, all of them and no others.
 
     The names may be the model's, or, for models of the zoo, those of its authors' code.
 
     Args:
         filter_fn: turns names and shapes into the model's; by default what the model's family offers.
+        new_head: the model keeps its own head, and the file may have another, or none.
 
     Raises InputError, and leaves the model as it was, for what `weights_in` refuses and for weights that do not fit.
     """
@@ -115,8 +117,11 @@ def load_weights(model: nn.Module, file: str | Path | Mapping, ema: bool = False
     cfg = getattr(model, "pretrained_cfg", None) or {}
     given = weights_in(file, ema, own=model.state_dict(), licence=cfg.get("license"))
     weights = converted(given, model, filter_fn)
-    check_fit(weights, given, model, filter_fn, "the state dict" if isinstance(file, Mapping) else str(file))
-    model.load_state_dict(weights)
+    heads = cfg.get("classifier") if new_head else ()
+    free = [name for head in ([heads] if isinstance(heads, str) else heads or ()) for name in (f"{head}.weight", f"{head}.bias")]
+    check_fit(weights, given, model, filter_fn, "the state dict" if isinstance(file, Mapping) else str(file), free=free)
+    own = {name: value for name, value in model.state_dict().items() if name in free}
+    model.load_state_dict({name: value for name, value in weights.items() if name not in free} | own)
 
 
 def converted(given: dict[str, Tensor], model: nn.Module, filter_fn: Filter | None) -> dict[str, Tensor]:

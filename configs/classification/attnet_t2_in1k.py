@@ -1,4 +1,5 @@
-# The authors' settings. They name adaptive gradient clipping, which their loop does not pass on: gradients are not clipped.
+# The authors' settings: https://github.com/price112/Attentive-Convolution, runs/T2.txt, and train.py, whose adaptive clipping of
+# gradients util/engine.py does not pass on: gradients are not clipped.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(

@@ -131,10 +131,11 @@ def test_the_authors_evaluated_weights_unless_the_average_is_asked_for(tmp_path,
         assert all(torch.equal(value, raw[key] * factor) for key, value in backbone.network.state_dict().items())
 
 
-def test_a_checkpoint_of_something_else(tmp_path):
+@pytest.mark.parametrize("name", ["biformer_nano", "resnet18", "test_resnet"])
+def test_a_checkpoint_of_something_else(name, tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
-    with pytest.raises(InputError, match="not a checkpoint of biformer_nano"):
-        TimmBackbone("biformer_nano", checkpoint=str(tmp_path / "other.pth")).init_weights()
+    with pytest.raises(InputError, match=f"not a checkpoint of {name}"):
+        TimmBackbone(name, checkpoint=str(tmp_path / "other.pth")).init_weights()
 
 
 class Detector(nn.Module):

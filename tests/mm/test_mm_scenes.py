@@ -112,7 +112,7 @@ def test_rows_of_classes_agree_with_the_metrics(trained, scenes):
 
 def test_average_precision_of_what_is_found_and_what_is_not(scenes):
     """The annotations themselves as answers, but for those of one class."""
-    from zoo.mm.box_table import BoxTable
+    from zoo.mm.mmdet_parts import BoxTable
     path = scenes / "annotations/instances_val.json"
     truth = COCO(path)
     table = BoxTable(ann_file=str(path), metric="bbox")

@@ -114,6 +114,17 @@ def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, repor
         assert not any(name.endswith("_ema") for name in metrics)
 
 
+def test_the_best_by_weights_and_by_average_are_kept(tmp_path):
+    base = Path(__file__).parents[2] / "configs" / "classification" / "biformer_nano_digits.py"
+    (tmp_path / "both.py").write_text(
+        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))\n")
+    options = ["custom_hooks.1.report=both", "custom_hooks.1.decay=0.9", "train_cfg.val_interval=1"]
+    train(tmp_path / "both.py", work_dir=tmp_path / "run", cfg_options=[*TINY, f"experiment_name={tmp_path.name}", *options])
+    for name in ("top1", "top1_ema"):
+        best, = (tmp_path / "run").glob(f"best_accuracy_{name}_epoch_?.pth")
+        assert best.with_suffix(".safetensors").exists()
+
+
 def test_resumed_training_tells_weights_and_average_apart(tiny_train, tmp_path):
     """Whichever of them the checkpoint reports, and whichever the resumed run does."""
     options = ["custom_hooks.0.decay=0.5", "train_cfg.max_epochs=3", "train_cfg.val_interval=3"]

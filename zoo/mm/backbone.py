@@ -3,7 +3,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import timm
 import torch
@@ -17,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import InputError
 from zoo.mm.networks import create_network, plain
-from zoo.weights import weights_in
+from zoo.weights import load_weights as load_whole
 
 STRIDES = (4, 8, 16, 32)
 AUTHORS_NORM = re.compile(r"^(?:norm|extra_norms\.)(\d)\.")  # of a map: LITv2's and BiFormer's detectors and segmentors
@@ -38,7 +37,7 @@ class TimmBackbone(BaseModule):
         out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only; or of
             some, by their places among the maps that are given.
         norm_eps: of those norms.
-        checkpoint: the authors' released file, as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
+        checkpoint: the authors' released file (`zoo.models.released`), as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         ema: of that file the average of the weights instead of the weights that its authors evaluated.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
@@ -50,7 +49,8 @@ class TimmBackbone(BaseModule):
             bottom and the columns at the right that are zero, as the toolboxes pad. Without it padding is a part of the picture
             like any other: convolutions see it close to the border; attention, regions and pooling of the whole map everywhere.
 
-    `load_state_dict` of it, or of a network around it, also takes the names that the authors' detectors and segmentors have.
+    `load_state_dict` of it, or of a network around it, also takes the names that the authors' detectors and segmentors have
+    (tests/mm/test_mm_released.py).
 
     Raises InputError for an unknown name, an argument that the model does not take, or a checkpoint that does not fit.
     """
@@ -103,6 +103,7 @@ class TimmBackbone(BaseModule):
     def _freeze(self, parts: int) -> None:
         matcher = self.network.group_matcher(coarse=True)
         groups = group_parameters(self.network, matcher)
+        self.parts = len(groups)
         if not 0 <= parts <= len(groups):
             raise InputError(f"frozen_stages={parts}: {self.name} has {len(groups)} parts, the stem included")
         frozen = {name for part in range(parts) for name in groups[part]}
@@ -154,14 +155,10 @@ def load_weights(network: nn.Module, name: str, args: Mapping, path: str | Path,
 
     `ema`: the average of its weights, see `zoo.weights_in`. Raises InputError unless every weight of `network` is there.
     """
-    weights = weights_in(path, ema, own=network.state_dict(), licence=cast(dict[str, Any], network.pretrained_cfg).get("license"))
-    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
+    whole = timm.create_model(name, **{**args, "num_classes": 0})
     try:
-        whole = timm.create_model(name, **{**args, **overlay, "num_classes": 0})
-    except (ValueError, RuntimeError) as error:  # what models of the zoo and timm's say of weights that do not fit
+        load_whole(whole, path, ema, new_head=True)
+    except InputError as error:
         raise InputError(f"{path} is not a checkpoint of {name}: {error}") from error
-    needed = network.state_dict()
-    given = {key: value for key, value in whole.state_dict().items() if key in needed and value.shape == needed[key].shape}
-    if missing := sorted(needed.keys() - given.keys()):
-        raise InputError(f"{path} is not a checkpoint of {name}: {len(missing)} of {len(needed)} weights are missing, such as {missing[0]}")
-    network.load_state_dict(given)
+    weights = whole.state_dict()
+    network.load_state_dict({key: weights[key] for key in network.state_dict()})

@@ -3,7 +3,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -16,7 +16,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.fileio.io import backend_instances
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zoo import checkpoints
 from zoo.errors import InputError
 from zoo.files import explaining
+from zoo.reading.class_names import check_same_classes, shown
 
 TEMPORARY = ".zoo-unfinished-"
 STATISTICS = ("min", "max", "mean", "current")
@@ -215,11 +216,12 @@ class AtomicCheckpointHook(CheckpointHook):
                     self.file_backend.remove(path)
 
 
-def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> dict:
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, classes: Sequence[str] = (),
+               optim_wrapper: OptimWrapper | None = None) -> dict:
     """The weights in the checkpoint at `path`. Raises InputError unless they are weights for `model`.
 
-    `whole`: all of them, and no others; otherwise at least one. With `optim_wrapper`, also what training needs to go on
-    with it; its state is then the checkpoint's.
+    `whole`: all of them, and no others, and trained for `classes`, if the checkpoint says for which; otherwise at least one. With
+    `optim_wrapper`, also what training needs to go on with it; its state is then the checkpoint's.
     """
     checkpoint = load_from_local(path)
     if not isinstance(checkpoint, dict):
@@ -231,18 +233,41 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
     for place, part in model.named_modules():
         if hasattr(part, "take_authors_names"):  # as loading lets it
             cast(Any, part).take_authors_names(weights, f"{place}.")
-    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
-    if whole and needed != given:
-        differing = sorted(dict(needed.items() ^ given.items()))
-        raise InputError(f"the weights in {path} are of another model: {len(differing)} of {len(needed | given)} differ, "
-                         f"for example {differing[0]}")
-    if not needed.items() & given.items():
-        raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")
+    if whole and classes and (known := recorded_classes(checkpoint)):
+        check_same_classes(classes, "the data", known, f"the checkpoint {path}")
+    needed = model.state_dict()
+    given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if whole and (differences := checkpoints.differences(needed, given)):
+        raise InputError(f"the weights in {path} are of another model: {differences}; {checkpoints.seems(checkpoint)}")
+    if not any(name in given and given[name].shape == value.shape for name, value in needed.items()):
+        raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits; {checkpoints.seems(checkpoint)}")
     checkpoints.check_numbers(path, weights)
     if optim_wrapper is not None:
         _check_resumable(path, checkpoint, optim_wrapper)
     return weights
+
+
+@HOOKS.register_module()
+class OtherClassesHook(Hook):
+    """Where training starts from a checkpoint for other classes, leaves out the weights `names`, which say what is which, and says so."""
+
+    priority = "HIGHEST"
+
+    def __init__(self, names: Iterable[str], known: Sequence[str]):
+        self.names, self.known = set(names), known
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        left = sorted(self.names & checkpoint["state_dict"].keys())
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in self.names}
+        runner.logger.warning("%s knows other classes than the data, %s: %d weights that tell classes apart begin anew, such as %s",
+                              runner._load_from, shown(self.known), len(left), ", ".join(left[:3]))
+
+
+def recorded_classes(checkpoint: object) -> list[str]:
+    """The names of the classes that a checkpoint was trained for, or none if it does not say."""
+    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
+    classes = record.get("classes") if isinstance(record, dict) else None
+    return list(map(str, classes)) if isinstance(classes, list | tuple) else []
 
 
 def _check_resumable(path: str | Path, checkpoint: dict, optim_wrapper: OptimWrapper) -> None:

@@ -1,6 +1,6 @@
 """Image classification as a task of the engine."""
 from collections.abc import Mapping
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zoo.errors import InputError
 from zoo.losses import AttentionDiversificationLoss
-from zoo.mm.networks import create_network, plain
+from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.weights import load_weights
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -35,6 +36,9 @@ class ImageClassifier(BaseModel):
         attention_diversification: weight of the loss `zoo.AttentionDiversificationLoss`, 0 for none. Its value before weighting
             is logged as `attention_similarity`.
         attention_threshold: that loss's threshold.
+        weights: a file whose weights training starts from, but for the head's: the authors', timm's, or a checkpoint of `zoo train`.
+            Read when training starts; what evaluates or resumes does not need it.
+        freeze: the head alone learns.
 
     Raises InputError for an unknown name, loss, or argument.
     """
@@ -43,7 +47,8 @@ class ImageClassifier(BaseModel):
 
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy",
-                 attention_diversification: float = 0.0, attention_threshold: float = 2.0):
+                 attention_diversification: float = 0.0, attention_threshold: float = 2.0, weights: str | None = None,
+                 freeze: bool = False):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
@@ -54,14 +59,24 @@ class ImageClassifier(BaseModel):
         self.diversification_weight = attention_diversification
         self.diversification = AttentionDiversificationLoss(attention_threshold) if attention_diversification else None
         self.model = create_network(name, self.args)
-        self.num_classes = self.model.num_classes
+        self.num_classes, self.weights, self.freeze = self.model.num_classes, weights, freeze
         try:
             self.mixup = None if mixup is None else Mixup(**mixup, label_smoothing=label_smoothing, num_classes=self.num_classes)
         except TypeError as error:
             raise InputError(f"mixup cannot be set up: {error}") from error
+        self.train()
 
     def init_weights(self) -> None:
-        """Nothing: timm has initialised or loaded the model, and the engine would do the former again."""
+        """Loads `weights`, if there are any; timm has initialised the model, and the engine would do so again."""
+        if self.weights is not None:
+            load_weights(self.model, self.weights, new_head=True)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.freeze and mode:
+            head = self.model.get_classifier()
+            freeze_but(self.model, *(head if isinstance(head, tuple) else [head]))
+        return self
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Tensor | dict | list[dict]:
         """`inputs` (B, C, H, W) normalised pixels, `targets` (B,) class indices.

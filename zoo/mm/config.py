@@ -43,6 +43,14 @@ TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "activation_checkpointing", "efficient_conv_bn_eval",
 } | {"report"}  # whether training leaves a report.html
 PARTS = ("train", "val", "test")
+# Keys of the config that arguments of training and testing say, and how.
+ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
+# By toolbox, what takes the place of its own parts, and of those that are only replaced if no other argument is given, what is kept.
+HOUSE_PARTS = {
+    "mmdet": {"LoadImageFromFile": "LoadPicture", "CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"},
+    "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
+}
+KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
 HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
 BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 # Of metrics, the prefix and name of the number that says which checkpoint is the best.
@@ -72,15 +80,20 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         raise InputError(f"the config {path} needs {TOOLBOXES[missing]}; {INSTALL}") from error
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise InputError(f"the config {path} cannot be read: {type(error).__name__}: {error}") from error
+    for name in [name for name in config if name.startswith("_")]:
+        config.pop(name)  # variables of the config's own
     known = TOP_LEVEL
     if config.get("default_scope") in TOOLBOXES:
         known = known | set(config)  # the toolboxes' configs keep variables of their own at the top
     data_root = config.get("data_root")
     for option in options:
+        _check_read(config, option)
         _apply(config, option)
     if data_root and config.data_root != data_root:
         old, new = f"{data_root.rstrip('/')}/", f"{config.data_root.rstrip('/')}/"
         change_texts(config, lambda text: new + text[len(old):] if f"{text}/".startswith(old) else text)
+    if config.get("default_scope") in HOUSE_PARTS:
+        _read_by_house_parts(config)
     _add_house_rules(config)
     with scope(config):
         for part in PARTS:
@@ -90,14 +103,35 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
                 if "root" in _known_arguments(kind):
                     dataset.setdefault("root", config.data_root)
         check_config(config, known)
+    if any(option.startswith("data_root=") for option in options):
+        _check_root_read(config)
     return config
 
 
 def import_toolbox(name: str) -> None:
     """Registers what the toolbox has, and what it lacks and the configs here name."""
     importlib.import_module(name)
-    if name == "mmseg":
-        importlib.import_module("zoo.mm.mmseg_parts")
+    if name in HOUSE_PARTS:
+        importlib.import_module(f"zoo.mm.{name}_parts")
+
+
+def _read_by_house_parts(config: Config) -> None:
+    """Puts the house's parts that read pictures, masks and annotations in the places of the toolbox's, which some data mislead."""
+    parts = HOUSE_PARTS[config.default_scope]
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            result = {key: changed(item) for key, item in value.items()}
+            name = result.get("type")
+            if name in parts and not any(result.get(key) for key in result if key not in ("type", *KEPT_ARGUMENTS.get(name, result))):
+                result = {key: item for key, item in result.items() if key in ("type", *KEPT_ARGUMENTS.get(name, result))}
+                result["type"] = parts[name]
+            return result
+        return type(value)(map(changed, value)) if isinstance(value, list | tuple) else value
+
+    for key, value in config.to_dict().items():
+        if key.endswith(("_dataloader", "_evaluator", "_pipeline")):
+            config[key] = changed(value)
 
 
 def _add_house_rules(config: Config) -> None:
@@ -167,10 +201,57 @@ def find_config(name: str) -> Path:
             raise InputError(f"{name} is no config, which is a .py file or the name of an installed one; the config comes first")
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
-                 if path.parent.name != "_base_" and path.stem != "__init__"}
+                 if "_base_" not in path.parts and path.stem != "__init__"}
     if name in installed:
         return installed[name]
     raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
+
+
+def _check_read(config: Config, option: str) -> None:
+    """Raises InputError for an option that changes what nothing reads any more once the config's file has been read."""
+    name = option.partition("=")[0].partition(".")[0]
+    if name in ARGUMENTS:
+        raise InputError(f"{option} is without effect in the config; {ARGUMENTS[name]}")
+    if name in config and name not in TOP_LEVEL:
+        used = _places(config, config[name])
+        where = f"its value stands in {', '.join(used[:3])}" if used else "other keys were made from it"
+        raise InputError(f"{option} is without effect: {name} is a variable of the config's file, and {where}; change that, or write a "
+                         "config of your own that inherits from this one")
+
+
+def _places(config: Config, wanted: object) -> list[str]:
+    """Where in what is read of the config `wanted` stands."""
+    found: list[str] = []
+
+    def look(value: object, place: str) -> None:
+        if value == wanted and type(value) is type(wanted):
+            found.append(place)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                look(item, f"{place}.{key}" if place else str(key))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                look(item, f"{place}.{index}")
+
+    look({key: value for key, value in config.items() if key in TOP_LEVEL}, "")
+    return found
+
+
+def _check_root_read(config: Config) -> None:
+    """Raises InputError unless some data lie below the config's data_root."""
+    found: list[str] = []
+
+    def collect(text: str) -> str:
+        found.append(text)
+        return text
+
+    datasets = {part: (config.get(f"{part}_dataloader") or {}).get("dataset") for part in PARTS}
+    change_texts(Config({"datasets": {part: dataset for part, dataset in datasets.items() if dataset}}), collect)
+    if not any(f"{text}/".startswith(f"{config.data_root.rstrip('/')}/") for text in found):
+        kinds = ", ".join(sorted({dataset.type for dataset in datasets.values() if dataset}))
+        raise InputError(f"data_root={config.data_root} is without effect: {kinds} of {Path(config.filename).stem} reads no files below a "
+                         "folder; a recipe such as biformer_tiny_in1k (class folders), attention_unet_folders (masks) or "
+                         "attention_unet3d_folders (volumes) does")
 
 
 def _apply(config: Config, option: str) -> None:
@@ -246,7 +327,9 @@ def check_config(config: Config, known: set[str]) -> None:
 def _reject_unknown(place: str, given: Iterable[str], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            raise InputError(f"{place} has an unknown key {key!r}{near_misses(key, known) or '; known are ' + ', '.join(sorted(known))}")
+            own = "; a variable of your own begins with an underscore" if place == "the config" else ""
+            near = near_misses(key, known) or f"; known are {', '.join(sorted(known))}"
+            raise InputError(f"{place} has an unknown key {key!r}{near}{own}")
 
 
 def _blocks(config: Config) -> Iterator[Block]:

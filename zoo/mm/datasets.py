@@ -5,7 +5,7 @@ index and the dataset draws under it. So neither the number of workers nor an in
 """
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,9 +20,10 @@ from timm.data.transforms import MaybeToTensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import Compose
 
-from zoo.errors import InputError
+from zoo.errors import InputError, near_misses
 from zoo.reading.class_folders import find_classes, list_labelled
 from zoo.reading.digits import CLASSES, Digits
+from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import open_picture
 
 
@@ -190,4 +191,36 @@ class ImageFolderDataset(LabelledImages):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
-        return open_picture(path), target
+        return open_picture(path, self.data_config["input_size"][0]), target
+
+
+@DATASETS.register_module()
+class ListedPicturesDataset(LabelledImages):
+    """Pictures that a CSV lists, as `zoo train MODEL DATA` writes it: its columns are split, path and label, the name of a class.
+
+    Args:
+        root: the folder that holds the file.
+        split: which of its rows.
+        classes: names of the classes in the order of the model's.
+        transform: arguments of timm's `create_transform`.
+        file: name of the CSV.
+        corruption: see `LabelledImages`.
+
+    Raises InputError for a file that is no such list, and for labels that are no classes.
+    """
+
+    def __init__(self, root: str, split: str, classes: Sequence[str], transform: Mapping, file: str = "samples.csv",
+                 corruption: Mapping | None = None):
+        super().__init__(list(classes), transform, corruption)
+        places = {name: place for place, name in enumerate(classes)}
+        rows = read_samples(Path(root) / file, split)
+        if unknown := next((label for _, label in rows if label not in places), None):
+            raise InputError(f"{Path(root) / file} has a label {unknown!r}, which is none of the classes{near_misses(unknown, places)}")
+        self.samples = [(path, places[label]) for path, label in rows]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return open_picture(path, self.data_config["input_size"][0]), target

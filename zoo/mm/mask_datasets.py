@@ -22,7 +22,8 @@ from zoo.predicting.sliding_windows import padded
 from zoo.reading.brain import MATTER, read_hemisphere
 from zoo.reading.decathlon import read_decathlon
 from zoo.reading.digits import CLASSES, Digits, grey_scene
-from zoo.reading.masks import paired_files, read_masked_picture
+from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
+from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
 from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning, open_volume
 
@@ -148,6 +149,11 @@ class Volumes(MaskedImages):
         return self.grid.voxel_sizes(open_volume(self.files[index][0], self.data_config["input_size"][0]))
 
 
+def listed_files(path: Path, split: str) -> list[tuple[Path, Path]]:
+    """The pairs of a picture or volume and its mask that a CSV has for the split."""
+    return [(image, Path(mask)) for image, mask in read_samples(path, split)]
+
+
 @DATASETS.register_module()
 class MNI152Dataset(MaskedImages):
     """The T1 template of the MNI152 brain that nilearn ships, with grey and white matter, an image for each hemisphere.
@@ -198,24 +204,26 @@ class DecathlonDataset(Volumes):
 class VolumeFolderDataset(Volumes):
     """Volumes in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
 
-    A volume's mask is the file of the same place in the sorted list of `labels`.
+    Which mask is a volume's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
         split: "train" or "val".
         classes: names in the order of the labels in the masks, the background first.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `Volumes`.
     """
 
-    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], **args):
-        super().__init__(classes, paired_files(Path(root), split, "labels", VOLUME_SUFFIXES), window, **args)
+    def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], file: str | None = None, **args):
+        files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
+        super().__init__(classes, files, window, **args)
 
 
 @DATASETS.register_module()
 class PictureMaskDataset(MaskedPictures):
-    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
+    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels say the classes.
 
-    A picture's mask is the file of the same place in the sorted list of `masks`.
+    Which mask is a picture's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -223,19 +231,24 @@ class PictureMaskDataset(MaskedPictures):
         classes: names in the order of the labels, the background first.
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
+        mask_values: what stands for the classes in the masks, in their order. By default their numbers, 0, 1, …, or for two classes
+            0 and 255, see `zoo.reading.masks.MaskValues`.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
-                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD, **args):
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+                 mask_values: Sequence[int] | None = None, file: str | None = None, **args):
         super().__init__(classes, **args)
-        self.files = paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
+        self.values = MaskValues.of(len(classes), [mask for _, mask in self.files], mask_values)
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         config = self.data_config
-        return read_masked_picture(*self.files[index], config["mean"], config["std"], len(self.metainfo["classes"]))
+        return read_masked_picture(*self.files[index], config["mean"], config["std"], self.values)
 
 
 @DATASETS.register_module()

@@ -81,7 +81,7 @@ def class_table(config: Config) -> BaseMetric:
     """The metric that fills the table for a config's test data, in its `rows`. Raises InputError where there is none."""
     toolbox = config.get("default_scope")
     if toolbox == "mmdet":
-        from zoo.mm.box_table import BoxTable
+        from zoo.mm.mmdet_parts import BoxTable
 
         evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
         described = next((dict(each) for each in evaluators if each.get("type") == "CocoMetric" and each.get("ann_file")), None)

@@ -1,6 +1,6 @@
 """Segmentation in 2-D and 3-D as a task of the engine, with MONAI's losses and sliding windows."""
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Self, cast
 
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from zoo.errors import InputError
 from zoo.mm.monai import monai_part
-from zoo.mm.networks import create_network, plain
+from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.models.unet import TimmEncoder
+from zoo.weights import load_weights, weights_in
 
 
 @MODELS.register_module()
@@ -22,6 +24,9 @@ class Segmentor(BaseModel):
             logits and class indices: `softmax` and `to_onehot_y` are set.
         window: sizes of the windows in which evaluation goes through larger images; None for whole images.
         overlap: share of a window that its neighbours cover too.
+        weights: a file whose weights training starts from: those of the network, but for its head, or of its encoder alone. Read when
+            training starts; what evaluates or resumes does not need it.
+        freeze: the way down, the network's encoder, does not learn.
 
     Raises InputError for an unknown name, loss, or argument.
     """
@@ -29,18 +34,33 @@ class Segmentor(BaseModel):
     task = "segmentation"
 
     def __init__(self, name: str, args: Mapping | None = None, loss: Mapping | None = None, window: Sequence[int] | None = None,
-                 overlap: float = 0.25):
+                 overlap: float = 0.25, weights: str | None = None, freeze: bool = False):
         super().__init__()
         self.name, self.args = name, plain(args or {})
         self.model = create_network(name, self.args)
         self.num_classes = self.model.num_classes
-        self.window, self.overlap = window, overlap
+        self.window, self.overlap, self.weights, self.freeze = window, overlap, weights, freeze
         if window is not None and len(window) != self.model.spatial_dims:
             raise InputError(f"window={tuple(window)} is for {len(window)}-D, and {name} takes {self.model.spatial_dims}-D input")
         self.loss = monai_part("losses", {"type": "DiceCELoss", "softmax": True, "to_onehot_y": True, **(loss or {})})
+        self.train()
 
     def init_weights(self) -> None:
-        """Nothing: the network has been initialised or loaded, and the engine would do the former again."""
+        """Loads `weights`, if there are any; the network has been initialised, and the engine would do so again."""
+        if self.weights is None:
+            return
+        encoder = getattr(self.model, "encoder", None)
+        whole = any(name.startswith("encoder.") for name in weights_in(self.weights, own=self.model.state_dict()))
+        if isinstance(encoder, TimmEncoder) and not whole:
+            encoder.load_weights(self.weights)
+        else:
+            load_weights(self.model, self.weights, new_head=True)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.freeze and mode:
+            freeze_but(self.model.encoder)
+        return self
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor",
                 spacing: Tensor | None = None) -> Tensor | dict | list[dict]:

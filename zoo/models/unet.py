@@ -18,6 +18,7 @@ from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
+from zoo.kernels._backends import in_functorch
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
@@ -26,6 +27,7 @@ from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, chec
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import reset_parameters
+from zoo.weights import load_weights
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
@@ -58,7 +60,7 @@ class Blocks:
         return Convolutions(**self.conv(dim, out_dim, 3, "1"), **self.conv(out_dim, out_dim, 3, "2"))
 
     def gate(self, dim: int, gate_dim: int, num_gates: int) -> nn.Module:
-        args = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
+        args: dict[str, Any] = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
         return AttentionGate(dim, gate_dim, **args) if num_gates == 1 else MultiAttentionGate(dim, gate_dim, num_gates=num_gates, **args)
 
 
@@ -100,7 +102,7 @@ class ConvEncoder(nn.Module):
 @register_notrace_function
 def channels_last(x: Tensor) -> Tensor:
     """x, on the CPU with channels last in memory, where convolutions are up to twice as fast."""
-    if x.device.type != "cpu" or is_exporting():
+    if x.device.type != "cpu" or is_exporting() or in_functorch():
         return x
     return x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
 
@@ -116,7 +118,7 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(name):
             raise InputError(f"encoder must be a model that timm knows, got {name!r}{near_misses(name, timm.list_models())}")
         try:
-            self._make = partial(timm.create_model, name, features_only=True, in_chans=in_chans, **args)
+            self._create = partial(timm.create_model, name, in_chans=in_chans, **args)
             self.model = self._make()
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # models without feature maps, each in its way
             raise InputError(f"encoder {name} cannot give feature maps: {error}") from error
@@ -124,6 +126,15 @@ class TimmEncoder(nn.Module):
         self.channels, self.reductions = info.channels(), info.reduction()
         if any(fine >= coarse for fine, coarse in zip(self.reductions, self.reductions[1:], strict=False)):
             raise InputError(f"encoder {name} is not hierarchical: its maps are the input's size divided by {self.reductions}")
+
+    def _make(self, **more: Any) -> nn.Module:
+        return self._create(features_only=True, **more)
+
+    def load_weights(self, file: str) -> None:
+        """Takes the weights of a classifier of the encoder's name in a file, as `zoo.weights.load_weights` reads it."""
+        whole = self._create()
+        load_weights(whole, file, new_head=True)
+        self.model.load_state_dict(self._make(pretrained=True, pretrained_cfg_overlay={"state_dict": whole.state_dict()}).state_dict())
 
     def reset_parameters(self) -> None:
         """Values of a new encoder; timm's models without head have no method for that."""

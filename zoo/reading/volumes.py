@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo.errors import InputError, near_misses, require, times
 from zoo.files import replacing
 from zoo.reading.masks import check_labels, label_dtype
+from zoo.reading.pictures import files_below
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".mgz", ".mgh", ".hdr")  # an .hdr has its voxels in the .img beside it
@@ -35,7 +36,7 @@ def is_volume(path: str | Path) -> bool:
 
 def find_volumes(folder: Path, channels: int = 1) -> list[Path]:
     """The volumes below `folder`; of those with their channels in files of their own, see `open_volume`, the files of the first."""
-    found = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(VOLUME_SUFFIXES) and not path.name.startswith("."))
+    found = files_below(folder, VOLUME_SUFFIXES)
     others = {other for path in found if channels > 1 for other in channel_files(path, channels)[1:]}
     return [path for path in found if path not in others]
 

@@ -1,4 +1,5 @@
 # DeiT's, and its heirs': 8 GPUs with 128 images each, 5e-4 per 512 images; the average of the weights is kept and not reported
+# (https://github.com/facebookresearch/deit, main.py; https://github.com/rayleizhu/BiFormer, configs/train_args.yaml)
 optim_wrapper = dict(
     type='AutocastOptimWrapper',
     constructor='TimmOptimWrapperConstructor',

@@ -1,0 +1,77 @@
+"""A sheet of samples of somebody's data with what is known about them, on which wrong labels can be seen."""
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from zoo.predicting.scenes import COLOURS
+from zoo.predicting.sheets import TILE, annotate, contact_sheet
+from zoo.reading.own_data import OwnData, Sample, mask_labels
+from zoo.reading.pictures import open_picture
+from zoo.reading.volumes import open_volume
+
+SHOWN = 25
+LINES = 4  # of text below a picture
+
+
+def sample_sheet(data: OwnData, shown: int = SHOWN) -> Image.Image:
+    """Samples to train on, of every class in turn: pictures with their class, their mask or their boxes; of volumes one slice."""
+    return contact_sheet([_tile(data, sample) for sample in itertools.islice(_in_turn(data), shown)])
+
+
+def _in_turn(data: OwnData) -> Iterator[Sample]:
+    """Each of the samples that show a class once: the first of every class, then the second, …"""
+    of_class: list[list[Sample]] = [[] for _ in data.classes]
+    for sample in data.splits["train"]:
+        for label in set(sample.labels):
+            of_class[label].append(sample)
+    met: set[Path] = set()
+    for sample in itertools.chain.from_iterable(itertools.zip_longest(*of_class)):
+        if sample is not None and sample.path not in met:
+            met.add(sample.path)
+            yield sample
+
+
+def _tile(data: OwnData, sample: Sample) -> Image.Image:
+    there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
+    names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
+    colours = [tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
+    picture = _slice(sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
+        if data.task == "masks" else open_picture(sample.path)
+    whole = picture.size
+    picture.thumbnail((TILE, TILE))
+    if data.task == "boxes":
+        _draw_boxes(picture, sample, picture.width / whole[0])
+    return annotate(picture, [*names, sample.path.name[-24:]], [*colours, *[(128, 128, 128)] * (len(names) - len(colours) + 1)])
+
+
+def _covered(picture: Image.Image, labels: np.ndarray) -> Image.Image:
+    """`picture` half covered by the colours of all classes but the first."""
+    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    mixed = np.where((labels > 0)[..., None], (pixels + COLOURS[labels % len(COLOURS)]) / 2, pixels)
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def _slice(sample: Sample) -> Image.Image:
+    """The slice across the last axis that shows most of the classes but the first, of the first channel."""
+    voxels, labels = (np.asanyarray(open_volume(path).dataobj).astype(kind)
+                      for path, kind in ((sample.path, np.float32), (cast(Path, sample.mask), np.int64)))
+    place = int((labels > 0).sum((0, 1)).argmax())
+    shown = voxels[:, :, place].reshape(*labels.shape[:2], -1)[..., 0]
+    low, high = np.percentile(shown, (1, 99))
+    grey = Image.fromarray((np.clip((shown - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
+    return _covered(grey, labels[:, :, place]).transpose(Image.Transpose.ROTATE_90)
+
+
+def _draw_boxes(picture: Image.Image, sample: Sample, scale: float) -> None:
+    pen = ImageDraw.Draw(picture)
+    for box in sample.boxes:
+        colour = tuple(map(int, COLOURS[box["category_id"] % len(COLOURS)]))
+        outline = box.get("segmentation")
+        for polygon in outline if isinstance(outline, list) else ():
+            pen.line([edge * scale for edge in (*polygon, *polygon[:2])], fill=colour)
+        left, top, width, height = box["bbox"]
+        pen.rectangle([edge * scale for edge in (left, top, left + width, top + height)], outline=colour)

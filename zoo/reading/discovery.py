@@ -1,0 +1,428 @@
+"""What somebody's own data are, found out from the names and contents of their files."""
+import csv
+import dataclasses
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from zoo.errors import InputError, near_misses
+from zoo.reading.own_data import OwnData, Sample, mask_values, named, visible
+from zoo.reading.pictures import PICTURE_SUFFIXES
+from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, open_volume
+
+FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
+         "COCO's JSON with its pictures, NIfTI volumes and masks (images and labels, or a dataset.json), or a CSV of paths and labels")
+SPLITS = {alias: split for split, aliases in {
+    "train": ("train", "training", "tr"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing", "ts"),
+}.items() for alias in aliases}
+ROLES = {name: role for role, names in {
+    "picture": ("images", "image", "imgs", "img", "img_dir", "pictures", "photos", "jpegimages", "inputs", "input", "volumes"),
+    "mask": ("masks", "mask", "labels", "label", "ann_dir", "annotations", "annotation", "gt", "groundtruth", "ground_truth",
+             "segmentation", "segmentations", "segmentationclass", "seg", "targets", "target"),
+}.items() for name in names}
+MARK = re.compile(r"(.+?)[_\-. ]?(?:masks?|labels?|gt|seg|segmentation|annotation)")  # of a mask beside its picture
+TABLE_SUFFIXES = (".csv", ".tsv")
+LABEL_COLUMNS = ("label", "class", "target", "category", "classname", "class_name", "y", "species")
+MANY = 64  # values in masks, from which on they are no classes
+
+
+def discover(path: str | Path) -> OwnData:
+    """What the folder or file at `path` holds. Raises InputError for what is none of `FORMS`, or more than one of them."""
+    root = Path(path)
+    if not root.exists():
+        others = [other.name for other in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise InputError(f"there is no data {root}{near_misses(root.name, others)}")
+    if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
+        return table(root)
+    if root.is_file() and root.suffix.lower() == ".json":
+        return coco(root, {root: _json(root)})
+    if root.is_dir() and (found := _folder(root)) is not None:
+        return dataclasses.replace(found, notes=(*found.notes, *_aside(root, found)))
+    raise InputError(f"{root} {_seen(root)}, which is none of the forms that data can have: {FORMS}")
+
+
+def _folder(root: Path) -> OwnData | None:
+    if described := coco_files(root):
+        return coco(root, described)
+    if (root / "dataset.json").is_file():
+        return decathlon(root)
+    if volumes := visible(root, VOLUME_SUFFIXES):
+        return volumes_with_masks(root, pairs(root, volumes))
+    pictures = visible(root, PICTURE_SUFFIXES)
+    if paired := pairs(root, pictures):
+        return pictures_with_masks(root, paired)
+    tables = [path for path in visible(root, TABLE_SUFFIXES) if path.parent == root]
+    if pictures and len(tables) == 1 and any(path.parent == root for path in pictures):
+        return table(tables[0])
+    return class_folders(root, pictures) if pictures else None
+
+
+def _aside(root: Path, data: OwnData) -> list[str]:
+    """Says what is in the folder beside what was taken, as somebody may have meant that."""
+    taken = {path for samples in data.splits.values() for sample in samples for path in (sample.path, sample.mask)}
+    left = [path for path in visible(root, PICTURE_SUFFIXES + VOLUME_SUFFIXES + TABLE_SUFFIXES) if path not in taken and path != data.root]
+    return [f"{len(left)} files are left aside, such as {left[0]}"] if left else []
+
+
+def class_folders(root: Path, pictures: Sequence[Path]) -> OwnData:
+    """Pictures in folders named after their classes, which lie in folders named after splits or not."""
+    top = sorted({path.relative_to(root).parts[0] for path in pictures if path.parent != root})
+    folders = split_folders(root, top) or {"train": root}
+    found = {split: [(path, path.relative_to(folder).parts) for path in pictures if folder in path.parents]
+             for split, folder in folders.items()}
+    if loose := [path for files in (*found.values(), [(path, path.relative_to(root).parts) for path in pictures])
+                 for path, parts in files if len(parts) == 1]:
+        raise InputError(f"{loose[0]} lies in no folder named after a class, and nothing else says what it shows; data can be {FORMS}")
+    classes = sorted({parts[0] for _, parts in found["train"]})
+    if len(classes) < 2:
+        raise InputError(f"{folders['train']} holds pictures in one folder only, {classes[0]}, where each of two classes or more has its "
+                         f"folder; data can be {FORMS}")
+    notes = []
+    for split, files in found.items():
+        here = sorted({parts[0] for _, parts in files})
+        if unknown := [name for name in here if name not in classes]:
+            raise InputError(f"{folders[split]} has the classes {named(unknown)}, which {folders['train']} lacks"
+                             f"{near_misses(unknown[0], classes)}")
+        if missing := [name for name in classes if name not in here]:
+            notes.append(f"{split} has nothing of {named(missing)}")
+    places = {name: place for place, name in enumerate(classes)}
+    splits = {split: [Sample(path, (places[parts[0]],)) for path, parts in files] for split, files in found.items()}
+    return OwnData(root, "classes", "class folders", tuple(classes), splits, tuple(notes))
+
+
+def pairs(root: Path, files: Sequence[Path]) -> dict[str, list[tuple[Path, Path]]]:
+    """Pictures or volumes with their masks, by split, where names of folders, or of files, say which are masks; empty where none do.
+
+    A mask has its picture's name, in a folder that is the same but for what says that it is of masks; or that name and `_mask`, `_label`
+    or the like beside the picture. Raises InputError for files without a partner, and for two of one name.
+    """
+    placed = [(path, *_place(path.relative_to(root).parts[:-1])) for path in files]
+    masks = [(path, split, rest) for path, role, split, rest in placed if role == "mask"]
+    pictures = [(path, split, rest) for path, role, split, rest in placed if role == "picture"]
+    if masks and not pictures:  # as in train/ and train_masks/
+        pictures = [(path, split, rest) for path, role, split, rest in placed if role is None and (split or not rest)]
+    if not masks:
+        stems = {(path.parent, _stem(path)) for path in files}
+        marked = {path for path in files if (match := MARK.fullmatch(_stem(path))) and (path.parent, match[1]) in stems}
+        masks = [(path, split, rest) for path, _, split, rest in placed if path in marked]
+        pictures = [(path, split, rest) for path, _, split, rest in placed if path not in marked]
+    if not masks or not pictures:
+        return {}
+    by_name: dict[tuple, Path] = {}
+    for path, split, rest in pictures:
+        key = split, rest, _stem(path)
+        if key in by_name:
+            raise InputError(f"{by_name[key]} and {path} have one name, and nothing says which of them a mask belongs to")
+        by_name[key] = path
+    found: dict[str, list[tuple[Path, Path]]] = {}
+    lonely, taken = [], set()
+    for path, split, rest in masks:
+        names = [_stem(path), *(match[1] for match in [MARK.fullmatch(_stem(path))] if match)]
+        key = next((key for name in names if (key := (split, rest, name)) in by_name), None)
+        if key is None or key in taken:
+            lonely.append(path)
+        else:
+            taken.add(key)
+            found.setdefault(split or "train", []).append((by_name[key], path))
+    lonely += [path for key, path in by_name.items() if key not in taken and key[0] != "test"]
+    if lonely:
+        raise InputError(f"{len(lonely)} of the {len(files)} files in {root} have no partner, such as {lonely[0]}: a mask has the name of "
+                         "its picture, or that name and _mask")
+    if "train" not in found:
+        raise InputError(f"{root} holds pictures with masks for {named(found)} and none for train")
+    return found
+
+
+def _place(folders: Sequence[str]) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """What the folders above a file say: whether it is a "picture" or a "mask", its split, and what remains."""
+    role, split, rest = None, None, []
+    for name in folders:
+        words = [name] if name.casefold() in ROLES else re.findall(r"(?:images|labels)(?=tr|ts|val)|[^\W_]+", name, re.IGNORECASE)
+        roles, splits = [ROLES.get(word.casefold()) for word in words], [split_of(word) for word in words]
+        if all(map(any, zip(roles, splits, strict=True))) and not (role and any(roles)) and not (split and any(splits)):
+            role, split = role or next(filter(None, roles), None), split or next(filter(None, splits), None)
+        else:
+            rest.append(name)
+    return role, split, tuple(rest)
+
+
+def _stem(path: Path) -> str:
+    """The name without what nnU-Net adds for the first channel of a volume."""
+    stem = path.name.lower().removesuffix(".gz").rpartition(".")[0]
+    return stem.removesuffix("_0000") if is_volume(path) else stem
+
+
+def pictures_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]]) -> OwnData:
+    """Classes are the values in the masks, by the names in classes.txt, if there is one."""
+    present = {mask: np.unique(mask_values(mask)).tolist() for listed in paired.values() for _, mask in listed}
+    values = sorted(set(itertools.chain.from_iterable(present.values())))
+    if len(values) > MANY:
+        raise InputError(f"the masks in {root} have {len(values)} different values, where there is one for each class; masks that were "
+                         "scaled smoothly or saved as JPEG cannot be used")
+    if len(values) < 2:
+        raise InputError(f"the masks in {root} have the value {values[0]} only, where each of two classes or more has its own")
+    if len(values) == 2 and values[0] == 0:
+        names = ["background", "object"]
+    elif values[-1] < MANY:
+        values = list(range(values[-1] + 1))
+        names = ["background", *(f"class {value}" for value in values[1:])]
+    else:
+        names = [f"value {value}" for value in values]
+    if (listed := root / "classes.txt").is_file():
+        names = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if len(names) != len(values):
+            raise InputError(f"{listed} names {len(names)} classes, and the masks have {len(values)}: {named(map(str, values))}")
+    places = {value: place for place, value in enumerate(values)}
+    splits = {split: [Sample(picture, tuple(places[value] for value in present[mask]), mask) for picture, mask in listed]
+              for split, listed in paired.items()}
+    note = f"in the masks {', '.join(f'{value} is {name}' for value, name in zip(values, names, strict=True))}"
+    return OwnData(root, "masks", "pictures and masks", tuple(names), splits, (note,), tuple(values))
+
+
+def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], names: Sequence[str] = (), channels: int = 1,
+                       form: str = "volumes and masks") -> OwnData:
+    """Classes are the labels in the masks, with `names` where they are known."""
+    if not paired:
+        raise InputError(f"nothing says which of the volumes in {root} are masks; their folder is to be called labels, that of the others "
+                         "images")
+    present = {mask: np.unique(np.asanyarray(open_volume(mask).dataobj)).tolist() for listed in paired.values() for _, mask in listed}
+    for mask, values in present.items():
+        if bad := [value for value in values if value != int(value) or value < 0 or (names and value >= len(names)) or value >= MANY]:
+            raise InputError(f"the mask {mask} has the label {bad[0]:g}, where labels are whole numbers from 0 to "
+                             f"{len(names) - 1 if names else MANY - 1}")
+    count = int(max(itertools.chain.from_iterable(present.values()))) + 1
+    if count < 2:
+        raise InputError(f"the masks in {root} are empty: they have the label 0 only")
+    names = tuple(names) or ("background", *(f"class {label}" for label in range(1, count)))
+    splits = {split: [Sample(volume, tuple(map(int, present[mask])), mask) for volume, mask in listed] for split, listed in paired.items()}
+    return OwnData(root, "volumes", form, names, splits, channels=channels)
+
+
+def decathlon(root: Path) -> OwnData:
+    """A task of the Decathlon or nnU-Net: dataset.json names the classes, and the volumes, if imagesTr and labelsTr do not say them."""
+    path = root / "dataset.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8-sig"))
+        labels = described["labels"]
+        labels = {int(key): str(name) for key, name in labels.items()} if all(key.isdigit() for key in labels) else {
+            int(label): name for name, label in labels.items()}
+        channels = len(described.get("modality") or described.get("channel_names") or [0])
+        listed = [tuple(root / entry[key] for key in ("image", "label")) for entry in described.get("training", ())
+                  if isinstance(entry, dict)]
+        held = {tuple(root / entry[key] for key in ("image", "label")) for entry in described.get("validation", ())
+                if isinstance(entry, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a description of the Decathlon's or nnU-Net's kind: {error!r}") from error
+    if sorted(labels) != list(range(len(labels))):
+        raise InputError(f"{path} has labels {sorted(labels)}, where they have to run from 0")
+    if listed:
+        paired = {"train": [pair for pair in listed if pair not in held], **({"val": sorted(held)} if held else {})}
+    else:
+        files = [path for path in visible(root, VOLUME_SUFFIXES)
+                 if channels == 1 or not re.search(r"_\d{4}$", _stem(path))]
+        paired = {split: pairs_ for split, pairs_ in pairs(root, files).items() if split != "test"}
+    return volumes_with_masks(root, paired, [labels[label] for label in range(len(labels))], channels, "a dataset.json with its volumes")
+
+
+def coco_files(root: Path) -> dict[Path, dict]:
+    """The JSON files in `root` and its folders that are COCO's descriptions of objects, read."""
+    files = [path for pattern in ("*.json", "*/*.json") for path in sorted(root.glob(pattern)) if not path.name.startswith(".")]
+    if len(files) > MANY:  # one beside every picture, as some tools write them
+        return {}
+    described = {path: _json(path) for path in files if "captions" not in path.stem and "keypoints" not in path.stem}
+    return {path: content for path, content in described.items() if _is_coco(content)}
+
+
+def _is_coco(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(key), list) for key in ("images", "annotations", "categories"))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def coco(root: Path, files: dict[Path, dict]) -> OwnData:
+    """COCO's descriptions of pictures and the boxes in them, one for each split, or one to be divided."""
+    by_split: dict[str, Path] = {}
+    for path, content in files.items():
+        if not _is_coco(content):
+            raise InputError(f"{path} is not COCO's description of objects: it lacks a list of images, annotations or categories")
+        words = [*re.split(r"[^a-z0-9]+", path.stem.lower()), path.parent.name]
+        split = next(filter(None, map(split_of, words)), None) or ("train" if len(files) == 1 else None)
+        if split is None or split in by_split:
+            raise InputError(f"{root} has {len(files)} descriptions, {named(str(path.relative_to(root)) for path in files)}, of which the "
+                             "names have to say which is for train, val and test, each once; or name one of them as the data")
+        by_split[split] = path
+    if len(by_split) == 1:
+        by_split = {"train": next(iter(by_split.values()))}
+    if "train" not in by_split:
+        raise InputError(f"{root} has descriptions for {named(by_split)} and none for train")
+    folder = root if root.is_dir() else root.parent.parent if root.parent.name == "annotations" else root.parent
+    read = {split: _Coco(path, files[path]) for split, path in by_split.items()}
+    used = {name for described in read.values() for name in described.used()}
+    names = [name for name in read["train"].names.values() if name in used]
+    if unknown := [name for name in used if name not in names]:
+        raise InputError(f"{root} has annotations of {named(unknown)}, which the description for train, {by_split['train']}, does not name")
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f"{by_split['train']} names {len(names)} categories that have annotations, {named(names)}; there has to be "
+                         "one, and no name twice")
+    notes = [f"nothing is of {named(left)}, which are left out"] if (left := [
+        name for name in read["train"].names.values() if name not in used]) else []
+    samples = {split: described.samples(names, split, folder) for split, described in read.items()}
+    if empty := sum(not sample.boxes for sample in samples["train"]):
+        notes.append(f"{empty} of {len(samples['train'])} pictures for training have no boxes, and are left out there")
+    outlined = all(box.get("segmentation") for listed in samples.values() for sample in listed for box in sample.boxes)
+    form = f"COCO's boxes {'and masks' if outlined else 'without masks'}"
+    return OwnData(root, "boxes", form, tuple(names), samples, tuple(notes), outlined=outlined)
+
+
+class _Coco:
+    """A description that has been read."""
+
+    def __init__(self, path: Path, content: dict):
+        self.path = path
+        try:
+            self.names = {category["id"]: str(category["name"]) for category in sorted(content["categories"], key=lambda one: one["id"])}
+            self.pictures = {picture["id"]: picture["file_name"] for picture in content["images"]}
+            self.boxes: dict[Any, list[dict]] = {key: [] for key in self.pictures}
+            for box in content["annotations"]:
+                left, top, width, height = map(float, box["bbox"])
+                if box["category_id"] not in self.names:
+                    raise InputError(f"{path} has an annotation of the category {box['category_id']}, which it does not name")
+                self.boxes[box["image_id"]].append({
+                    "iscrowd": 0, "area": width * height, **box, "bbox": [left, top, width, height]})
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is not COCO's description of objects: {error!r} in an image, category or annotation") from error
+        if not self.pictures:
+            raise InputError(f"{path} lists no images")
+
+    def used(self) -> set[str]:
+        return {self.names[box["category_id"]] for boxes in self.boxes.values() for box in boxes}
+
+    def samples(self, names: Sequence[str], split: str, folder: Path) -> list[Sample]:
+        where, places = self._folder(split, folder), {name: place for place, name in enumerate(names)}
+        found = []
+        for key, name in self.pictures.items():
+            boxes = tuple({**box, "category_id": places[self.names[box["category_id"]]]} for box in self.boxes[key])
+            found.append(Sample(where / name, tuple(box["category_id"] for box in boxes), boxes=boxes))
+        return found
+
+    def _folder(self, split: str, folder: Path) -> Path:
+        """Where the pictures are: the one folder below `folder`, not one of masks, that has all of them, of several that of the split."""
+        names = list(self.pictures.values())
+        folders = [folder, *sorted(path for path in folder.rglob("*")
+                                    if path.is_dir() and _place(path.relative_to(folder).parts)[0] != "mask")]
+        holding = [path for path in folders if (path / names[0]).is_file()]
+        whole = [path for path in holding if all((path / name).is_file() for name in names)]
+        if len(whole) > 1:
+            whole = [path for path in whole if split in map(split_of, path.relative_to(folder).parts)] or whole
+        if len(whole) == 1:
+            return whole[0]
+        if whole:
+            raise InputError(f"the pictures of {self.path} are in {named(map(str, whole))}, and nothing says which of them are meant")
+        if holding:
+            missing = next(name for name in names if not (holding[0] / name).is_file())
+            raise InputError(f"{self.path} lists a picture {missing}, which is not in {holding[0]}, where others are")
+        raise InputError(f"{self.path} lists a picture {names[0]}, which is in no folder below {folder}")
+
+
+def table(path: Path) -> OwnData:
+    """A CSV whose columns are files of pictures or volumes, and their classes or the files of their masks; and maybe their splits."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        head = file.read(4096)
+        file.seek(0)
+        delimiter = max(",;\t", key=head.partition("\n")[0].count)
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if any(map(str.strip, row))]
+    if not rows or any(len(row) != len(rows[0]) for row in rows) or len(rows[0]) < 2:
+        raise InputError(f"{path} has no rows of two columns or more, all of one length: paths, and labels or masks, and maybe splits")
+    located = [[(path.parent / cell.strip()) for cell in row] for row in rows]
+    header = [cell.strip().casefold() for cell in rows[0]]
+    if any(cell.endswith(PICTURE_SUFFIXES + VOLUME_SUFFIXES) for cell in header):
+        header = []
+    rows, located = (rows[1:], located[1:]) if header else (rows, located)
+    if not rows:
+        raise InputError(f"{path} has no files in its first row, and no other rows")
+    columns = range(len(rows[0]))
+    files = [column for column in columns if located[0][column].is_file()]
+    if not files:
+        raise InputError(f"{path} names no files that are there: {named(rows[0])} in its first row are looked for in {path.parent}")
+    for column in files:
+        if missing := next((place[column] for place in located if not place[column].is_file()), None):
+            raise InputError(f"{path} names {missing}, which is not there")
+    split = next((column for column in columns if column not in files and all(split_of(row[column].strip()) for row in rows)), None)
+    others = [column for column in columns if column not in files and column != split]
+    splits = [cast(str, split_of(row[split].strip())) if split is not None else "train" for row in rows]
+    if split is not None and "train" not in splits:
+        raise InputError(f"{path} has rows for {named(sorted(set(splits)))} and none for train")
+    if len(files) == 2:
+        paired: dict[str, list[tuple[Path, Path]]] = {}
+        for here, place in zip(splits, located, strict=True):
+            paired.setdefault(here, []).append((place[files[0]], place[files[1]]))
+        kind = volumes_with_masks if is_volume(located[0][files[0]]) else pictures_with_masks
+        return dataclasses.replace(kind(path, paired), form="a table of files and masks")
+    if len(others) > 1 and header:
+        others = [column for column in others if header[column] in LABEL_COLUMNS] or others
+    if len(files) > 2 or len(others) != 1:
+        raise InputError(f"{path} has {len(files)} columns of files and {len(others)} others"
+                         f"{f' ({named(header)})' if header else ''}; there have to be files and one column of labels, called label where "
+                         "there are more, or files and their masks")
+    labels = [row[others[0]].strip() for row in rows]
+    classes = sorted({label for label, here in zip(labels, splits, strict=True) if here == "train"}, key=_by_number)
+    if len(classes) < 2 or "" in labels:
+        raise InputError(f"{path} has the classes {named(classes)}, where there have to be two or more, and one in every row")
+    if unknown := {*labels} - {*classes}:
+        raise InputError(f"{path} has no rows for train of {named(sorted(unknown))}")
+    if len(classes) > len(rows) / 2 and all(re.fullmatch(r"-?\d*\.\d+", label) for label in labels):
+        raise InputError(f"{path} has {len(classes)} different numbers in the place of classes; values are not learned here, only classes")
+    found: dict[str, list[Sample]] = {}
+    for here, place, label in zip(splits, located, labels, strict=True):
+        found.setdefault(here, []).append(Sample(place[files[0]], (classes.index(label),)))
+    return OwnData(path, "classes", "a table of files and classes", tuple(classes), found)
+
+
+def _by_number(name: str) -> tuple:
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def split_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Those of the folders `names` in `root` that are named after splits, by split: all of them or none.
+
+    Raises InputError for some only, for two of one split, and without one to train on.
+    """
+    names = list(names)
+    found: dict[str, Path] = {}
+    for name in names:
+        if split := split_of(name):
+            if split in found:
+                raise InputError(f"{root} holds both {found[split].name} and {name}, and nothing says which of them is for {split}")
+            found[split] = root / name
+    if found and (others := [name for name in names if root / name not in found.values()]):
+        raise InputError(f"{root} holds both folders named after splits ({named(path.name for path in found.values())}) and others "
+                         f"({named(others)}); leave one kind there")
+    if found and "train" not in found:
+        raise InputError(f"{root} holds {named(path.name for path in found.values())} and no train")
+    return found
+
+
+def split_of(name: str) -> str | None:
+    """The split, "train", "val" or "test", that a word or the name of a folder stands for, such as valid or train2017."""
+    return SPLITS.get(re.sub(r"[_-]?\d+$", "", name.casefold()))
+
+
+def _seen(root: Path) -> str:
+    """What a sentence says of a path that nothing could be made of."""
+    if root.is_file():
+        return f"is a file ending in {root.suffix}" if root.suffix else "is a file"
+    found = Counter(path.suffix.lower() or "nothing" for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return f"holds {named(f'{count} files ending in {suffix}' for suffix, count in found.most_common())}" if found else "is empty"
