@@ -198,6 +198,8 @@ def change_texts(config: Config, change: Callable[[str], str]) -> None:
 def find_config(name: str) -> Path:
     """The path of a config named by path, or by bare name among the configs of the package."""
     if Path(name).is_file():
+        if Path(name).suffix not in (".py", ".json", ".yaml", ".yml"):
+            raise InputError(f"{name} is no config, which is a .py file or the name of an installed one; the config comes first")
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
                  if "_base_" not in path.parts and path.stem != "__init__"}

@@ -84,6 +84,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     settings, work_dir = _prepare(config, work_dir, cfg_options)
     if settings.get("train_dataloader") is None:
         raise InputError(f"the config {settings.filename} has no train_dataloader")
+    for key in ("max_epochs", "max_iters"):
+        if settings.train_cfg.get(key, 1) < 1:
+            raise InputError(f"train_cfg.{key} is {settings.train_cfg[key]}; it has to be at least 1")
     if amp:
         settings.optim_wrapper.type = "AutocastOptimWrapper"
     if seed is not None:
