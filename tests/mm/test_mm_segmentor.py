@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from html_pages import Page
 from mmengine.registry import DATASETS, MODELS
 from monai.inferers import sliding_window_inference
 from PIL import Image
@@ -23,6 +24,7 @@ from zoo.mm.config import load_config
 from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
+from zoo.mm.report import write_report
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.training import evaluate_classes
 from zoo.predicting.segmentation import prepare
@@ -252,7 +254,7 @@ def test_rows_of_volumes_are_in_millimetres(volume_run, data, tmp_path):
     assert float(row["dice"]) == pytest.approx(metrics["dice/ball"])
     item = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), clip=(0, 100))[Sample(0, 0)]
     with torch.inference_mode():
-        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.25, mode="gaussian")
+        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.5, mode="gaussian")
     found, truth, spacing = logits[0].argmax(0).numpy(), item["targets"].numpy(), (1.0, 1.0, 2.0)
     assert item["spacing"].tolist() == list(spacing)
     assert float(row["hd95"]) == pytest.approx(per_class.overlap(truth, found, 2, spacing).hd95[0]) and float(row["hd95"]) > 0
@@ -276,6 +278,17 @@ def test_exported_networks_give_the_masks_of_their_checkpoints(volume_run, data,
     assert masks[0].any() and (masks[0] != masks[1]).mean() < 1e-3  # where rounding decides
     with pytest.raises(InputError, match="x.onnx does not take images of 1×9×9×9"):
         tool("predict")([str(tmp_path / "x.onnx"), str(path), "-o", str(tmp_path / "m.nii.gz"), "--window", "9", "9", "9"])
+
+
+def test_a_report_of_volumes_has_their_slices_and_distances(volume_run, data):
+    checkpoint, metrics, _ = volume_run
+    page = Page(write_report(checkpoint.parent))
+    head = page.texts.index("class")
+    assert page.texts[head:head + 7] == ["class", "images", "missed", "Dice, %", "HD95, mm", "surface Dice, %", "ball"]
+    assert page.texts.count(f"{metrics['dice/ball']:.1f}%") == 1 and page.says(f"{metrics['dice/ball']:.1f}")
+    assert page.says("0.nii.gz, slice ") and page.says("of 10, where most differs") and len(page.pictures) == 4
+    assert {what.rpartition(": ")[2] for what, _ in page.pictures} == {"picture", "given", "answer", "difference"}
+    assert all(picture.size == (14, 12) for _, picture in page.pictures) and page.says(f"attention_unet3d on {data}")
 
 
 def test_volumes_smaller_than_the_window_are_padded_everywhere(volume_run, data, tmp_path):
@@ -416,8 +429,12 @@ def test_what_a_network_for_volumes_is_not_given(volume_run, data, tmp_path):
 
 def test_trains_on_pictures_and_overlays(data, tmp_path, capsys):
     options = ["model.args={'num_classes': 11, 'in_chans': 1, 'widths': (4, 6, 8)}", "train_dataloader.dataset.scenes=32",
-               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "experiment_name=scenes"]
+               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "train_cfg.val_interval=1", "experiment_name=scenes",
+               "report=True"]
     _, metrics = train("attention_unet_digits", work_dir=tmp_path / "run", cfg_options=options)
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.says("HD95, pixels") and f"{metrics['iou/background']:.1f}" in page.texts and len(page.pictures) == 4 * 4
+    assert page.says("scene 3. ") and all(picture.size == (64, 64) for _, picture in page.pictures)
     assert 0 <= metrics["iou/mean"] <= 100 and metrics["iou/background"] > 0
     checkpoint = latest_checkpoint(tmp_path / "run")
     model, info = load_trained(checkpoint)

@@ -55,6 +55,7 @@ HOUSE_PARTS = {
     "mmdet": {"LoadImageFromFile": "LoadPicture", "CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"},
     "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
 }
+COCO_METRICS = ("CocoMetric", HOUSE_PARTS["mmdet"]["CocoMetric"])
 KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
 
 
@@ -165,7 +166,7 @@ def _best_metric(config: Config) -> str | None:
     """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
     for _, metric in _numbered("", config.get("val_evaluator")):
         kind = _kind(metric)
-        if kind in ("CocoMetric", "CheckedCocoMetric"):
+        if kind in COCO_METRICS:
             measured = metric.get("metric", "bbox")
             measured = [measured] if isinstance(measured, str) else measured
             return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
@@ -197,6 +198,8 @@ def change_texts(config: Config, change: Callable[[str], str]) -> None:
 def find_config(name: str) -> Path:
     """The path of a config named by path, or by bare name among the configs of the package."""
     if Path(name).is_file():
+        if Path(name).suffix not in (".py", ".json", ".yaml", ".yml"):
+            raise InputError(f"{name} is no config, which is a .py file or the name of an installed one; the config comes first")
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
                  if "_base_" not in path.parts and path.stem != "__init__"}

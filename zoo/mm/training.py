@@ -84,6 +84,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     settings, work_dir = _prepare(config, work_dir, cfg_options)
     if settings.get("train_dataloader") is None:
         raise InputError(f"the config {settings.filename} has no train_dataloader")
+    for key in ("max_epochs", "max_iters"):
+        if settings.train_cfg.get(key, 1) < 1:
+            raise InputError(f"train_cfg.{key} is {settings.train_cfg[key]}; it has to be at least 1")
     if amp:
         settings.optim_wrapper.type = "AutocastOptimWrapper"
     if seed is not None:
@@ -116,7 +119,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         last = LastMetricsHook()
         for hook in filter(None, (last, others)):
             runner.register_hook(hook)
-        _run(runner.train)
+        in_one_sentence(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
     first = is_main_process()
@@ -127,10 +130,10 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
 
 
 def _report(work_dir: Path) -> None:
-    """Writes report.html. Whatever goes wrong with it is a sentence in the log: the training is done, and stays."""
-    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
-
+    """Writes report.html. Whatever goes wrong with it is a sentence: the training is done, and stays."""
     try:
+        from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
         print(f"report: {write_report(work_dir)}", flush=True)
     except Exception as error:
         print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
@@ -209,7 +212,7 @@ def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
-        metrics = _run(GivenModelRunner.from_cfg(config).test)
+        metrics = in_one_sentence(GivenModelRunner.from_cfg(config).test)
     vars(model).pop("test_step", None)  # where the config asks to compile, the engine leaves the compiled one
     return metrics
 
@@ -312,10 +315,11 @@ def _build(place: str, build: Callable[[], Built]) -> Built:
         raise InputError(f"{place} of the config cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _run(work: Callable[[], Built]) -> Built:
+def in_one_sentence(work: Callable[[], Built]) -> Built:
+    """What `work` gives. An InputError of a process that loads data comes with a traceback in its text; only the sentence is left."""
     try:
         return work()
-    except InputError as error:  # from a worker process it comes with a traceback in its text
+    except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("zoo.errors.InputError: ")) from error
 
 
