@@ -117,8 +117,8 @@ def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, repor
 def test_the_best_by_weights_and_by_average_are_kept(tmp_path):
     base = Path(__file__).parents[2] / "configs" / "classification" / "biformer_nano_digits.py"
     (tmp_path / "both.py").write_text(
-        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))\n")
-    options = ["custom_hooks.1.report=both", "custom_hooks.1.decay=0.9", "train_cfg.val_interval=1"]
+        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema'], rule='greater'))\n")
+    options = ["custom_hooks.0.report=both", "custom_hooks.0.decay=0.9", "train_cfg.val_interval=1"]
     train(tmp_path / "both.py", work_dir=tmp_path / "run", cfg_options=[*TINY, f"experiment_name={tmp_path.name}", *options])
     for name in ("top1", "top1_ema"):
         best, = (tmp_path / "run").glob(f"best_accuracy_{name}_epoch_?.pth")

@@ -34,7 +34,7 @@ from zoo.mm.checkpoint import (
 )
 from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
-from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
+from zoo.mm.data_checks import build_dataset, check_channels, check_channels_of_data, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
@@ -84,6 +84,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     settings, work_dir = _prepare(config, work_dir, cfg_options)
     if settings.get("train_dataloader") is None:
         raise InputError(f"the config {settings.filename} has no train_dataloader")
+    for key in ("max_epochs", "max_iters"):
+        if settings.train_cfg.get(key, 1) < 1:
+            raise InputError(f"train_cfg.{key} is {settings.train_cfg[key]}; it has to be at least 1")
     if amp:
         settings.optim_wrapper.type = "AutocastOptimWrapper"
     if seed is not None:
@@ -265,7 +268,7 @@ def _telling_classes_apart(config: Config, model: nn.Module) -> set[str]:
     described = without(plain(config.model), SOURCES)
     if "name" in described:  # of a network that may have as many classes as it has by default
         described["args"] = {"num_classes": model.num_classes, **(described.get("args") or {})}
-    with scope(config):
+    with scope(config), unlogged():
         other = MODELS.build(ConfigDict(cast(dict, more(described))))
     shapes = {name: value.shape for name, value in other.state_dict().items()}
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
@@ -288,7 +291,7 @@ def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[
                     check_same_classes(classes, f"the {part} data", known[1], f"the {known[0]} data")
                 known = known or (part, classes)
                 _check_classes(model, part, len(classes))
-                _check_channels(model, part, dataset)
+                check_channels_of_data(model, part, dataset)
             for metric in evaluators:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
     return known[1] if known else []
@@ -301,14 +304,6 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
         if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
             setting = "args" if place == "" else place
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
-
-
-def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
-    """Raises InputError unless a network that says how many channels it takes gets as many."""
-    taken = getattr(getattr(model, "model", None), "in_chans", None)
-    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
-    if None not in (taken, given) and taken != given:
-        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
 
 
 def _build(place: str, build: Callable[[], Built]) -> Built:
