@@ -193,7 +193,7 @@ class _Classes(_Answers):
         for inputs, sample in zip(batch["inputs"], samples, strict=True):
             scores, target = sample["scores"].float().cpu().numpy(), int(sample["target"])
             if not np.isfinite(scores).all():
-                raise InputError(f"the scores of {self.name()} are not finite numbers: the weights have diverged, or the data are not finite")
+                raise InputError(f"the scores of {self.name()} are not finite numbers: the weights have diverged, or the data are not")
             if scored:  # as the metric has it
                 scores = np.where(np.isin(np.arange(len(scores)), scored), scores, -np.inf)
             answer = int(scores.argmax())
