@@ -11,6 +11,8 @@ from zoo.errors import InputError
 from zoo.measuring import class_tables, per_class
 from zoo.measuring.per_class import Row
 
+COCO_METRICS = ("CocoMetric", "CheckedCocoMetric")  # the latter takes the other's place in configs
+
 
 class ClassTable(BaseMetric):
     """Base of metrics that leave a table with a row for each class in `rows`, on every rank.
@@ -84,7 +86,7 @@ def class_table(config: Config) -> BaseMetric:
         from zoo.mm.mmdet_parts import BoxTable
 
         evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-        described = next((dict(each) for each in evaluators if each.get("type") == "CocoMetric" and each.get("ann_file")), None)
+        described = next((dict(each) for each in evaluators if each.get("type") in COCO_METRICS and each.get("ann_file")), None)
         if described is None:
             raise InputError(f"numbers of every class need a CocoMetric with an ann_file as test_evaluator; {config.filename} has none")
         return BoxTable(**{key: value for key, value in described.items() if key not in ("type", "_scope_")})
