@@ -154,7 +154,8 @@ class BiLevelRoutingAttention(nn.Module):
     def _region_map(self, x: Tensor) -> Tensor:
         """Region means as a map of the regions that hold anything, whose own regions are single positions."""
         rows, columns = (_ceil_div(n, _ceil_div(n, r)) for n, r in zip(x.shape[1:3], self.regions, strict=True))
-        return region_means(x, self.regions).unflatten(1, self.regions)[:, :rows, :columns]
+        means = region_means(x, self.regions).unflatten(1, self.regions)
+        return crop(means[:, None], (rows, columns), by_index=True)[:, 0]
 
     def _pool(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pools every region by itself: the map of pooled positions that cover any of `x`, and the size of its full regions."""

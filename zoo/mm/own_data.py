@@ -14,12 +14,12 @@ import numpy as np
 import timm
 from mmengine.config import Config
 
-import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses, times
 from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
+from zoo.models import unet
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume
@@ -86,12 +86,13 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
     """
     check_fits_data(model, data)
     if wishes.pretrained:
-        check_downloadable(zoo.models.unet.ENCODERS.get(model, model))
+        check_downloadable(unet.ENCODERS.get(model, model))
     if list(work_dir.glob("*.pth")):
         raise InputError(f"{work_dir} holds a run; go on with it by: zoo train {work_dir / 'config.py'} --resume; or name another "
                          "folder with --work-dir")
     config, told = BUILDERS[data.task](model, data, wishes)
     check_model(config)
+    config.report = True
     config.data_root = root = str(work_dir.absolute())
     for part in PARTS if data.task == "boxes" else ():
         config[f"{part}_dataloader"].dataset.data_root = root
@@ -126,7 +127,7 @@ NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and 
 
 def kind_of(model: str) -> str:
     """ "unet" or "unet3d" for U-Nets, "network" for other registered models."""
-    if sys.modules[timm.model_entrypoint(model).__module__] is not zoo.models.unet:
+    if sys.modules[timm.model_entrypoint(model).__module__] is not unet:
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
 
@@ -266,7 +267,7 @@ def inner_side(length: int, most: int, multiple: int) -> int:
 def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To say of every voxel its class, by a U-Net in 3-D. Volumes are brought to the spacing that half of them exceed, if they differ."""
     images = [open_volume(sample.path, *([data.channels] if data.channels > 1 else [])) for sample in data.splits["train"]]
-    spacings = np.array([voxel_sizes(image) for image in images])
+    spacings = np.array([Grid().voxel_sizes(image) for image in images])
     spacing = None if (spacings.max(0) < 1.01 * spacings.min(0)).all() else np.median(spacings, 0).round(3).tolist()
     clip = intensities(data.splits["train"]) if data.channels == 1 else None
     grid = Grid.of({"spacing": spacing})
@@ -291,21 +292,14 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
         f"{f'clipped to {clip[0]:g} to {clip[1]:g}' if clip else 'mean 0 and variance 1'}", *told]
 
 
-def voxel_sizes(image: Any) -> np.ndarray:
-    """Millimetres along the axes that networks see: right, anterior, superior."""
-    import nibabel
-
-    return nibabel.affines.voxel_sizes(nibabel.as_closest_canonical(image).affine)
-
-
 def intensities(samples: Sequence[Sample]) -> list[float] | None:
     """Of computed tomography the range to clip to, nnU-Net's: all but a hundredth of what the masks show. None of other volumes."""
     shown = []
     for sample in samples[::-(-len(samples) // LOOKED_AT)]:
         voxels, labels = (np.asanyarray(open_volume(path).dataobj) for path in (sample.path, cast(Path, sample.mask)))
-        if voxels.min() > AIR:
+        if np.nanmin(voxels) > AIR:
             return None
-        shown.append(voxels[labels > 0])
+        shown.append(voxels[(labels > 0) & np.isfinite(voxels)])
     found = np.concatenate(shown)
     low, high = np.percentile(found, (0.5, 99.5)).round().tolist() if found.size else (0.0, 0.0)
     return [low, high] if low < high else None

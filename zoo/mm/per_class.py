@@ -10,6 +10,7 @@ from mmengine.evaluator import BaseMetric
 from zoo.errors import InputError
 from zoo.measuring import class_tables, per_class
 from zoo.measuring.per_class import Row
+from zoo.mm.config import COCO_METRICS
 
 COCO_METRICS = ("CocoMetric", "CheckedCocoMetric")  # the latter takes the other's place in configs
 
@@ -69,14 +70,15 @@ class LabelTable(ClassTable):
             if target.ndim == 2:
                 self.results.append(per_class.confusion(target, answer, len(self.names)))
             else:
-                spacing = spacing.tolist()
+                spacing = cast(Any, spacing).tolist()
                 self.results.append((per_class.overlap(target, answer, len(self.names), spacing),
                                      class_tables.surface_dice(target, answer, len(self.names), spacing)))
 
     def fill(self, results: list) -> tuple[list[Row], dict[str, float]]:
         if isinstance(results[0], tuple):
-            return class_tables.volumes(*zip(*results, strict=True), self.names), {}
-        return class_tables.areas(sum(results), self.names), {}
+            overlaps, surfaces = zip(*results, strict=True)
+            return class_tables.volumes(overlaps, surfaces, self.names), {}
+        return class_tables.areas(np.sum(results, axis=0), self.names), {}
 
 
 def class_table(config: Config) -> BaseMetric:

@@ -2,7 +2,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +38,8 @@ def _in_turn(data: OwnData) -> Iterator[Sample]:
 def _tile(data: OwnData, sample: Sample) -> Image.Image:
     there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
     names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
-    colours = [tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
+    colours: list[Any] = [
+        tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
     picture = _slice(sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
         if data.task == "masks" else open_picture(sample.path)
     whole = picture.size

@@ -12,9 +12,10 @@ from typing import Any, cast
 import numpy as np
 
 from zoo.errors import InputError, near_misses
+from zoo.reading.decathlon import read_task
 from zoo.reading.own_data import OwnData, Sample, mask_values, named, visible
 from zoo.reading.pictures import PICTURE_SUFFIXES
-from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, open_volume
+from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
 
 FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
          "COCO's JSON with its pictures, NIfTI volumes and masks (images and labels, or a dataset.json), or a CSV of paths and labels")
@@ -191,7 +192,7 @@ def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], n
     if not paired:
         raise InputError(f"nothing says which of the volumes in {root} are masks; their folder is to be called labels, that of the others "
                          "images")
-    present = {mask: np.unique(np.asanyarray(open_volume(mask).dataobj)).tolist() for listed in paired.values() for _, mask in listed}
+    present = {mask: labels_in(mask) for listed in paired.values() for _, mask in listed}
     for mask, values in present.items():
         if bad := [value for value in values if value != int(value) or value < 0 or (names and value >= len(names)) or value >= MANY]:
             raise InputError(f"the mask {mask} has the label {bad[0]:g}, where labels are whole numbers from 0 to "
@@ -205,29 +206,10 @@ def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], n
 
 
 def decathlon(root: Path) -> OwnData:
-    """A task of the Decathlon or nnU-Net: dataset.json names the classes, and the volumes, if imagesTr and labelsTr do not say them."""
-    path = root / "dataset.json"
-    try:
-        described = json.loads(path.read_text(encoding="utf-8-sig"))
-        labels = described["labels"]
-        labels = {int(key): str(name) for key, name in labels.items()} if all(key.isdigit() for key in labels) else {
-            int(label): name for name, label in labels.items()}
-        channels = len(described.get("modality") or described.get("channel_names") or [0])
-        listed = [tuple(root / entry[key] for key in ("image", "label")) for entry in described.get("training", ())
-                  if isinstance(entry, dict)]
-        held = {tuple(root / entry[key] for key in ("image", "label")) for entry in described.get("validation", ())
-                if isinstance(entry, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a description of the Decathlon's or nnU-Net's kind: {error!r}") from error
-    if sorted(labels) != list(range(len(labels))):
-        raise InputError(f"{path} has labels {sorted(labels)}, where they have to run from 0")
-    if listed:
-        paired = {"train": [pair for pair in listed if pair not in held], **({"val": sorted(held)} if held else {})}
-    else:
-        files = [path for path in visible(root, VOLUME_SUFFIXES)
-                 if channels == 1 or not re.search(r"_\d{4}$", _stem(path))]
-        paired = {split: pairs_ for split, pairs_ in pairs(root, files).items() if split != "test"}
-    return volumes_with_masks(root, paired, [labels[label] for label in range(len(labels))], channels, "a dataset.json with its volumes")
+    """A task of the Decathlon or nnU-Net, as its dataset.json describes it."""
+    task = read_task(root / "dataset.json")
+    paired = {"train": task.training, **({"val": task.validation} if task.validation else {})}
+    return volumes_with_masks(root, paired, task.classes, task.channels, "a dataset.json with its volumes")
 
 
 def coco_files(root: Path) -> dict[Path, dict]:

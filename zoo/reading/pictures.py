@@ -118,7 +118,7 @@ def orientation(picture: Image.Image) -> int:
 def seen_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of a picture, as it is stored, when it is turned upright."""
     aside = orientation(picture) in TURNED_ASIDE and picture.format != "TIFF"  # Pillow says of TIFF how large it is to be seen
-    return picture.size[::-1] if aside else picture.size
+    return (picture.height, picture.width) if aside else picture.size
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
