@@ -12,8 +12,6 @@ from zoo.measuring import class_tables, per_class
 from zoo.measuring.per_class import Row
 from zoo.mm.config import COCO_METRICS
 
-COCO_METRICS = ("CocoMetric", "CheckedCocoMetric")  # the latter takes the other's place in configs
-
 
 class ClassTable(BaseMetric):
     """Base of metrics that leave a table with a row for each class in `rows`, on every rank.
