@@ -26,9 +26,11 @@ check: $(MM_READY)
 timm-tests: $(READY)
 	$(BIN)/python tests/timm_contract.py $(TIMM_OPTIONS)
 
-lint: $(READY)
+# With the toolboxes, for their types. Nothing is fetched: pyright and its Node.js are packages, and it does not ask for newer ones.
+lint: $(MM_READY)
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports --config setup.cfg --no-cache
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 # The site, in build/site: pages of docs/, and a reference from docstrings. Nothing is fetched, neither now nor by who reads it.
 docs: $(READY)

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -108,14 +109,20 @@ def _of_triton(x: Tensor, unsupported: Mapping[str, Callable[[], str | None]]) -
 
 def _transform() -> str | None:
     """What is being done to the operator that only plain PyTorch bears, as a noun; None where nothing is."""
-    if _in_functorch():
+    if in_functorch():
         return "a transform of torch.func"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+    return "forward-mode differentiation" if in_forward_mode() else None
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are carried along, by torch.func or autograd."""
+    return forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result  # compiled functions are traced within the transforms that they hold, and run in no others
-def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return peek_interpreter_stack() is not None
 
 
 def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -167,18 +174,18 @@ def register_gradient(
     def second(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
         grad, *arguments = _saved(ctx)
         total, arguments, again = len(arguments) + 1, arguments[:count], torch.is_grad_enabled()
-        directions = {i: direction for i, direction in zip(_slots(arguments), directions, strict=True) if arguments[i] is not None}
+        along = {i: direction for i, direction in zip(_slots(arguments), directions, strict=True) if arguments[i] is not None}
         with torch.enable_grad():
             # Views, so that none of them is made of another, as the arguments may be.
             cotangent, *leaves = (t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
-                                  for t in (grad, *(arguments[i] for i in directions)))
-            given = dict(zip(directions, leaves, strict=True))
+                                  for t in (grad, *(arguments[i] for i in along)))
+            given = dict(zip(along, leaves, strict=True))
             with torch.autocast(grad.device.type, enabled=False):
                 out = definition(*(given.get(i, argument) for i, argument in enumerate(arguments))).to(grad.dtype)
             gradients = torch.autograd.grad(out, leaves, cotangent, create_graph=True, materialize_grads=True)
             found = torch.autograd.grad(
-                gradients, (cotangent, *leaves), tuple(directions.values()), create_graph=again, materialize_grads=True)
-        of_arguments = dict(zip(directions, found[1:], strict=True))
+                gradients, (cotangent, *leaves), tuple(along.values()), create_graph=again, materialize_grads=True)
+        of_arguments = dict(zip(along, found[1:], strict=True))
         return found[0], *(of_arguments.get(i) for i in range(total - 1))
 
     forward.register_autograd(first, setup_context=setup)

@@ -1,4 +1,7 @@
+from collections.abc import Iterable
+
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @torch.compiler.assume_constant_result
@@ -9,3 +12,8 @@ def is_exporting() -> bool:
     where sizes change.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def known(facts: Iterable[bool]) -> bool:
+    """Whether these hold, of sizes; of free ones in a graph only if they always do, as asking would make a graph of every answer."""
+    return not is_exporting() and all(map(statically_known_true, facts))

@@ -13,4 +13,4 @@ def correct_products() -> None:
         a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return create_dot(builder, a, b, *rest)
 
-    InterpreterBuilder.create_dot = create_dot_of_numbers
+    InterpreterBuilder.create_dot = create_dot_of_numbers  # pyright: ignore[reportAttributeAccessIssue]  # whatever comes after a and b

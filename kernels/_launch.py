@@ -51,7 +51,7 @@ _target: str | None = None
 _overridden: dict[str, Configuration] = {}
 
 
-def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: str = "", **arguments: Any) -> None:
+def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: str = "", /, **arguments: Any) -> None:
     """Runs `kernel` on the device of its tensors.
 
     Args:

@@ -1,17 +1,26 @@
 import torch
 from torch import Tensor
 
+from ._backends import in_functorch
 from ._exporting import is_exporting
 
 
 def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
-    """`out` copied into the memory layout of x where that is contiguous or channels-last, and as it is otherwise and in exported graphs."""
-    if is_exporting():  # a graph need not ask, which would make guards of all sizes
+    """`out` copied into the memory layout of x where that is contiguous or channels-last.
+
+    As it is otherwise, in exported graphs and under torch.func: a graph need not ask, which would make guards of sizes, and vmap cannot.
+    """
+    if is_exporting() or in_functorch():
         return out
     for memory_format in (torch.contiguous_format, torch.channels_last):
         if x.is_contiguous(memory_format=memory_format):
             return out.contiguous(memory_format=memory_format)
     return out
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) copied into channels-last memory where it is in another; under torch.func as it is, as vmap knows no layouts."""
+    return x if in_functorch() else x.contiguous(memory_format=torch.channels_last)
 
 
 def too_large(*counts: int) -> str | None:

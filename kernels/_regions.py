@@ -1,21 +1,30 @@
 """Maps cut into a fixed grid of regions of equal size, shared by the routing operators."""
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._exporting import known
 
-def region_size(height: int, width: int, regions: tuple[int, int]) -> tuple[int, int]:
+
+def region_size(height: int, width: int, regions: Sequence[int]) -> tuple[int, int]:
     """Height and width of the smallest regions whose grid covers the map: ⌈H/rows⌉, ⌈W/columns⌉."""
     # Of positive numbers: exported to ONNX, -(-a // b) would round towards zero.
     return (height + regions[0] - 1) // regions[0], (width + regions[1] - 1) // regions[1]
 
 
-def divides(height: int, width: int, regions: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether the grid covers the map exactly."""
-    return height == regions[0] * size[0] and width == regions[1] * size[1]
+def divides(height: int, width: int, regions: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether the grid is known to cover the map exactly."""
+    return known((height == regions[0] * size[0], width == regions[1] * size[1]))
 
 
-def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def settled(height: int, width: int, regions: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether it is known if the grid covers the map exactly. Of the free sizes of a graph it is not, unless they always or never do."""
+    return divides(height, width, regions, size) or known((height != regions[0] * size[0],)) or known((width != regions[1] * size[1],))
+
+
+def pad_to_grid(x: Tensor, regions: Sequence[int], size: Sequence[int]) -> Tensor:
     """(B, H, W, C) → (B, rows·h, columns·w, C), zeros at the bottom and on the right."""
     height, width = x.shape[1:3]
     if divides(height, width, regions, size):
@@ -23,14 +32,14 @@ def pad_to_grid(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> T
     return F.pad(x, (0, 0, 0, regions[1] * size[1] - width, 0, regions[0] * size[0] - height))
 
 
-def cut(x: Tensor, regions: tuple[int, int], size: tuple[int, int], heads: int = 1) -> Tensor:
+def cut(x: Tensor, regions: Sequence[int], size: Sequence[int], heads: int = 1) -> Tensor:
     """(B, rows·h, columns·w, heads·d) → (B, heads, rows·columns, h·w, d)."""
     (rows, columns), (h, w) = regions, size
     x = x.reshape(x.shape[0], rows, h, columns, w, heads, x.shape[-1] // heads)
     return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(x.shape[0], heads, rows * columns, h * w, x.shape[-1])
 
 
-def paste(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def paste(x: Tensor, regions: Sequence[int], size: Sequence[int]) -> Tensor:
     """(B, heads, rows·columns, h·w, d) → (B, rows·h, columns·w, heads·d): the inverse of `cut`."""
     (rows, columns), (h, w) = regions, size
     b, heads, _, _, d = x.shape
@@ -38,7 +47,7 @@ def paste(x: Tensor, regions: tuple[int, int], size: tuple[int, int]) -> Tensor:
     return x.reshape(b, rows * h, columns * w, heads * d)
 
 
-def positions(height: int, width: int, regions: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+def positions(height: int, width: int, regions: Sequence[int], size: Sequence[int], device: torch.device) -> Tensor:
     """Where every position of the regions lies on the flattened map: (rows·columns, h·w), −1 off the map."""
     (rows, columns), (h, w) = regions, size
     row = torch.arange(rows, device=device)[:, None, None, None] * h + torch.arange(h, device=device)[:, None]
@@ -65,6 +74,6 @@ def check_map(name: str, operator: str, x: Tensor) -> None:
         raise TypeError(f"{operator}: {name} must be of a floating dtype, got {x.dtype}")
 
 
-def check_regions(operator: str, regions: tuple[int, int]) -> None:
+def check_regions(operator: str, regions: Sequence[int]) -> None:
     if min(regions) < 1:
         raise ValueError(f"{operator}: regions must be at least (1, 1), got {tuple(regions)}")

@@ -103,8 +103,8 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(found[1]), int(found[2])
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    return int(registers), int(stack)
 
 
 def _amd(compiled: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._backends import in_forward_mode
 from zoo.kernels._exporting import is_exporting
 
 
@@ -14,9 +15,10 @@ def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q Kᵀ / √d) V; `mask`, which has no batch, leaves every query a key."""
-    if is_exporting():  # these operators are a third of what the exporter makes of the function
+    if is_exporting() or in_forward_mode():  # a third of what exporters make of torch's function, which carries no tangents
         return attention(q, k, mask) @ v
     heads = q.shape[1:-2]
     if mask is not None:
         mask = mask.expand(*heads, *mask.shape[-2:]).flatten(0, -3)
-    return F.scaled_dot_product_attention(*(y.flatten(1, -3) for y in (q, k, v)), mask).unflatten(1, heads)
+    q, k, v = (y.flatten(1, -3) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, heads)

@@ -1,15 +1,14 @@
 """Maps of two or three spatial dimensions alike: (B, C, H, W) and (B, C, D, H, W)."""
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from zoo.kernels._exporting import is_exporting
+from zoo.kernels._exporting import is_exporting, known
 
 Norm = Literal["batch", "instance", "group"]
 GROUP_WIDTH = 8
@@ -44,11 +43,6 @@ def norm_layer(norm: Norm, spatial_dims: int, dim: int, **dd: Any) -> nn.Module:
     if norm == "batch":
         return _BATCH_NORM[spatial_dims](dim, **dd)
     return _GroupNorm(dim if norm == "instance" else dim // math.gcd(dim, GROUP_WIDTH), dim, **dd)
-
-
-def known(facts: Iterable[bool]) -> bool:
-    """Whether these hold, of sizes; of free ones in a graph only if they always do, as asking would make a graph of every answer."""
-    return not is_exporting() and all(map(statically_known_true, facts))
 
 
 @register_notrace_function

@@ -1,7 +1,8 @@
 """Attentive convolution (ATConv, arXiv 2510.20092)."""
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import depthwise_dynamic_conv2d
@@ -10,9 +11,10 @@ from zoo.kernels.depthwise_dynamic_conv2d.reference import inhibited
 
 from ._capture import report
 from ._positions_first import convolved, positions_first
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class ATConv(nn.Module):
     """A convolution whose kernels every sample and channel makes from its own content (arXiv 2510.20092, section IV).
 
@@ -34,8 +36,8 @@ class ATConv(nn.Module):
     θ is the parameter `difference_control` (C,), 0 at the start. It must not decay: having one dimension it does not under
     timm's rules for optimizers.
 
-    Differences from the authors' code: the context is pooled before its projection, with which the pooling commutes. That
-    saves a third of the products in projections and changes nothing but rounding.
+    Differences from the authors' code (price112/Attentive-Convolution, models/AttNet.py): the context is pooled before its
+    projection, with which the pooling commutes. That saves a third of the products in projections and changes nothing but rounding.
 
     Raises:
         ValueError: a kernel size that is not odd, at construction; a map of another shape, in `forward`.
@@ -53,7 +55,7 @@ class ATConv(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         self.dim, self.kernel_size = dim, kernel_size
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.kernel_proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)
         self.kernel_gen = nn.Linear(kernel_size**2, kernel_size**2, bias=bias, **dd)
         self.x_proj = nn.Conv2d(dim, dim, 1, bias=bias, **dd)

@@ -1,9 +1,8 @@
 """Attention gates of U-Nets (Attention U-Net, arXiv 1804.03999)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels._exporting import is_exporting
@@ -11,11 +10,12 @@ from zoo.kernels._exporting import is_exporting
 from ._capture import report
 from ._initialization import fan_in_normal_
 from ._spatial import CONV, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
+from ._tracing import notrace_module
 
 Normalization = Literal["sigmoid", "softmax"]
 
 
-@register_notrace_module
+@notrace_module
 class AttentionGate(nn.Module):
     """Lets through what a coarser map, the gating signal, finds relevant in a skip connection (arXiv 1804.03999, section 2.1).
 
@@ -37,8 +37,8 @@ class AttentionGate(nn.Module):
         norm: "batch", "instance", or "group" (8 channels each).
         device, dtype: as in torch.
 
-    Differences from the authors' code (GridAttentionBlock, modes concatenation and concatenation_residual): where a size is
-    odd, θ sees the last slice twice, which theirs leaves out.
+    Differences from the authors' code (ozan-oktay/Attention-Gated-Networks, models/layers/grid_attention_layer.py: GridAttentionBlock,
+    modes concatenation and concatenation_residual): where a size is odd, θ sees the last slice twice, which theirs leaves out.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; maps of other shapes, in `forward`.
@@ -64,7 +64,8 @@ class AttentionGate(nn.Module):
             if width < 1:
                 raise ValueError(f"{name} must be at least 1, got {width}")
         self.dim, self.gate_dim, self.spatial_dims, self.normalization = dim, gate_dim, spatial_dims, normalization
-        conv, dd = CONV[spatial_dims], dict(device=device, dtype=dtype)
+        conv = CONV[spatial_dims]
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.theta = conv(dim, hidden_dim, 2, stride=2, bias=False, **dd)
         self.phi = conv(gate_dim, hidden_dim, 1, **dd)
         self.psi = conv(hidden_dim, 1, 1, **dd)
@@ -102,12 +103,12 @@ class AttentionGate(nn.Module):
         return f"dim={self.dim}, gate_dim={self.gate_dim}, spatial_dims={self.spatial_dims}, normalization={self.normalization}"
 
 
-@register_notrace_module
+@notrace_module
 class MultiAttentionGate(nn.Module):
     """Several attention gates of one skip connection, combined: ReLU(norm(combine(concatenated outputs))).
 
     `combine` is 1×1(×1). Shapes and arguments as in `AttentionGate`; every gate reports its own `attention`. It is the
-    authors' MultiAttentionBlock, with two gates in their network for CT.
+    authors' MultiAttentionBlock, with two gates in their network for CT (models/networks/unet_CT_multi_att_dsv_3D.py).
 
     Args:
         num_gates: how many, at least 1.
@@ -128,7 +129,7 @@ class MultiAttentionGate(nn.Module):
         super().__init__()
         if num_gates < 1:
             raise ValueError(f"num_gates must be at least 1, got {num_gates}")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.gates = nn.ModuleList(
             AttentionGate(dim, gate_dim, hidden_dim, spatial_dims, normalization, norm, **dd) for _ in range(num_gates))
         self.combine = CONV[spatial_dims](num_gates * dim, dim, 1, **dd)

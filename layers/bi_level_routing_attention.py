@@ -1,9 +1,8 @@
 """Bi-level routing attention (BiFormer, arXiv 2303.08810)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
@@ -12,6 +11,7 @@ from zoo.kernels.routing_attention.reference import attention
 
 from ._capture import report
 from ._linear import linear
+from ._tracing import notrace_module
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
 
@@ -21,7 +21,7 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-@register_notrace_module
+@notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Attention of every region over the few regions that matter to it (arXiv 2303.08810, section 3.2, algorithm 1).
 
@@ -56,8 +56,8 @@ class BiLevelRoutingAttention(nn.Module):
         out_proj: False leaves the output projection out.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code (ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling of
-    regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
+    Differences from the authors' code (rayleizhu/BiFormer, ops/bra_legacy.py): masked padding, rectangular grids, average and max pooling
+    of regions smaller than the window (they pool to one), and no copies of keys and values (see `zoo.kernels.routing_attention`).
     Routing that is differentiable but hard is declared there and not implemented; it does not exist here.
 
     Raises:
@@ -86,14 +86,15 @@ class BiLevelRoutingAttention(nn.Module):
     ):
         super().__init__()
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
-        self.regions = to_2tuple(regions)
+        rows, columns = (regions, regions) if isinstance(regions, int) else regions
+        self.regions = rows, columns
         self.qk_dim = qk_dim or dim
         self.scale = scale or self.qk_dim**-0.5
         self.kv_pool, self.kv_pool_size = kv_pool, kv_pool_size
         self.soft_routing, self.differentiable_routing, self.mask_padding = soft_routing, differentiable_routing, mask_padding
         self._check(lepe_kernel, learned_routing)
 
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias, **dd)
         self.router = nn.Linear(self.qk_dim, self.qk_dim, **dd) if learned_routing else None
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd) if lepe_kernel else None
@@ -126,7 +127,7 @@ class BiLevelRoutingAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, -width % self.regions[1], 0, -height % self.regions[0]))
         q, k, v = linear(self.qkv, x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         routes, weights = self._route(q, k)
-        kv_size = region_size(*k.shape[1:3], self.regions)
+        kv_size = region_size(*k.shape[1:3], regions=self.regions)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.lepe is not None else None
         if self.kv_pool != "identity":
             (k, kv_size), (v, _) = self._pool(k), self._pool(v)
@@ -158,14 +159,14 @@ class BiLevelRoutingAttention(nn.Module):
         h, w = _ceil_div(height, rows), _ceil_div(width, columns)
         adaptive, average = self.kv_pool.startswith("adaptive"), self.kv_pool.endswith("avg")
         kernel = None if adaptive else (min(pooled, h), min(pooled, w))
-        size = (pooled, pooled) if adaptive else (h // kernel[0], w // kernel[1])
+        size = (pooled, pooled) if kernel is None else (h // kernel[0], w // kernel[1])
         overhang = (0, columns * w - width, 0, rows * h - height)
 
         def pool(maps: Tensor) -> Tensor:
             """(N, C, rows·h, columns·w) → (N, C, rows·size, columns·size), region by region."""
             n, channels = maps.shape[:2]
             parts = maps.reshape(n, channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, h, w)
-            if adaptive:
+            if kernel is None:
                 parts = (F.adaptive_avg_pool2d if average else F.adaptive_max_pool2d)(parts, size)
             else:
                 parts = (F.avg_pool2d if average else F.max_pool2d)(parts, kernel)

@@ -1,13 +1,13 @@
 """Context broadcasting, CB (arXiv 2210.08457)."""
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class ContextBroadcast(nn.Module):
     """Adds the mean of all tokens to every token, at the end of a vision transformer's MLPs (arXiv 2210.08457).
 

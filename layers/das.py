@@ -1,18 +1,20 @@
 """Deformable attention to salient information, DAS (arXiv 2311.12091)."""
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, register_notrace_module
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
 from zoo.kernels._exporting import is_exporting
 
 from ._capture import report
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class DAS(nn.Module):
     """Gate of a CNN's map that looks where a deformable convolution takes it (arXiv 2311.12091, section 3).
 
@@ -32,7 +34,7 @@ class DAS(nn.Module):
 
     The offsets begin at zero and the LayerNorm runs over the channels of each position, without the position's neighbours.
 
-    There is no code by the authors. The choices that the formula leaves open are the cheaper ones: grouped deformable
+    There is no code by the authors (docs/cards/das.md). The choices that the formula leaves open are the cheaper ones: grouped deformable
     convolution (a dense one adds 44 % to the parameters of a ResNet-50, this 5 %: docs/das.md), one set of offsets for all channels, no
     factors of the samples, no affine parameters in the InstanceNorm.
     A map of a single position, whose InstanceNorm is zero, is an ordinary input.
@@ -57,7 +59,7 @@ class DAS(nn.Module):
         width = dim if group_width is None else math.gcd(dim, group_width)
         self.dim, self.padding = dim, kernel_size // 2
         self.hidden_dim = dim // width * max(1, round(ratio * width))
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=self.padding, groups=dim, bias=False, **dd)
         self.pointwise = nn.Conv2d(dim, self.hidden_dim, 1, bias=False, **dd)
         self.act = nn.GELU()
@@ -69,7 +71,7 @@ class DAS(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does
-        for zero in (self.bias, self.offset.weight, self.offset.bias):
+        for zero in (self.bias, *self.offset.parameters()):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:

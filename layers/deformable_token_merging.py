@@ -1,18 +1,19 @@
 """Deformable token merging (LITv2, arXiv 2205.13213)."""
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import deform_conv2d
 from zoo.kernels._exporting import is_exporting
 
 from ._spatial import pad_to_multiple
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class DeformableTokenMerging(nn.Module):
     """Patch merging whose patches find their own places (arXiv 2205.13213, section 3.3; from LITv1, arXiv 2105.14217).
 
@@ -25,8 +26,9 @@ class DeformableTokenMerging(nn.Module):
         out_dim: Co, default 2C.
         device, dtype: of the parameters, as in torch.
 
-    The offsets begin at zero; the authors let their convolution learn at 1/100 of the rate. Difference from the authors' code: odd
-    sizes are padded by a row or column of zeros (theirs: an error).
+    The offsets begin at zero; the authors let the weight that predicts them learn at 1/100 of the rate (ziplab/LITv2,
+    classification/optimizer.py). Difference from the authors' code (classification/models/patch_embed.py): odd sizes are padded by a row or
+    column of zeros (theirs: an error).
 
     Raises:
         ValueError: a dimension below 1, at construction; a map of another shape, in `forward`.
@@ -40,7 +42,7 @@ class DeformableTokenMerging(nn.Module):
         if dim < 1 or out_dim < 1:
             raise ValueError(f"dim and out_dim must be at least 1, got {dim} and {out_dim}")
         self.dim = dim
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.offset = nn.Conv2d(dim, 8, 2, stride=2, **dd)
         self.weight = nn.Parameter(torch.empty(out_dim, dim, 2, 2, **dd))
         self.bias = nn.Parameter(torch.empty(out_dim, **dd))
@@ -51,8 +53,8 @@ class DeformableTokenMerging(nn.Module):
         bound = 1 / math.sqrt(self.weight[0].numel())  # as nn.Conv2d does
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for zero in self.offset.parameters():
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:

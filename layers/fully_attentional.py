@@ -3,13 +3,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, register_notrace_module
+from timm.layers import DropPath, LayerScale
 from timm.models.xcit import LPI
 from torch import Tensor, nn
 
 from ._attention import attend, attention
 from ._initialization import fan_out_normal_
 from ._linear import linear
+from ._tracing import notrace_module
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 
@@ -23,7 +24,7 @@ class CancelledBiasLinear(nn.Linear):
         return F.linear(x, self.weight, 0 * self.bias)
 
 
-@register_notrace_module
+@notrace_module
 class TokenMixing(nn.Module):
     """Multi-head attention between all tokens of a map: out = proj(softmax(Q Kᵀ / √d) V).
 
@@ -46,7 +47,8 @@ class TokenMixing(nn.Module):
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, height, width, c = x.shape
         heads = (b, height * width, self.num_heads, c // self.num_heads)
-        return tuple(y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
+        q, k, v = (y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
+        return q, k, v
 
 
 class DepthwiseMlp(nn.Module):
@@ -75,7 +77,7 @@ class DepthwiseMlp(nn.Module):
         return linear(self.fc2, torch.addcmul(x, self.gamma, local))
 
 
-@register_notrace_module
+@notrace_module
 class ChannelProcessing(nn.Module):
     """Channel attention over an MLP (arXiv 2204.12451, section 3.2).
 
@@ -89,7 +91,7 @@ class ChannelProcessing(nn.Module):
         self, dim: int, num_heads: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
         self.q = CancelledBiasLinear(dim, dim, **dd)
         self.mlp = DepthwiseMlp(dim, hidden, **dd)
@@ -124,7 +126,8 @@ class FullyAttentionalBlock(nn.Module):
         drop_path: rate of stochastic depth.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: maps need not be square, and attention is not materialised.
+    Differences from the authors' code (NVlabs/FAN, models/fan.py; guoyongcs/TAPADL, TAPADL_FAN/models/tap_fan.py): maps need not be
+    square, and attention is not materialised.
 
     Raises:
         ValueError: at construction, if num_heads does not divide dim.
@@ -137,7 +140,7 @@ class FullyAttentionalBlock(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.pool = nn.Identity() if num_scales is None else TokenAwareAvgPool(dim, num_scales, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = TokenMixing(dim, num_heads, **dd)

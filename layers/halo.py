@@ -2,7 +2,7 @@
 from typing import Any
 
 import torch
-from timm.layers import make_divisible, register_notrace_module, trunc_normal_
+from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from zoo.kernels import halo_attention
@@ -10,6 +10,7 @@ from zoo.kernels._layout import in_layout_of
 from zoo.kernels.halo_attention.reference import attention
 
 from ._capture import report
+from ._tracing import notrace_module
 
 
 class RelativePositions(nn.Module):
@@ -24,7 +25,7 @@ class RelativePositions(nn.Module):
         return self.height_rel, self.width_rel
 
 
-@register_notrace_module
+@notrace_module
 class HaloAttention(nn.Module):
     """Blocked local attention with relative positions (arXiv 2103.12731, section 2.2): see `zoo.kernels.halo_attention`.
 
@@ -77,7 +78,7 @@ class HaloAttention(nn.Module):
             raise ValueError(f"block_size must be at least 1 and halo_size at least 0, got {block_size} and {halo_size}")
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.dim, self.num_heads, self.block_size, self.halo_size = dim, num_heads, block_size, halo_size
         self.stride = 1 if block_size % stride else stride
         self.dim_head = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
@@ -101,9 +102,9 @@ class HaloAttention(nn.Module):
         k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
         q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
-        tables = [table[unread:] for table in self.pos_embed()]
-        report(self, attention=lambda: attention(q, k, *tables, self.block_size, self.halo_size, self.dim_head**-0.5))
-        out = halo_attention(q, k, v, *tables, self.block_size, self.halo_size, self.stride)
+        rel_h, rel_w = (table[unread:] for table in self.pos_embed())
+        report(self, attention=lambda: attention(q, k, rel_h, rel_w, self.block_size, self.halo_size, self.dim_head**-0.5))
+        out = halo_attention(q, k, v, rel_h, rel_w, self.block_size, self.halo_size, self.stride)
         return self.pool(in_layout_of(x, out.flatten(3).permute(0, 3, 1, 2)))
 
     def extra_repr(self) -> str:

@@ -1,18 +1,21 @@
 """HiLo attention (LITv2, arXiv 2205.13213)."""
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import known
 from zoo.kernels._regions import cut, paste, positions
 
 from ._attention import attend, attention
 from ._capture import report
 from ._linear import linear
-from ._spatial import crop, known, pad_to_multiple
+from ._spatial import crop, pad_to_multiple
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class HiLoAttention(nn.Module):
     """Multi-head attention whose heads look at high or at low frequencies (arXiv 2205.13213, section 3.2).
 
@@ -31,10 +34,10 @@ class HiLoAttention(nn.Module):
         alpha: α in [0, 1], share of Lo-Fi heads: ⌊α · num_heads⌋ of them.
         qkv_bias: bias of the query, key and value projections.
         mask_padding: where windows overhang the map, True leaves the overhang out of attention and means; False pads with zeros,
-            whose projections take part, as the authors do.
+            whose projections take part, as the authors' detectors and segmentors do (detection/mmdet/models/backbones/litv2.py).
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: masked padding, and no dropout.
+    Differences from the authors' code (ziplab/LITv2, hilo.py): masked padding, and no dropout.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.
@@ -55,7 +58,7 @@ class HiLoAttention(nn.Module):
         self.lo_heads = num_heads if window == 1 else int(num_heads * alpha)
         self.hi_heads = num_heads - self.lo_heads
         hi, lo = (heads * (dim // num_heads) for heads in (self.hi_heads, self.lo_heads))
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         if hi:
             self.hi_qkv, self.hi_proj = nn.Linear(dim, 3 * hi, bias=qkv_bias, **dd), nn.Linear(hi, hi, **dd)
         if lo:
@@ -73,10 +76,10 @@ class HiLoAttention(nn.Module):
 
     def _hi(self, x: Tensor) -> Tensor:
         padded, size = self._padded(x), (self.window, self.window)
-        grid = tuple(n // self.window for n in padded.shape[1:3])
+        grid = [n // self.window for n in padded.shape[1:3]]
         q, k, v = cut(linear(self.hi_qkv, padded), grid, size, 3 * self.hi_heads).chunk(3, 1)  # (B, heads, windows, s², d)
         overhang = self.mask_padding and not known(n == own for n, own in zip(padded.shape, x.shape, strict=True))
-        mask = (positions(*x.shape[1:3], grid, size, x.device) >= 0)[:, None] if overhang else None
+        mask = (positions(*x.shape[1:3], regions=grid, size=size, device=x.device) >= 0)[:, None] if overhang else None
         report(self, hi=lambda: attention(q, k, mask))
         out = paste(attend(q, k, v, mask), grid, size)
         out = crop(out.permute(0, 3, 1, 2), x.shape[1:3], by_index=True).permute(0, 2, 3, 1)

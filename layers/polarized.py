@@ -1,18 +1,18 @@
 """Polarized self-attention (arXiv 2107.00782)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
 from ._plain import is_plain
+from ._tracing import notrace_module
 
 Layout = Literal["parallel", "sequential"]
 
 
-@register_notrace_module
+@notrace_module
 class PolarizedSelfAttention(nn.Module):
     """A gate per channel and a gate per position, each at full resolution along its own axis (arXiv 2107.00782, section 3.1).
 
@@ -33,10 +33,10 @@ class PolarizedSelfAttention(nn.Module):
         layout: "parallel" or "sequential".
         device, dtype: as in timm.
 
-    Differences from the authors' code (PSA.py, PSA_p and PSA_s): none in what is computed. Sums over positions change places
-    with the convolutions beside them, which are linear: the parallel layout then costs O(NC + C²) instead of O(NC²), the
-    sequential one a third of what it did. Where `spatial_value` has hooks or is not what was built here (pruning, adapters), the
-    parallel layout calls it.
+    Differences from the authors' code (DeLightCMU/PSA, semantic-segmentation/network/PSA.py: PSA_p and PSA_s): none in what is
+    computed. Sums over positions change places with the convolutions beside them, which are linear: the parallel layout then
+    costs O(NC + C²) instead of O(NC²), the sequential one a third of what it did. Where `spatial_value` has hooks or is not
+    what was built here (pruning, adapters), the parallel layout calls it.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.
@@ -55,8 +55,9 @@ class PolarizedSelfAttention(nn.Module):
         if layout not in Layout.__args__:
             raise ValueError(f"layout must be parallel or sequential, got {layout!r}")
         self.dim, self.layout = dim, layout
-        inner, dd = dim // 2, dict(device=device, dtype=dtype)
+        inner = dim // 2
         narrow = max(inner // 4, 1)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
 
         self.channel_query = nn.Conv2d(dim, 1, 1, bias=False, **dd)
         self.channel_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)
@@ -64,7 +65,7 @@ class PolarizedSelfAttention(nn.Module):
             self.channel_up = nn.Conv2d(inner, dim, 1, bias=False, **dd)
         else:
             self.channel_up = nn.Sequential(
-                nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm((narrow, 1, 1), **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
+                nn.Conv2d(inner, narrow, 1, **dd), nn.LayerNorm([narrow, 1, 1], **dd), nn.ReLU(), nn.Conv2d(narrow, dim, 1, **dd))
         self.spatial_query = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.spatial_value = nn.Conv2d(dim, inner, 1, bias=False, **dd)
         self.reset_parameters()

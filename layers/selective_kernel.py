@@ -2,15 +2,16 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ._capture import report
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class SelectiveKernelUnit(nn.Module):
     """Convolutions of several kernel sizes, weighted by a softmax over them per channel (arXiv 1903.06586, section 3.1).
 
@@ -34,8 +35,9 @@ class SelectiveKernelUnit(nn.Module):
         reduction, min_width: r and L of the paper.
         act_layer, norm_layer, device, dtype: as in timm.
 
-    Differences from the authors' code: theirs (Caffe; PyTorch in implus/PytorchInsight) is written for two branches. timm's
-    `SelectiveKernel` equals this one where its `split_input` is off; it rounds the width of z to multiples of 8.
+    Differences from the authors' code: theirs (Caffe; implus/PytorchInsight, classification/models/imagenet/resnet_sk.py) is
+    written for two branches. timm's `SelectiveKernel` equals this one where its `split_input` is off; it rounds the width
+    of z to multiples of 8.
 
     Raises:
         ValueError: arguments outside what is said above, at construction.
@@ -62,7 +64,8 @@ class SelectiveKernelUnit(nn.Module):
         groups = math.gcd(32, dim, out_dim) if groups is None else groups
         groups = [groups] * n if isinstance(groups, int) else list(groups)
         _check(dim, out_dim, kernel_sizes, groups)
-        width, dd = max(out_dim // reduction, min_width), dict(device=device, dtype=dtype)
+        width = max(out_dim // reduction, min_width)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
 
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for kernel, branch_groups in zip(kernel_sizes, groups, strict=True):

@@ -1,15 +1,17 @@
 """Token-aware average pooling, TAP (arXiv 2303.11126)."""
+from typing import Any
+
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from zoo.kernels import token_aware_avg_pool
 
 from ._capture import report
 from ._initialization import fan_out_normal_
+from ._tracing import notrace_module
 
 
-@register_notrace_module
+@notrace_module
 class TokenAwareAvgPool(nn.Module):
     """Lets every token choose how far it looks around before attention (arXiv 2303.11126, section 3.1).
 
@@ -24,8 +26,8 @@ class TokenAwareAvgPool(nn.Module):
         num_scales: K, of the pools.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code: maps need not be square, and no K maps are kept for the backward pass
-    (see `zoo.kernels.token_aware_avg_pool`).
+    Differences from the authors' code (guoyongcs/TAPADL, TAPADL_FAN/models/tap_fan.py): maps need not be square, and
+    no K maps are kept for the backward pass (see `zoo.kernels.token_aware_avg_pool`).
 
     Raises:
         ValueError: arguments outside what is said above, at construction; a map of another shape, in `forward`.
@@ -37,7 +39,7 @@ class TokenAwareAvgPool(nn.Module):
         super().__init__()
         if dim < 1 or num_scales < 1:
             raise ValueError(f"dim and num_scales must be at least 1, got {dim} and {num_scales}")
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.dim, self.num_scales = dim, num_scales
         self.conv1 = nn.Conv2d(dim, num_scales, 3, padding=1, bias=False, **dd)
         self.norm = nn.BatchNorm2d(num_scales, **dd)

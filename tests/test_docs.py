@@ -135,3 +135,16 @@ def test_every_released_file_is_on_a_card_with_its_licence():
     assert sorted(row[0].strip("| `") for row in rows) == sorted(released.names())
     for row in rows:
         assert row[3] == (timm.get_pretrained_cfg(row[0].strip("| `")).license or "none stated")
+
+
+CLAIMING = [path for folder in ("configs", "docs", "kernels", "layers", "zoo") for path in sorted((ROOT / folder).rglob("*"))
+            if path.suffix in (".py", ".md") and "authors" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", CLAIMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_said_of_authors_names_where_to_look(path):
+    """An address, a file of a repository (OWNER/NAME, PATH), a test of ours, a card or table, or the list of what they released."""
+    text = " ".join(path.read_text().split())
+    places = (r"https://github\.com/\w", r"\b[\w-]+/[\w-]+, [\w/-]+\.py\b", r"\btests/[\w/]+\.py\b", r"\bcards/\w*", r"\bdocs/models\.md\b",
+              r"\bzoo\.models\.released\b", r"\btake_authors_names\b")
+    assert any(re.search(place, text) for place in places), "it says something of authors and not where that can be seen"

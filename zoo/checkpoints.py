@@ -104,7 +104,9 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     classes = tuple(record.get("classes") or ())
     recorded_args = without(record.get("model_args") or {}, SOURCES)
     if classes:
-        recorded_args.setdefault("num_classes", len(classes))
+        known = recorded_args.setdefault("num_classes", len(classes))
+        if isinstance(known, int) and known != len(classes):
+            raise InputError(f"{path} records {len(classes)} classes and a network of {known}, so that nothing says which is which")
     model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
         model = timm.create_model(name, **model_args)
@@ -113,7 +115,9 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     sizes, dims = record.get("input_size"), getattr(model, "spatial_dims", 2)
     if sizes is not None and len(sizes) != 1 + dims:
         raise InputError(f"{path} records input_size={tuple(sizes)}, and {name} takes channels and {dims} sizes")
-    _check_keys(path, name, model.state_dict(), weights)
+    if differing := differences(model.state_dict(), weights):
+        raise InputError(f"the weights in {path} do not fit {name}: {differing}")
+    check_numbers(path, weights)
     model.load_state_dict(weights)
     return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
 
@@ -193,17 +197,39 @@ def _trained_parts(checkpoint: Opened) -> tuple[dict, dict[str, Tensor]]:
     return record, weights
 
 
-def _check_keys(path: Path, name: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+def check_numbers(path: str | Path, weights: Mapping[str, Any]) -> None:
+    """Raises InputError if some of the weights in the checkpoint at `path` are NaN, as those of a run that diverged."""
+    bad = [key for key, value in weights.items() if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise InputError(f"{len(bad)} of {len(weights)} weights in {path} are not numbers (NaN), such as {bad[0]}: the run that wrote them "
+                         "had diverged")
+
+
+def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """What `given` weights lack, have too much or in another shape than `needed`, the first three of each; "" if nothing."""
+    shapes = {key: tuple(value.shape) for key, value in needed.items()}
     problems = {
         "missing": [key for key in shapes if key not in given],
         "unexpected": [key for key in given if key not in shapes],
         "of another shape": [f"{key} {tuple(value.shape)} where {shapes[key]} is needed"
                              for key, value in given.items() if key in shapes and tuple(value.shape) != shapes[key]],
     }
-    described = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
-    if described:
-        raise InputError(f"the weights in {path} do not fit {name}: {'; '.join(described)}")
+    return "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+                     for kind, keys in problems.items() if keys)
+
+
+def seems(content: object) -> str:
+    """What a checkpoint seems to be, by what training recorded in it or else by the names of its weights."""
+    record = content.get("zoo") if isinstance(content, dict) else None
+    if isinstance(record, dict):
+        model, classes = record.get("model"), record.get("classes")
+        if isinstance(model, dict):
+            model = " with ".join(str(part.get("name") or part.get("type")) for part in (model, model.get("backbone") or {}) if part)
+        known = f" with {len(classes)} classes" if isinstance(classes, list | tuple) else ""
+        return f"it is a checkpoint for {record.get('task')} of {model}{known}"
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
+    names = [name for name, value in tensors.items() if isinstance(value, Tensor)] if isinstance(tensors, dict) else []
+    return f"it holds {len(names)} tensors, whose names begin with {', '.join(map(str, names[:3]))}" if names else "it holds no weights"
 
 
 def _data_config(model: nn.Module, record: Mapping, model_args: Mapping) -> dict:

@@ -1,4 +1,4 @@
-"""The authors' weights from their addresses: whole and checked, under names that cannot clash, their licence said first."""
+"""The authors' weights (`zoo.models.released`) from their addresses: whole, checked, under names that cannot clash, their licence first."""
 import hashlib
 import http.client
 import logging

@@ -32,7 +32,7 @@ class AttentionDiversificationLoss(nn.Module):
     Args:
         threshold: weights of attention up to threshold / N are left out; the authors' code has 2.
 
-    Difference from the authors' code: theirs divides by the number of layers plus 1e-6.
+    Difference from the authors' code (guoyongcs/TAPADL, TAPADL_FAN/main.py): theirs divides by the number of layers plus 1e-6.
 
     Raises:
         ValueError: a negative threshold, at construction; in `forward`, a network without such a layer, or one that combines

@@ -1,8 +1,8 @@
 """Which weights of a file are a model's, under which names, and whether they fit.
 
-One rule, whatever route a file is loaded by: the weights that its authors evaluated, which are those under `state_dict` or `model`;
-their exponential moving average, under `state_dict_ema` or `model_ema`, only where it is asked for with `ema=True`. Which ones were
-taken is said in one line of the log `zoo` (level INFO).
+One rule, whatever route a file is loaded by: the weights that its authors evaluated (`zoo.models.released` says of each), which are
+those under `state_dict` or `model`; their exponential moving average, under `state_dict_ema` or `model_ema`, only where it is asked
+for with `ema=True`. Which ones were taken is said in one line of the log `zoo` (level INFO).
 """
 import contextlib
 import logging

@@ -1,4 +1,5 @@
-# The authors' settings. They name adaptive gradient clipping, which their loop does not pass on: gradients are not clipped.
+# The authors' settings: https://github.com/price112/Attentive-Convolution, runs/T2.txt, and train.py, whose adaptive clipping of
+# gradients util/engine.py does not pass on: gradients are not clipped.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(
@@ -14,5 +15,4 @@ auto_scale_lr = dict(base_batch_size=4096)
 
 param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-6, lag=1)]
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99995, report='weights'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99995, report='weights')]

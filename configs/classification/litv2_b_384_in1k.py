@@ -1,4 +1,5 @@
-# The authors' fine-tuning at 384×384 pixels of what litv2_b_in1k ends with.
+# The authors' fine-tuning at 384×384 pixels of what litv2_b_in1k ends with:
+# https://github.com/ziplab/LITv2, classification/configs/litv2-base-finetune-384.yaml
 # Start from the authors' file instead: --cfg-options load_from=None model.args.pretrained=True
 # "model.args.pretrained_cfg_overlay={'file': 'litv2_b.pth'}".
 _base_ = './litv2_b_in1k.py'

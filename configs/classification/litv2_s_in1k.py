@@ -1,4 +1,5 @@
-# The authors' settings: 8 GPUs with 128 images each.
+# The authors' settings: https://github.com/ziplab/LITv2, classification/config.py, classification/configs/litv2-small.yaml
+# 8 GPUs with 128 images each.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(
@@ -16,4 +17,4 @@ param_scheduler = [
     dict(type='WarmupCosineLR', warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5, lag=1, convert_to_iter_based=True)]
 
 train_dataloader = dict(sampler=dict(repeats=1))
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]
+custom_hooks = []

@@ -1,4 +1,5 @@
-# The authors' settings.
+# The authors' settings: https://github.com/guoyongcs/TAPADL, TAPADL_FAN/README.md, TAPADL_FAN/main.py
+# Their best checkpoint is that of the best accuracy of weights and average: of the two best kept here, the better.
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(
@@ -21,5 +22,5 @@ auto_scale_lr = dict(base_batch_size=4096)
 param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=10, warmup_lr=1e-6, min_lr=1e-6, end=300)]
 train_cfg = dict(max_epochs=310)  # the last ten at the lowest rate
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99996, report='both'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99996, report='both')]
+default_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))

@@ -1,4 +1,4 @@
-# The authors' settings for Mask R-CNN.
+# The authors' settings for Mask R-CNN: https://github.com/rayleizhu/BiFormer, object_detection/configs/coco/maskrcnn.1x.biformer_small.py
 # Padding takes part in attention, as theirs does; model.backbone.args.attn_args.mask_padding=True leaves it out.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=biformer_small_best.pth, the authors' file.
 _base_ = 'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'
@@ -11,4 +11,5 @@ model = dict(
 
 optim_wrapper = dict(
     constructor='TimmOptimWrapperConstructor',
+    paramwise_cfg=dict(decay_multipliers={r'blocks\.\d+\.norm|^backbone\.norms\.': 0.0}),  # LayerNorms
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0.05))

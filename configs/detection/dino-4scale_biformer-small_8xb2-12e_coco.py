@@ -1,5 +1,5 @@
 # DINO's settings for ResNet-50: the backbone learns at a tenth of the rate.
-# Padding takes part in attention, as in BiFormer's own detectors; model.backbone.args.attn_args.mask_padding=True leaves it out.
+# Padding takes part in attention, as in BiFormer's own detectors (https://github.com/rayleizhu/BiFormer, object_detection); model.backbone.args.attn_args.mask_padding=True leaves it out.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=biformer_small_best.pth, the authors' file.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 

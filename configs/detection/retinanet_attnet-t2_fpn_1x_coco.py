@@ -1,4 +1,4 @@
-# The usual 1x recipe with AdamW: the authors released none for detection.
+# The usual 1x recipe with AdamW: the authors released none for detection (https://github.com/price112/Attentive-Convolution).
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=AttNet_T2.pth, the authors' file.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 

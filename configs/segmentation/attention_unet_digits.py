@@ -5,4 +5,3 @@ model = dict(
     name='attention_unet',
     args=dict(num_classes=11, in_chans=1, widths=(16, 32, 64, 128), light_decoder=True))
 
-default_hooks = dict(checkpoint=dict(save_best='iou/mean'))

@@ -8,4 +8,3 @@ model = dict(
     window=(256, 256))
 
 train_cfg = dict(max_epochs=100, val_interval=5)
-default_hooks = dict(checkpoint=dict(save_best='iou/mean'))

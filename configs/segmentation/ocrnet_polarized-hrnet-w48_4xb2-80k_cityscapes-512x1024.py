@@ -1,5 +1,6 @@
 # The toolbox's settings for HRNet-W48 with OCR.
-# Start from the authors' weights for Cityscapes: --cfg-options model.backbone.checkpoint=FILE, of their HRNet with OCR and PSA.
+# Start from the authors' weights for Cityscapes: --cfg-options model.backbone.checkpoint=FILE, of their HRNet with OCR and PSA, which
+# the README of https://github.com/DeLightCMU/PSA links.
 _base_ = 'mmseg::ocrnet/ocrnet_hr48_4xb2-80k_cityscapes-512x1024.py'
 
 model = dict(

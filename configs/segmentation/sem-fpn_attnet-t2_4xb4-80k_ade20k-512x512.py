@@ -1,4 +1,4 @@
-# The usual recipe with AdamW: the authors released none for segmentation.
+# The usual recipe with AdamW: the authors released none for segmentation (https://github.com/price112/Attentive-Convolution).
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=AttNet_T2.pth, the authors' file.
 _base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
 

@@ -1,4 +1,4 @@
-# The recipe of Swin: the authors released none for segmentation.
+# The recipe of Swin: the authors released none for segmentation (https://github.com/price112/Attentive-Convolution).
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=AttNet_T2.pth, the authors' file.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 

@@ -1,4 +1,4 @@
-# The recipe of Swin, which the paper (Semantic FPN only) does not name for UPerNet.
+# The recipe of Swin: paper and repository (https://github.com/ziplab/LITv2, segmentation) have Semantic FPN only.
 # Start from ImageNet: --cfg-options model.backbone.checkpoint=litv2_s.pth, the authors' file.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 

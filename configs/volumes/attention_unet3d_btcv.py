@@ -9,4 +9,3 @@ model = dict(
     window=(96, 96, 96),
     overlap=0.5)
 
-default_hooks = dict(checkpoint=dict(save_best='dice/mean'))

@@ -6,4 +6,4 @@ model = dict(
     args=dict(num_classes=3, widths=(16, 32, 64, 128), light_decoder=True, norm='instance'),
     window=(32, 32, 32))
 
-default_hooks = dict(logger=dict(interval=5), checkpoint=dict(save_best='dice/mean'))
+default_hooks = dict(logger=dict(interval=5))

@@ -73,9 +73,9 @@ def deform_conv2d(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    stride, padding, dilation = (tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
-    _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    arguments = x, offset, weight, bias, mask, stride, padding, dilation
+    geometry = [tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation)]
+    _check(x, offset, weight, bias, mask, *geometry)
+    arguments = x, offset, weight, bias, mask, *geometry
     chosen = choose(
         "deform_conv2d", backend, x, lambda: _fastest(x, offset, weight),
         "grid_sampled" if is_exporting() and _spelled_out.get() else "torchvision",  # torch 2.11 cannot compile asking for the latter

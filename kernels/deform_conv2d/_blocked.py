@@ -68,7 +68,8 @@ def register(name: str, forward: Callable[..., None], backward: Callable[..., Te
         grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
         stride: list[int], padding: list[int], dilation: list[int],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return tuple(map(_empty_like, (x, offset, weight, bias, mask)))
+        grad_x, grad_offset, grad_weight, grad_bias, grad_mask = map(_empty_like, (x, offset, weight, bias, mask))
+        return grad_x, grad_offset, grad_weight, grad_bias, grad_mask
 
     register_gradient(compute, compute_backward, reference.deform_conv2d, reference.flops)
     return compute

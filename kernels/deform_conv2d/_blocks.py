@@ -4,33 +4,35 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .reference import Pair
+
 SAMPLES_AT_ONCE = 1 << 22  # elements: 16 MiB of float32
 
 
 class Shape(NamedTuple):
     """Everything that is the same for all blocks."""
 
-    size: tuple[int, int]
-    padded: tuple[int, int]
-    kernel: tuple[int, int]
-    out_size: tuple[int, int]
+    size: Pair
+    padded: Pair
+    kernel: Pair
+    out_size: Pair
     channels: int
     groups: int
     offset_groups: int
-    geometry: tuple[tuple[int, int], ...]  # stride, padding, dilation
+    geometry: tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
     @property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
 
-def shape_of(x: Tensor, offset: Tensor, weight: Tensor, *geometry: list[int]) -> Shape:
+def shape_of(x: Tensor, offset: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Shape:
     kernel, size = tuple(weight.shape[2:]), tuple(x.shape[2:])
     offset_groups = offset.shape[1] // (2 * kernel[0] * kernel[1])
     # Scaling coordinates by a power of two is exact, so that whole positions stay whole.
     padded = tuple(1 << (length - 1).bit_length() for length in size)
     groups = x.shape[1] // weight.shape[1]
-    return Shape(size, padded, kernel, tuple(offset.shape[2:]), x.shape[1], groups, offset_groups, tuple(map(tuple, geometry)))
+    return Shape(size, padded, kernel, tuple(offset.shape[2:]), x.shape[1], groups, offset_groups, (stride, padding, dilation))
 
 
 def blocks(batch: int, shape: Shape, positions: int) -> Iterator[tuple[slice, list[slice]]]:

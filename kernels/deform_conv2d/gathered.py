@@ -64,7 +64,7 @@ def _samples(offset: Tensor, shape: Shape, first_row: int) -> _Samples:
     y, x = _axis(y, height), _axis(x, width)
     image = torch.arange(len(offset), dtype=torch.int32).repeat_interleave(y.at.shape[1] // len(offset))
     index, weight = ((image * height + y.at)[:, None] * width + x.at, y.weight[:, None] * x.weight)  # (2, 2, N)
-    return _Samples(y, x, *(t.flatten(0, 1).T.contiguous() for t in (index, weight)))
+    return _Samples(y, x, index.flatten(0, 1).T.contiguous(), weight.flatten(0, 1).T.contiguous())
 
 
 def _gather(table: Tensor, index: Tensor, factors: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _backward(
         grad_samples = grad_columns.permute(0, 2, 3, 1).reshape(-1, shape.channels)
         grad_table, grad_factors = _gather_backward(grad_samples, table, samples.index, factors)
         grad_x[images] += grad_table.view(grad_x[images].shape)
-        if mask is not None:
+        if block_mask is not None:
             into = grad_mask.permute(0, 2, 3, 1)[images, rows]
             into.copy_((grad_factors * samples.weight).sum(1).view(into.shape))
             grad_factors = grad_factors * block_mask

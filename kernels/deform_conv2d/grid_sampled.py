@@ -21,7 +21,8 @@ def deform_conv2d(
     (b, c, height, width), (out_channels, group_width, *kernel) = x.shape, weight.shape
     taps, out_size = kernel[0] * kernel[1], offset.shape[2:]
     offset_groups = offset.shape[1] // (2 * taps)
-    grid = grid_of(*(p.flatten(0, 1) for p in positions(offset, kernel, stride, padding, dilation)), height, width)
+    y, z = (p.flatten(0, 1) for p in positions(offset, kernel, stride, padding, dilation))
+    grid = grid_of(y, z, height, width)
     maps = x.reshape(b * offset_groups, c // offset_groups, height, width)
     sampled = F.grid_sample(maps, grid, align_corners=False)  # (B·g, C/g, K·Ho, Wo)
     if mask is not None:

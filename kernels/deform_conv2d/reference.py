@@ -3,19 +3,20 @@
 In the shapes, g are the offset groups and K the taps of the kernel.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Pair = tuple[int, int]
+Pair = Sequence[int]  # of rows and of columns
 
 
 def positions(offset: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """Row and column of every sample, each (B, g, K, Ho, Wo), of offsets (B, g·K·2, Ho, Wo) that begin at output row `first_row`."""
     height, width = offset.shape[2:]
     offset = offset.unflatten(1, (-1, kernel[0] * kernel[1], 2))
-    dd = dict(dtype=offset.dtype, device=offset.device)
+    dd: dict[str, Any] = dict(dtype=offset.dtype, device=offset.device)
     taps_y, taps_x = (torch.arange(k, **dd) * d - p for k, d, p in zip(kernel, dilation, padding, strict=True))
     rows, columns = torch.arange(first_row, first_row + height, **dd) * stride[0], torch.arange(width, **dd) * stride[1]
     y = (taps_y[:, None, None] + rows[:, None]).repeat_interleave(kernel[1], 0)  # (K, Ho, 1)
@@ -38,12 +39,13 @@ def deform_conv2d(
 ) -> Tensor:
     """See `zoo.kernels.deform_conv2d`. Computed in at least float32, whatever floating dtypes the arguments have."""
     inner, dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
-    x, offset, weight, bias, mask = (None if t is None else t.to(inner) for t in (x, offset, weight, bias, mask))
+    x, offset, weight = (t.to(inner) for t in (x, offset, weight))
+    bias, mask = (None if t is None else t.to(inner) for t in (bias, mask))
     (b, c, height, width), (out_channels, group_width, *kernel) = x.shape, weight.shape
     y, z = positions(offset, kernel, stride, padding, dilation)
     (offset_groups, taps), out_size = y.shape[1:3], offset.shape[2:]
     maps = x.reshape(b, offset_groups, c // offset_groups, height * width)
-    samples = 0
+    samples = torch.zeros((), dtype=inner, device=x.device)
     for row, row_weight in around(y, height):
         for column, column_weight in around(z, width):
             index = (row * width + column).flatten(2)[:, :, None].expand(-1, -1, maps.shape[2], -1)

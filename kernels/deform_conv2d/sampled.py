@@ -85,7 +85,7 @@ def _forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mas
             factors = None if mask is None else mask[images, :, rows].to(inner)
             samples = _masked(_sample(_maps(maps, shape, parts), grid), factors, shape)
             columns = _side_by_side(samples, n, shape.groups, block[0, 0].numel())
-            product = torch.bmm(kernels, columns) if bias is None else torch.baddbmm(added, kernels, columns)
+            product = torch.bmm(kernels, columns) if added is None else torch.baddbmm(added, kernels, columns)
             block.copy_(_apart(product, n).reshape(block.shape))
 
 
@@ -111,7 +111,7 @@ def _backward(
             columns = _side_by_side(_masked(samples, factors, shape), n, shape.groups, count)
             grad_kernels.baddbmm_(above, columns.transpose(1, 2))
             grad_samples = _apart(torch.bmm(kernels.transpose(1, 2), above), n).reshape(samples.shape)
-            if mask is not None:
+            if factors is not None:
                 dots = (grad_samples * samples).view(n, shape.offset_groups, -1, shape.taps, *factors.shape[2:]).sum(2)
                 grad_mask[images, :, rows] = dots.flatten(1, 2)
                 grad_samples = _masked(grad_samples, factors, shape).view(samples.shape)

@@ -3,13 +3,12 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from .reference import Pair
-
 
 def deform_conv2d(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
 ) -> Tensor:
     """See `zoo.kernels.deform_conv2d`."""
     inner = torch.promote_types(x.dtype, torch.float32)
-    upcast = (t if t is None else t.to(inner) for t in (x, offset, weight, bias))
-    return ops.deform_conv2d(*upcast, stride, padding, dilation, mask if mask is None else mask.to(inner)).to(x.dtype)
+    bias, mask = (t if t is None else t.to(inner) for t in (bias, mask))
+    return ops.deform_conv2d(x.to(inner), offset.to(inner), weight.to(inner), bias, stride, padding, dilation, mask).to(x.dtype)

@@ -301,11 +301,13 @@ def deform_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, weight, bias and mask (of no elements where there is none)."""
     if grad.numel() == 0:
-        return tuple(map(torch.zeros_like, _empty_grads(x, offset, weight, bias, mask)))
+        grad_x, grad_offset, grad_weight, grad_bias, grad_mask = map(torch.zeros_like, _empty_grads(x, offset, weight, bias, mask))
+        return grad_x, grad_offset, grad_weight, grad_bias, grad_mask
     grad_x, grad_offset, *_, grad_mask = _empty_grads(x, offset, weight, bias, mask)
     if grad_x.stride() != x.stride():
         x = grad_x.copy_(x)  # the kernel addresses both alike
-    problem = _problem(x, offset, weight, mask, stride, padding, dilation) | dict(grad=grad) | _strides("grad", grad)
+    problem = _problem(x, offset, weight, mask, stride, padding, dilation)
+    problem |= dict(grad=grad) | _strides("grad", grad)
     groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
     positions, taps = grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
     scale = _units(grad, weight, mask, groups, taps * positions) if torch.are_deterministic_algorithms_enabled() else None
@@ -340,9 +342,9 @@ def _(
 def _empty_grads(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    others = (x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-              for t in (offset, weight, bias, mask))
-    return torch.empty_like(x), *others
+    grad_offset, grad_weight, grad_bias, grad_mask = (
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (offset, weight, bias, mask))
+    return torch.empty_like(x), grad_offset, grad_weight, grad_bias, grad_mask
 
 
 def _units(grad: Tensor, weight: Tensor, mask: Tensor | None, groups: int, samples: int) -> Tensor:

@@ -6,7 +6,7 @@ Both are linear in their two maps, and each is the other's derivative, so that t
 
 and their transposes, which go from p + s to p. The lateral inhibition is its own adjoint and is taken where kernels are read.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "channel", "row", "column"), x.stride(), strict=True)}
 
 
-def _shape(x: Tensor, kernel_size: list[int], transposed: bool) -> dict[str, Any]:
+def _shape(x: Tensor, kernel_size: Sequence[int], transposed: bool) -> dict[str, Any]:
     channels, height, width = x.shape[1:]
     return dict(channels=channels, height=height, width=width, KH=kernel_size[0], KW=kernel_size[1], SIGN=-1 if transposed else 1)
 

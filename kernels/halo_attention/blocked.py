@@ -8,7 +8,7 @@ denominator, and adds the gradients of windows up where they overlap.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ class _Room:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self._pieces, self._lines, self._dd = {}, {}, dict(device=device, dtype=dtype)
+        self._pieces, self._lines = {}, {}
+        self._dd: dict[str, Any] = dict(device=device, dtype=dtype)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
@@ -254,8 +255,8 @@ def halo_attention_forward(
     with torch.autocast(q.device.type, enabled=False):
         for step in _steps(k, v, rel_h, block, halo):
             queries, keys, values = _queries("q", q, step, room), _windows("k", k, step, room), _windows("v", v, step, room)
-            scores, *logits = _scores(queries, keys, table, scale, step, room)
-            highest, border = scores.amax(-1, keepdim=True), _border(*logits, step)
+            scores, by_row, by_column = _scores(queries, keys, table, scale, step, room)
+            highest, border = scores.amax(-1, keepdim=True), _border(by_row, by_column, step)
             if border is not None:
                 in_border = border.scores.view_as(highest)
                 highest = torch.maximum(highest, in_border)
@@ -314,7 +315,8 @@ def halo_attention_backward(
             grad_table.addmm_(grad_logits.flatten(0, 1).t(), queries.flatten(0, 1))
             grad_queries = _multiply(room.like("grad_q", queries, k.shape[4]), grad_logits, table.expand(len(queries), -1, -1))
             _put_queries(grad_q, _multiply(grad_queries, grad_scores, keys, beta=1.0, alpha=scale), step)
-    return grad_q, *(x.to(k.dtype) for x in (grad_k, grad_v)), *(x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
+    grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
+    return grad_q, grad_k.to(k.dtype), grad_v.to(k.dtype), grad_rel_h, grad_rel_w
 
 
 @halo_attention_backward.register_fake

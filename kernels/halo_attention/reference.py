@@ -13,7 +13,7 @@ def halo_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
     image, r and c the block, i and j the row and column of a query in its block, y and x those of a key in its window.
     """
     weights = attention(q, k, rel_h, rel_w, block, halo, scale).to(v.dtype)
-    values = _gather(v, *weights.shape[1:3], block, halo)
+    values = _gather(v, *weights.shape[1:3], size=block, halo=halo)
     out = torch.einsum("nrcmijyx,nrycxme->nricjme", weights, values)  # the blocks side by side
     n, rows, side, columns, *_ = out.shape
     out = out.reshape(n, rows * side, columns * side, *v.shape[3:])

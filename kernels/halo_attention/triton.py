@@ -64,7 +64,8 @@ def _offset_scores(
     WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):
     """Scores of queries and offsets of rows, and of columns, to base 2: twice (queries, OFFSET_TILE), float32."""
-    some: tl.constexpr = min(WIDTH_TILE, 32)  # channels at a time: products of all, in float32, take too many registers
+    # Channels at a time: products of all, in float32, take too many registers.
+    some: tl.constexpr = min(WIDTH_TILE, 32)  # pyright: ignore[reportAssignmentType]  # the compiler has constants only
     offset = tl.arange(0, OFFSET_TILE)
     by_row = tl.zeros((position.shape[0], OFFSET_TILE), tl.float32)
     by_column = tl.zeros((position.shape[0], OFFSET_TILE), tl.float32)
@@ -358,7 +359,8 @@ def _gradients(
 
     grad_q.view_as(rows).addmm_(grad_logits, problem.table)
     grad_table = grad_logits.t() @ rows
-    return grad_q.to(q.dtype), grad_k, grad_v, *(x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
+    grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
+    return grad_q.to(q.dtype), grad_k, grad_v, grad_rel_h, grad_rel_w
 
 
 @halo_attention_triton_backward.register_fake
@@ -366,7 +368,9 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, rel_h, rel_w))
+    grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, rel_h, rel_w))
+    return grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w
 
 
 register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))

@@ -157,7 +157,7 @@ def region_routes(q_means: Tensor, k_means: Tensor, k_map: list[int], regions: l
     """Scores and routes of `zoo.kernels.region_routes`, of means (B, rows·columns, C). Of equal affinities, the first region's."""
     scores, routes = _empty_routes(q_means, topk)
     b, count, channels = q_means.shape
-    h, w = region_size(*k_map, regions)
+    h, w = region_size(*k_map, regions=regions)
     tile = max(SMALLEST_TILE, triton.next_power_of_2(count))
     launch(region_routes_forward, lambda chosen: (triton.cdiv(count, chosen["QUERIES"]), b), f"regions{tile}", q_means=q_means.contiguous(),
            k_means=k_means.contiguous(), routes=routes, scores=scores, regions=count, columns=regions[1], h=h, w=w, height=k_map[0],

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from .._backends import choose, public_operator
 from .._layout import span, too_large
-from .._regions import check_map, check_regions, region_size
+from .._regions import check_map, check_regions, region_size, settled
 from . import blocked, dense, reference
 
 __all__ = ["routing_attention"]
@@ -68,13 +68,12 @@ def routing_attention(
                          f"got {tuple(routes.shape)}")
     if weights is not None and weights.shape != routes.shape:
         raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
-    if kv_size is None:
-        kv_size = region_size(*k.shape[1:3], regions)
+    of_keys = region_size(*k.shape[1:3], regions=regions) if kv_size is None else kv_size
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
-    arguments = q, k, v, routes, tuple(regions), num_heads, tuple(kv_size), scale, weights
-    chosen = choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, kv_size, weights), unsupported={
-        "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, kv_size),
+    arguments = q, k, v, routes, tuple(regions), num_heads, tuple(of_keys), scale, weights
+    chosen = choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
+        "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, of_keys),
         "dense": lambda: None if weights is None else "it takes no weights"})
     if chosen == "triton":
         from . import triton
@@ -83,6 +82,8 @@ def routing_attention(
 
 
 def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple[int, int], weights: Tensor | None) -> str:
+    if not settled(*k.shape[1:3], regions=regions, size=kv_size):
+        return "blocked"
     few_keys = k.shape[1] * k.shape[2] <= DENSE_KEYS
     most_routed = regions[0] * regions[1] <= DENSE_SHARE * routes.shape[-1] and kv_size[0] * kv_size[1] <= DENSE_REGION
     return "dense" if weights is None and (few_keys or most_routed) else "blocked"
@@ -96,7 +97,7 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple
     widest = max(q.shape[-1], v.shape[-1]) // num_heads
     if widest > WIDEST_HEAD:
         return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {widest}"
-    (_, height, width, _), (_, count, slots), own = q.shape, routes.shape, region_size(*q.shape[1:3], regions)
+    (_, height, width, _), (_, count, slots), own = q.shape, routes.shape, region_size(*q.shape[1:3], regions=regions)
     most = max(k.shape[1] * k.shape[2], count * own[0] * own[1], count * slots, slots * kv_size[0] * kv_size[1])
     if most > MOST_POSITIONS:
         return f"the kernels take at most {MOST_POSITIONS} positions, not {most}"

@@ -42,12 +42,15 @@ class _Problem(NamedTuple):
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], weights: Tensor | None
 ) -> _Problem:
-    on_map = None if divides(*k.shape[1:3], regions, kv_size) else positions(*k.shape[1:3], regions, kv_size, k.device) >= 0
+    on_map = None
+    if not divides(*k.shape[1:3], regions=regions, size=kv_size):
+        on_map = positions(*k.shape[1:3], regions=regions, size=kv_size, device=k.device) >= 0
     if weights is not None:
         weights = weights[:, None].expand(-1, num_heads, -1, -1).flatten(0, 2)
-    size = region_size(*q.shape[1:3], regions)
-    return _Problem(_cut(q, regions, size, num_heads), *(_cut(x, regions, kv_size, num_heads) for x in (k, v)),
-                    reference.rows_of(routes, num_heads).flatten(0, 2), on_map, weights)
+    size = region_size(*q.shape[1:3], regions=regions)
+    keys, values = (_cut(x, regions, kv_size, num_heads) for x in (k, v))
+    rows = reference.rows_of(routes, num_heads).flatten(0, 2)
+    return _Problem(_cut(q, regions, size, num_heads), keys, values, rows, on_map, weights)
 
 
 def _cut(x: Tensor, regions: list[int], size: tuple[int, int] | list[int], num_heads: int) -> Tensor:
@@ -62,7 +65,7 @@ def _pasted(x: Tensor, like: Tensor, regions: list[int], size: tuple[int, int] |
 
 def _empty_results(q: Tensor, v: Tensor, regions: list[int], num_heads: int) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of the softmax's denominator, (N, t, 1)."""
-    (b, height, width, _), (h, w) = q.shape, region_size(*q.shape[1:3], regions)
+    (b, height, width, _), (h, w) = q.shape, region_size(*q.shape[1:3], regions=regions)
     logsumexp = q.new_empty(b * num_heads * regions[0] * regions[1], h * w, 1, dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(b, height, width, v.shape[-1]), logsumexp
 
@@ -82,7 +85,7 @@ def _forward(
         for block in _blocks(count, t * n * s, q.device):
             picked = problem.rows[block].flatten()
             keys, values = (x.index_select(0, picked).to(inner) for x in (problem.k, problem.v))
-            if weights is not None:
+            if problem.weights is not None:
                 factors = problem.weights[block].to(inner).reshape(-1, 1, 1)
                 keys, values = keys * factors, values * factors
             scores = torch.bmm(problem.q[block].to(inner), keys.reshape(-1, n * s, keys.shape[-1]).transpose(1, 2)).mul_(scale)
@@ -93,7 +96,7 @@ def _forward(
             total = exponentials.sum(-1, keepdim=True)
             out[block] = torch.bmm(exponentials, values.reshape(-1, n * s, e)).div_(total)
             logsumexp[block] = total.log_().add_(highest)
-    return _pasted(out, like, regions, region_size(*q.shape[1:3], regions)), logsumexp
+    return _pasted(out, like, regions, region_size(*q.shape[1:3], regions=regions)), logsumexp
 
 
 @_forward.register_fake
@@ -111,11 +114,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and weights (of no elements where there are no weights)."""
     problem = _problem(q, k, v, routes, regions, num_heads, kv_size, weights)
-    size, inner = region_size(*q.shape[1:3], regions), logsumexp.dtype
+    size, inner = region_size(*q.shape[1:3], regions=regions), logsumexp.dtype
     grad, out = (_cut(x, regions, size, num_heads) for x in (grad, out))
     (count, t, _), s = problem.q.shape, problem.k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=inner, memory_format=torch.contiguous_format) for x in problem[:3])
-    grad_weights = None if weights is None else torch.empty_like(problem.rows, dtype=inner)
+    grad_weights = torch.empty_like(problem.rows, dtype=inner)
     bias = _bias(problem.on_map, inner)
     with torch.autocast(q.device.type, enabled=False):
         for block in _blocks(count, t * s, q.device):
@@ -123,7 +126,7 @@ def _backward(
             share = (above * out[block]).sum(-1, keepdim=True)
             for route, picked in enumerate(problem.rows[block].unbind(1)):
                 keys, values = (x.index_select(0, picked).to(inner) for x in (problem.k, problem.v))
-                factors = None if weights is None else problem.weights[block, route].to(inner).reshape(-1, 1, 1)
+                factors = None if problem.weights is None else problem.weights[block, route].to(inner).reshape(-1, 1, 1)
                 scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
                 grad_attention = torch.bmm(above, values.transpose(1, 2))
                 if factors is not None:
@@ -139,10 +142,10 @@ def _backward(
                 grad_q[block].baddbmm_(grad_scores, keys)
                 grad_k.index_add_(0, picked, grad_keys)
                 grad_v.index_add_(0, picked, grad_values)
-    grads = _pasted(grad_q, q, regions, size), *(_pasted(x, like, regions, kv_size) for x, like in ((grad_k, k), (grad_v, v)))
+    grad_q, grad_k, grad_v = _pasted(grad_q, q, regions, size), _pasted(grad_k, k, regions, kv_size), _pasted(grad_v, v, regions, kv_size)
     if weights is None:
-        return *grads, q.new_empty(0)
-    return *grads, grad_weights.view(len(q), num_heads, *weights.shape[1:]).sum(1).to(weights.dtype)
+        return grad_q, grad_k, grad_v, q.new_empty(0)
+    return grad_q, grad_k, grad_v, grad_weights.view(len(q), num_heads, *weights.shape[1:]).sum(1).to(weights.dtype)
 
 
 @_backward.register_fake
@@ -150,8 +153,9 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
     weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, q.new_empty(0) if weights is None else torch.empty_like(weights, memory_format=torch.contiguous_format)
+    like = q, k, v, q.new_empty(0) if weights is None else weights
+    grad_q, grad_k, grad_v, grad_weights = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    return grad_q, grad_k, grad_v, grad_weights
 
 
 register_gradient(_forward, _backward, reference.routing_attention, reference.flops, kept=(0, 1))

@@ -31,18 +31,18 @@ def attention(
     q: Tensor, k: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, scale: float, weights: Tensor | None
 ) -> Tensor:
     """The attention itself, (b, r, m, t, n·s); 0 to keys outside the map."""
-    own = positions(*q.shape[1:3], regions, region_size(*q.shape[1:3], regions), q.device)  # (r, t)
+    own = positions(*q.shape[1:3], regions=regions, size=region_size(*q.shape[1:3], regions=regions), device=q.device)  # (r, t)
     q_r = regions_at(q, own).unflatten(-1, (num_heads, -1)).transpose(2, 3)  # (b, r, m, t, d)
     k_r = _gather(k, routes, regions, num_heads, kv_size, weights)
     scores = ((q_r * scale) @ k_r.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    on_map = positions(*k.shape[1:3], regions, kv_size, k.device) >= 0  # (r, s)
+    on_map = positions(*k.shape[1:3], regions=regions, size=kv_size, device=k.device) >= 0  # (r, s)
     on_map = on_map.index_select(0, routes.flatten()).reshape(*routes.shape[:2], 1, 1, -1)
     return torch.where(on_map, scores, torch.finfo(scores.dtype).min).softmax(-1) * on_map
 
 
 def _gather(x: Tensor, routes: Tensor, regions: Grid, num_heads: int, kv_size: Grid, weights: Tensor | None) -> Tensor:
     """The routed regions of keys or values beside every query region, (b, r, m, n·s, d)."""
-    own = positions(*x.shape[1:3], regions, kv_size, x.device)  # (r, s)
+    own = positions(*x.shape[1:3], regions=regions, size=kv_size, device=x.device)  # (r, s)
     out = regions_at(x, own).flatten(0, 1).index_select(0, rows_of(routes, 1).flatten())
     out = out.reshape(*routes.shape[:2], -1, x.shape[-1])  # (b, r, n·s, c)
     if weights is not None:
@@ -59,5 +59,5 @@ def rows_of(routes: Tensor, num_heads: int) -> Tensor:
 
 def flops(q: tuple, k: tuple, v: tuple, routes: tuple, regions: Grid, num_heads: int, kv_size: Grid, *_: object) -> int:
     """Of the products, from shapes in the place of tensors: all positions of the regions count, those off the map too."""
-    h, w = region_size(*q[1:3], regions)
+    h, w = region_size(*q[1:3], regions=regions)
     return 2 * math.prod(routes) * h * w * kv_size[0] * kv_size[1] * (q[3] + v[3])

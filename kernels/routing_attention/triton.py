@@ -251,7 +251,7 @@ def routing_attention_backward_keys(
         scores = products(key_rows, rows, PRECISION) * (scale * LOG2_E)
         grad_attention = products(values, above, PRECISION)
         if WEIGHTED:
-            factors = tl.load(weights + batch * regions * slots + route, mask=entry < end, other=0.0).to(tl.float32)
+            factors = tl.load(weights + batch * regions * slots + route, mask=entry < end, other=0.0).to(tl.float32)  # pyright: ignore[reportOperatorIssue]
             scores *= factors
             grad_attention *= factors
         attention = tl.exp2(tl.where(seen, scores, -float("inf")) - denominator)
@@ -377,7 +377,7 @@ def routing_attention_triton_backward(
     launch(routing_attention_backward_keys, problem.grid(problem.keys, problem.key_places, "KEYS"), problem.key(problem.key_places),
            **shared, order=order, starts=starts, grad_k=grad_k, grad_v=grad_v)
 
-    if weights is None:
+    if weights is None or weight_sums is None:
         return grad_q, grad_k, grad_v, q.new_empty(0)
     return grad_q, grad_k, grad_v, weight_sums.unflatten(2, (problem.regions, -1)).sum((1, 3)).to(weights.dtype)
 
@@ -387,8 +387,9 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], num_heads: int, kv_size: list[int], scale: float,
     weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, q.new_empty(0) if weights is None else torch.empty_like(weights, memory_format=torch.contiguous_format)
+    like = q, k, v, q.new_empty(0) if weights is None else weights
+    grad_q, grad_k, grad_v, grad_weights = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    return grad_q, grad_k, grad_v, grad_weights
 
 
 register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))

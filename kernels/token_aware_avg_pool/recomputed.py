@@ -15,10 +15,10 @@ from .convolved import avg_pool
 def _forward(x: Tensor, weights: Tensor) -> Tensor:
     """In at least float32; the dtype of x comes back."""
     inner = torch.promote_types(x.dtype, torch.float32)
-    map_, weights = x.to(inner), weights.to(inner).unbind(-1)
+    map_, (first, *others) = x.to(inner), weights.to(inner).unbind(-1)
     with torch.autocast(x.device.type, enabled=False):
-        out = map_.mul(weights[0][..., None]).contiguous()
-        for dilation, weight in enumerate(weights[1:], 1):
+        out = map_.mul(first[..., None]).contiguous()
+        for dilation, weight in enumerate(others, 1):
             out.addcmul_(weight[..., None], avg_pool(map_, dilation))
     return out.to(x.dtype)
 

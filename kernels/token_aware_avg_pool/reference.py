@@ -1,4 +1,7 @@
 """Token-aware average pooling by its definition: every pool a sum of shifted maps."""
+from functools import reduce
+from operator import add
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +21,9 @@ def avg_pool(x: Tensor, dilation: int) -> Tensor:
         return x
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, dilation, dilation, dilation, dilation))
-    rows = sum(padded.narrow(1, shift, height) for shift in (0, dilation, 2 * dilation))
-    return sum(rows.narrow(2, shift, width) for shift in (0, dilation, 2 * dilation)) / 9
+    shifts = 0, dilation, 2 * dilation
+    rows = reduce(add, (padded.narrow(1, shift, height) for shift in shifts))
+    return reduce(add, (rows.narrow(2, shift, width) for shift in shifts)) / 9
 
 
 def flops(*_: object) -> int:

@@ -120,7 +120,8 @@ def token_aware_avg_pool_backward(grad: Tensor, x: Tensor, weights: Tensor) -> t
 
 @token_aware_avg_pool_backward.register_fake
 def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad, weights))
+    grad_x, grad_weights = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad, weights))
+    return grad_x, grad_weights
 
 
 register_gradient(token_aware_avg_pool, token_aware_avg_pool_backward, reference.token_aware_avg_pool, reference.flops)

@@ -98,6 +98,11 @@ def test_layer_decay_and_multipliers():
     assert groups["blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.5 ** (depth if "norm.weight" not in groups else depth))
     assert groups["blocks.0.mlp.fc1.weight"]["lr"] == pytest.approx(groups["blocks.0.mlp.fc2.weight"]["lr"] / 100)
     assert groups["patch_embed.proj.weight"]["lr"] < groups["blocks.0.attn.qkv.weight"]["lr"]
+    for multipliers in ({}, {r"\.norm1": 0.0, r"norm": 0.5}):
+        groups = _named(network, param_groups(network, 1.0, 0.05, decay_multipliers=multipliers))
+        assert groups["blocks.0.attn.qkv.bias"]["weight_decay"] == groups["pos_embed"]["weight_decay"] == 0.05
+        assert groups["blocks.0.norm1.weight"]["weight_decay"] == (0.0 if multipliers else 0.05)
+        assert groups["blocks.0.norm2.bias"]["weight_decay"] == (0.025 if multipliers else 0.05)
 
 
 def test_mixed_precision_on_the_cpu():

@@ -134,6 +134,48 @@ def test_learning_rates_are_the_authors(name):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+# Of the files that the recipes name: images of all GPUs, drop path, decay, mixup, color jitter, random erasing, augmentation. The rest is
+# theirs alike: cutmix 1, label smoothing 0.1; repeated augmentation by DeiT's heirs, of whom LITv2 and TAPADL are none.
+RAND = "rand-m9-mstd0.5-inc1"
+REGULARIZATION = {
+    "attnet_xxs_in1k": (4096, 0.0, 0.015, 0.05, 0.0, 0.0, None), "attnet_xs_in1k": (4096, 0.02, 0.025, 0.1, 0.0, 0.0, None),
+    "attnet_s_in1k": (4096, 0.05, 0.025, 0.3, 0.1, 0.0, RAND), "attnet_t1_in1k": (4096, 0.1, 0.025, 0.6, 0.2, 0.15, RAND),
+    **{f"attnet_t{n}_in1k": (4096, path, 0.05, 0.8, 0.4, 0.25, RAND) for n, path in ((2, 0.2), (3, 0.4), (4, 0.5))},
+    "biformer_tiny_in1k": (1024, 0.1, 0.05, 0.8, 0.4, 0.25, RAND), "biformer_small_in1k": (1024, 0.15, 0.05, 0.8, 0.4, 0.25, RAND),
+    **{f"litv2_{size}_in1k": (1024, path, 0.05, 0.8, 0.4, 0.25, RAND) for size, path in (("s", 0.2), ("m", 0.3), ("b", 0.5))},
+    "litv2_b_384_in1k": (1024, 0.5, 1e-8, 0.8, 0.4, 0.25, RAND),
+    "tap_fan_base_16_p4_hybrid_in1k": (4096, 0.35, 0.05, 0.8, 0.4, 0.3, RAND),
+}
+
+
+@pytest.mark.parametrize("name", REGULARIZATION)
+def test_regularization_is_the_authors(name):
+    config = load_config(name)
+    transform, mixup, optimizer = config.train_dataloader.dataset.transform, config.model.mixup, config.optim_wrapper.optimizer
+    assert REGULARIZATION[name] == (
+        config.auto_scale_lr.base_batch_size, config.model.args.drop_path_rate, optimizer.weight_decay, mixup.mixup_alpha,
+        transform.color_jitter, transform.re_prob, transform.auto_augment)
+    assert (mixup.cutmix_alpha, mixup.prob, mixup.switch_prob, config.model.label_smoothing) == (1.0, 1.0, 0.5, 0.1)
+    assert config.train_dataloader.sampler.repeats == (1 if name.startswith(("litv2", "tap_fan")) else 3)
+    assert config.optim_wrapper.get("clip_grad") == ({"max_norm": 5.0} if name.startswith("litv2") else None)
+
+
+def test_recipes_that_say_that_they_are_the_authors_are_compared():
+    said = {path.stem for path in (CONFIGS / "classification").glob("*.py")
+            if re.search("The authors' (settings|fine-tuning)", path.read_text())}
+    assert said and said <= REGULARIZATION.keys() & SCHEDULES.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("in1k")])
+def test_the_best_checkpoint_is_by_all_that_is_reported(name):
+    """TAPADL's is by the better of weights and average: of the two kept, one."""
+    config = load_config(name)
+    average = [hook for hook in config.custom_hooks if hook.type == "ModelEMAHook"]
+    both = [hook.get("report") for hook in average] == ["both"]
+    assert config.default_hooks.checkpoint.save_best == (["accuracy/top1", "accuracy/top1_ema"] if both else "accuracy/top1")
+    assert both is name.startswith("tap_fan")
+
+
 def test_the_cosine_lasts_as_long_as_the_run():
     """Also where the run is made shorter, and when it goes on from its state."""
     optimizer = _optimizer(1.0)
@@ -167,7 +209,7 @@ def _pattern(name: str) -> str:
 @pytest.mark.parametrize("path", sorted(TEXTS))
 def test_what_a_config_names_exists(path):
     """In its code and in its comments: configs, the epochs that they reach, tools, and the authors' files, which a model's page has."""
-    text = TEXTS[path]
+    text = re.sub(r"https://github\.com/[^;)\n]*", "", TEXTS[path])  # files of others
     for name, epoch in re.findall(r"work_dirs/([^/\s]+)/epoch_(\d+)\.pth", text):
         assert name in NAMES and load_config(name).train_cfg.max_epochs == int(epoch), f"{name} does not end with epoch {epoch}"
     for name in re.findall(r"work_dirs/([^/\s]+)/", text) + re.findall(r"(?<![/:\w.-])[\w.-]+_(?:in1k|digits|coco|mni152)\b", text):

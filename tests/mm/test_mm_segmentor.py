@@ -169,7 +169,7 @@ def test_bad_data_are_one_sentence(data, tmp_path):
         VolumeFolderDataset(str(data), "train", patch=(8, 8, 16), **volumes)[Sample(0, 0)]
     with pytest.raises(InputError, match="has unknown labels 1; known are 0 to 0"):
         VolumeFolderDataset(str(data), "train", ["background"], (8, 8, 8))[Sample(0, 0)]
-    with pytest.raises(InputError, match="has unknown labels 1; known are 0 to 0"):
+    with pytest.raises(InputError, match="has unknown values 1; known are 0 to 0"):
         PictureMaskDataset(str(data), "train", ["background"], (8, 8))[Sample(0, 0)]
     for split in ("train", "val"):
         for name in ("images", "masks"):
@@ -177,7 +177,7 @@ def test_bad_data_are_one_sentence(data, tmp_path):
         Image.new("L", (9, 8)).save(tmp_path / "pictures" / split / "images" / "x.png")
     (tmp_path / "pictures" / "train" / "masks" / "x.png").write_text("no picture")
     Image.new("L", (8, 8)).save(tmp_path / "pictures" / "val" / "masks" / "x.png")
-    for split, message in (("train", "the mask .* cannot be read"), ("val", "x.png is of shape 8×8, its picture .* of 8×9")):
+    for split, message in (("train", "the mask .* is not a picture that can be"), ("val", "x.png is of shape 8×8, its picture .* of 8×9")):
         with pytest.raises(InputError, match=message):
             PictureMaskDataset(str(tmp_path / "pictures"), split, ["background"], (8, 8))[Sample(0, 0)]
     with pytest.raises(InputError, match="there is no data folder"):

@@ -52,7 +52,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(python, tmp_path):
     assert load_from_local(broken / "epoch_1.pth")["meta"]["epoch"] == 1
 
     done = python("-m", "zoo", "train", "biformer_nano_digits", "--work-dir", broken, "--resume", "--cfg-options", *options)
-    assert "resumed epoch: 1, iter: 4" in done.stdout and str(broken) in done.stdout.splitlines()[-1]
+    assert "going on after epoch 1/3" in done.stdout and str(broken) in done.stdout.splitlines()[-1]
     assert not list(broken.glob(f"{TEMPORARY}*"))
     ends = [load_from_local(folder / "epoch_3.pth") for folder in (unbroken, broken)]
     for part in ("state_dict", "ema_state_dict"):
@@ -88,7 +88,7 @@ def test_the_average_is_the_one_asked_for(tiny_train, monkeypatch):
     update = ModelEMAHook.after_train_iter
     monkeypatch.setattr(ModelEMAHook, "after_train_iter", lambda self, runner, **kwargs: (
         update(self, runner, **kwargs), heads.append(runner.model.model.head.weight.detach().clone())))
-    checkpoint, _, _ = tiny_train("ema", "custom_hooks.1.decay=0.7")
+    checkpoint, _, _ = tiny_train("ema", "custom_hooks.0.decay=0.7")
     average = heads[0]
     for head in heads[1:]:
         average = 0.7 * average + 0.3 * head
@@ -97,9 +97,9 @@ def test_the_average_is_the_one_asked_for(tiny_train, monkeypatch):
 
 @pytest.mark.parametrize("report", ["weights", "both"])
 def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, report):
-    options = ["custom_hooks.1.decay=0.5", "train_cfg.val_interval=1"]
+    options = ["custom_hooks.0.decay=0.5", "train_cfg.val_interval=1"]
     average, own, _ = tiny_train("average", *options)
-    checkpoint, metrics, folder = tiny_train("reported", *options, f"custom_hooks.1.report={report}")
+    checkpoint, metrics, folder = tiny_train("reported", *options, f"custom_hooks.0.report={report}")
     for name, value in checkpoint["state_dict"].items():  # the same run, told the other way round
         assert torch.equal(value, average["ema_state_dict"][f"module.{name}"])
         assert torch.equal(checkpoint["ema_state_dict"][f"module.{name}"], average["state_dict"][name])
@@ -114,13 +114,24 @@ def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, repor
         assert not any(name.endswith("_ema") for name in metrics)
 
 
+def test_the_best_by_weights_and_by_average_are_kept(tmp_path):
+    base = Path(__file__).parents[2] / "configs" / "classification" / "biformer_nano_digits.py"
+    (tmp_path / "both.py").write_text(
+        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))\n")
+    options = ["custom_hooks.1.report=both", "custom_hooks.1.decay=0.9", "train_cfg.val_interval=1"]
+    train(tmp_path / "both.py", work_dir=tmp_path / "run", cfg_options=[*TINY, f"experiment_name={tmp_path.name}", *options])
+    for name in ("top1", "top1_ema"):
+        best, = (tmp_path / "run").glob(f"best_accuracy_{name}_epoch_?.pth")
+        assert best.with_suffix(".safetensors").exists()
+
+
 def test_resumed_training_tells_weights_and_average_apart(tiny_train, tmp_path):
     """Whichever of them the checkpoint reports, and whichever the resumed run does."""
-    options = ["custom_hooks.1.decay=0.5", "train_cfg.max_epochs=3", "train_cfg.val_interval=3"]
+    options = ["custom_hooks.0.decay=0.5", "train_cfg.max_epochs=3", "train_cfg.val_interval=3"]
     whole, _, _ = tiny_train("whole", *options)
-    _, _, first = tiny_train("first", *options, "custom_hooks.1.report=weights")
+    _, _, first = tiny_train("first", *options, "custom_hooks.0.report=weights")
     for report, kept in (("average", whole["state_dict"]), ("weights", _without_module(whole["ema_state_dict"]))):
-        resumed, _, _ = tiny_train(f"resumed-{report}", *options, f"custom_hooks.1.report={report}", resume=first / "epoch_2.pth")
+        resumed, _, _ = tiny_train(f"resumed-{report}", *options, f"custom_hooks.0.report={report}", resume=first / "epoch_2.pth")
         other = whole["state_dict"] if report == "weights" else _without_module(whole["ema_state_dict"])
         for found, expected in ((resumed["state_dict"], kept), (_without_module(resumed["ema_state_dict"]), other)):
             assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

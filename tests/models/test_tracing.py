@@ -156,3 +156,25 @@ def test_every_layer_is_traced_by_torch_fx_where_it_is_a_part(name):
         tracer, module, path)
     graph = torch.fx.GraphModule(model, tracer.trace(model, {}))
     torch.testing.assert_close(graph(*inputs), model(*inputs))
+
+
+@families
+def test_compiled_graphs_are_few(name):
+    """Of a dozen sizes and batches: about as many as of a ResNet, of which it makes five; torch gives up at the ninth."""
+    sizes = ((64, 64), (96, 64), (65, 70), (72, 112), (224, 224), (100, 90),
+             (50, 61), (128, 160), (33, 47), (112, 112), (81, 81), (160, 96))
+    model, graphs = make(name, **SHALLOW.get(name, {})), 0
+
+    def counting(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+    with torch.no_grad():
+        for i, size in enumerate(sizes):
+            x = images(model, size, i % 3 + 1)
+            expected = model(x)
+            assert (compiled(x) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), (len(x), size)
+    torch._dynamo.reset()
+    assert graphs <= 6

@@ -1,5 +1,6 @@
 """What is special to the U-Nets of the zoo: their arguments, and other networks on the way down."""
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -118,3 +119,17 @@ def test_inputs_of_another_kind_are_named(dims, shape, message):
 def test_table_leaves_out_networks_around_others():
     assert "attention_unet3d" in model_table.listed() and "attention_unet_biformer_nano" not in model_table.listed()
     assert "| 64³ |" in model_table.model_table(["attention_unet3d_nano"])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_an_encoder_begins_with_the_weights_of_a_classifiers_file(tmp_path, suffix):
+    classifier = timm.create_model("biformer_nano", num_classes=7)
+    path = tmp_path / f"classifier.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": {f"model.{name}": value for name, value in classifier.state_dict().items()}}, path)
+    else:
+        safetensors.torch.save_file(classifier.state_dict(), path)
+    model = timm.create_model("attention_unet", encoder="biformer_nano",
+                              encoder_args=dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path))))
+    given = {value.numpy().tobytes() for value in classifier.state_dict().values()}
+    assert all(parameter.detach().numpy().tobytes() in given for parameter in model.encoder.parameters())

@@ -56,9 +56,41 @@ def test_memory_is_that_of_a_row_of_windows(monkeypatch):
 
 @pytest.mark.parametrize(("size", "window", "overlap", "message"), [
     ((8, 8), (4, 4, 4), 0.25, "the model takes 3-D input, and this is 2-D, of size 8×8"),
-    ((8, 8, 3), (4, 4, 4), 0.25, "the input has 8×8×3 positions, fewer than the window of 4×4×4; choose a smaller window"),
     ((8, 8, 8), (4, 4, 4), 1.0, "overlap is 1; it has to be at least 0 and below 1"),
 ])
 def test_windows_that_do_not_fit(size, window, overlap, message):
     with pytest.raises(InputError, match=message):
         segment(Scores(3, 2), torch.zeros(1, *size), window, classes=2, overlap=overlap)
+
+
+@pytest.mark.parametrize(("size", "window"), [((3, 9), (6, 5)), ((9, 2), (4, 5)), ((5, 3, 2), (4, 8, 5)), ((1, 1, 1), (3, 4, 5))], ids=str)
+def test_what_is_smaller_than_the_window_is_padded_as_monai_does(size, window):
+    from monai.inferers import sliding_window_inference
+
+    model, x = Scores(len(size), 4), torch.randn(1, *size)
+    with torch.no_grad():
+        expected = sliding_window_inference(x[None], window, 4, model, overlap=0.5, mode="gaussian")[0].argmax(0)
+    found = segment(model, x, window, classes=4, overlap=0.5)
+    assert found.shape == size and (found != expected).sum() <= 1  # where rounding decides
+
+
+def test_labels_of_many_classes_do_not_wrap():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            logits = torch.zeros(len(x), 400, *x.shape[2:])
+            logits[:, 300] = 1
+            return logits
+
+    assert (segment(Three(), torch.randn(1, 6, 6), (4, 4), classes=400) == 300).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_one_sentence(value):
+    model = Scores(2, 3)
+    model.conv.bias.data[1] = value
+    with pytest.raises(InputError, match="what the network gives is not finite: its weights, or the input"):
+        segment(model, torch.randn(1, 6, 6), (4, 4), classes=3)

@@ -33,7 +33,7 @@ def _fails(capfd, program: str, *arguments: object) -> str:
     ([DIGITS, "--cfg-options", "optim_wrapper.clip_grad.norm=1"], "did you mean max_norm"),
     ([DIGITS, "--cfg-options", "optim_wrapper.paramwise_cfg={'layer_deacy': 0.5}"], "layer_deacy"),
     ([DIGITS, "--cfg-options", "param_scheduler.7.begin=1"], "no index below 2"),
-    ([DIGITS, "--cfg-options", "custom_hooks.1.type=ModelEMAHok"], "did you mean ModelEMAHook"),
+    ([DIGITS, "--cfg-options", "custom_hooks.0.type=ModelEMAHok"], "did you mean ModelEMAHook"),
     ([DIGITS, "--cfg-options", "train_dataloader.dataset.limt=1"], "did you mean limit"),
     ([DIGITS, "--cfg-options", "train_dataloader.dataset.transform.input_siz=1"], "input_siz"),
     ([DIGITS, "--cfg-options", "train_dataloader.sampler.repeat=2"], "did you mean repeats"),
@@ -41,6 +41,8 @@ def _fails(capfd, program: str, *arguments: object) -> str:
     ([DIGITS, "--cfg-options", "model.name=biformer_nan"], "did you mean biformer_nano"),
     ([DIGITS, "--cfg-options", "model.args.head_size=3"], "head_size"),
     ([DIGITS, "--cfg-options", "nonsense"], "KEY=VALUE"),
+    ([DIGITS, "--cfg-options", "data_root=/mine"], "without effect: DigitsDataset of biformer_nano_digits reads no files"),
+    ([DIGITS, "--cfg-options", "resume=True"], "resume=True is without effect in the config; --resume says so"),
     ([DIGITS, "--resume", "nowhere.pth"], "no checkpoint nowhere.pth"),
     ([DIGITS, "--cfg-options", "load_from=nowhere.pth"], "no checkpoint nowhere.pth"),
     ([DIGITS, "--cfg-options", "train_dataloader.num_workers=0"], "persistent_workers"),
@@ -52,6 +54,15 @@ def test_train_refuses(arguments, message, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert message in _fails(capfd, "train", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_variables_of_a_configs_own_begin_with_an_underscore(monkeypatch, capfd, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text(f"_base_ = {str(DIGITS)!r}\n_epochs = 'many'\ntrain_cfg = dict(max_epochs=_epochs)\nrandomness = dict(sed=0)\n")
+    assert "randomness has an unknown key 'sed'; did you mean seed" in _fails(capfd, "train", config)
+    config.write_text(config.read_text().replace("_epochs", "epochs"))
+    assert "the config has an unknown key 'epochs'" in (said := _fails(capfd, "train", config))
+    assert said.endswith("; a variable of your own begins with an underscore")
 
 
 class Payload:

@@ -256,3 +256,9 @@ def test_importing_zoo_checkpoints_does_not_import_the_engine_or_onnx():
     script = "import sys, zoo.checkpoints; print(sorted({'mmengine', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_classes_without_as_many_outputs_are_refused(tmp_path, weights):
+    torch.save(trained(weights, model_args={"in_chans": 1, "num_classes": 3}), tmp_path / "x.pth")
+    with pytest.raises(InputError, match="x.pth records 2 classes and a network of 3, so that nothing says which is which"):
+        checkpoints.load_trained(tmp_path / "x.pth")

@@ -2,6 +2,7 @@
 import argparse
 import copyreg
 import io
+import json
 import logging
 import os
 import pickle
@@ -62,6 +63,17 @@ def test_authors_weights_by_default_and_their_average_when_asked_for(tmp_path, r
     assert same(model, average)
     assert "state_dict" not in make(path).pretrained_cfg
     assert make(path).pretrained_cfg["file"] == str(path)
+
+
+def test_timms_own_reading_takes_the_average_and_refuses_the_authors_names(tmp_path, raw, average):
+    """`checkpoint_path`, as the guide says of it: timm picks the weights before the model is there to be asked."""
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "timms.pth")
+    assert same(timm.create_model(NAME, checkpoint_path=str(tmp_path / "timms.pth")), average)
+    assert same(make(tmp_path / "timms.pth"), raw)
+    shapes = json.loads((Path(__file__).parents[1] / "golden" / "manifests" / "litv2_s.json").read_text())["state"]
+    torch.save({"model": {name: torch.zeros(shape) for name, shape in shapes.items()}}, tmp_path / "authors.pth")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model("litv2_s", checkpoint_path=str(tmp_path / "authors.pth"))
 
 
 def test_no_average(tmp_path, raw, average):

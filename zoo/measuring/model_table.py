@@ -166,7 +166,7 @@ def _paper(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> tuple[str, str]:
-    """Where the authors' weights are, and their licence."""
+    """Where the authors' weights are, and their licence, as `zoo.models.released` and the model's config have it."""
     cfg = _cfg(model)
     if cfg["tag"] == "untrained":
         return NONE, NONE

@@ -37,7 +37,7 @@ class TimmBackbone(BaseModule):
         out_norm: a LayerNorm over the channels of every map, which transformers need whose blocks normalise their input only; or of
             some, by their places among the maps that are given.
         norm_eps: of those norms.
-        checkpoint: the authors' released file, as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
+        checkpoint: the authors' released file (`zoo.models.released`), as `pretrained_cfg_overlay=dict(file=...)` takes it, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         ema: of that file the average of the weights instead of the weights that its authors evaluated.
         frozen_stages: how many parts of the model, as timm's `group_matcher(coarse=True)` divides it, keep their weights and
@@ -49,7 +49,8 @@ class TimmBackbone(BaseModule):
             bottom and the columns at the right that are zero, as the toolboxes pad. Without it padding is a part of the picture
             like any other: convolutions see it close to the border; attention, regions and pooling of the whole map everywhere.
 
-    `load_state_dict` of it, or of a network around it, also takes the names that the authors' detectors and segmentors have.
+    `load_state_dict` of it, or of a network around it, also takes the names that the authors' detectors and segmentors have
+    (tests/mm/test_mm_released.py).
 
     Raises InputError for an unknown name, an argument that the model does not take, or a checkpoint that does not fit.
     """

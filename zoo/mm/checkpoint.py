@@ -3,7 +3,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -16,7 +16,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.fileio.io import backend_instances
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zoo import checkpoints
 from zoo.errors import InputError
 from zoo.files import explaining
+from zoo.reading.class_names import check_same_classes, shown
 
 TEMPORARY = ".zoo-unfinished-"
 STATISTICS = ("min", "max", "mean", "current")
@@ -116,6 +117,15 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
+def best_checkpoint(work_dir: Path) -> Path | None:
+    """The best checkpoint that training kept in `work_dir`, as the newest records it; the newest where it kept none."""
+    if (latest := latest_checkpoint(work_dir)) is None:
+        return None
+    hub = cast(dict, load_from_local(latest)).get("message_hub", {})
+    named = [str(value) for name, value in hub.get("runtime_info", {}).items() if name.startswith("best_ckpt")]
+    return next((path for name in named if (path := work_dir / Path(name).name).is_file()), latest)
+
+
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.
@@ -126,6 +136,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Comes after the other hooks, so that `state_dict` is what is evaluated."""
+        for state in checkpoint.get("param_schedulers", ()):  # functions among it would be refused on reading, as code
+            for key in [key for key, value in state.items() if callable(value)]:
+                del state[key]
         self.weights = None
         if checkpoint.get("zoo", {}).get("task") in checkpoints.TASKS:
             self.weights = {name.removeprefix(checkpoints.MODEL_PREFIX): value.clone(memory_format=torch.contiguous_format)
@@ -135,15 +148,51 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process() and self.weights is not None:
             self.file_backend.put(safetensors.torch.save(self.weights, {"format": "pt"}), weights_beside(checkpoint))
 
-    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        before = self._best_paths()
-        super()._save_best_checkpoint(runner, metrics)
-        for path in self._best_paths() - before:
-            self._put_weights(path)
+    def before_train(self, runner: Runner) -> None:
+        """Forgets the best of another folder's run, from which this one was resumed: its files are not this run's to remove."""
+        super().before_train(runner)
+        info = runner.message_hub.runtime_info
+        if any(Path(path).absolute().parent != Path(self.out_dir).absolute() for path in self._best_paths().values()):
+            for key in [key for key in info if key.startswith(("best_score", "best_ckpt"))]:
+                del info[key]
+            self._set_best_paths({})
 
-    def _best_paths(self) -> set[str]:
-        paths = [getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()]
-        return {path for path in paths if path}
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        """Writes the checkpoint of this step again where the metrics have changed a schedule."""
+        super().after_val_epoch(runner, metrics)
+        step = runner.epoch if self.by_epoch else runner.iter
+        if self.last_ckpt and Path(self.last_ckpt).name == self.filename_tmpl.format(step) and any(
+                getattr(scheduler, "need_val_args", False) for scheduler in runner.param_schedulers or ()):
+            self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        if unknown := set(self.key_indicators) - {"auto", *metrics}:
+            raise InputError(f"default_hooks.checkpoint.save_best={unknown.pop()!r}: the evaluation gives {', '.join(metrics)}")
+        before = self._best_paths()
+        self._set_best_paths({})  # so that the engine does not remove them before there are others
+        super()._save_best_checkpoint(runner, metrics)
+        written = self._best_paths()
+        self._set_best_paths({**before, **written})
+        for path in written.values():
+            self._put_weights(path)
+        for key in before.keys() & written.keys():
+            if is_main_process() and before[key] != written[key] and Path(before[key]).exists():
+                self.file_backend.remove(before[key])
+
+    def _best_paths(self) -> dict[str, str]:
+        """The best checkpoint by every metric that is looked at."""
+        if not self.save_best:
+            return {}
+        paths = {self.save_best[0]: self.best_ckpt_path} if len(self.save_best) == 1 else self.best_ckpt_path_dict
+        return {key: path for key, path in paths.items() if path}
+
+    def _set_best_paths(self, paths: dict[str, str]) -> None:
+        if self.save_best and len(self.save_best) == 1:
+            self.best_ckpt_path = paths.get(self.save_best[0])
+        elif self.save_best:
+            self.best_ckpt_path_dict = {key: paths.get(key) for key in self.save_best}
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated: set[int] = set()
@@ -167,11 +216,12 @@ class AtomicCheckpointHook(CheckpointHook):
                     self.file_backend.remove(path)
 
 
-def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper: OptimWrapper | None = None) -> dict:
+def check_fits(path: str | Path, model: nn.Module, *, whole: bool, classes: Sequence[str] = (),
+               optim_wrapper: OptimWrapper | None = None) -> dict:
     """The weights in the checkpoint at `path`. Raises InputError unless they are weights for `model`.
 
-    `whole`: all of them, and no others; otherwise at least one. With `optim_wrapper`, also what training needs to go on
-    with it; its state is then the checkpoint's.
+    `whole`: all of them, and no others, and trained for `classes`, if the checkpoint says for which; otherwise at least one. With
+    `optim_wrapper`, also what training needs to go on with it; its state is then the checkpoint's.
     """
     checkpoint = load_from_local(path)
     if not isinstance(checkpoint, dict):
@@ -183,17 +233,41 @@ def check_fits(path: str | Path, model: nn.Module, *, whole: bool, optim_wrapper
     for place, part in model.named_modules():
         if hasattr(part, "take_authors_names"):  # as loading lets it
             cast(Any, part).take_authors_names(weights, f"{place}.")
-    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
-    if whole and needed != given:
-        differing = sorted(dict(needed.items() ^ given.items()))
-        raise InputError(f"the weights in {path} are of another model: {len(differing)} of {len(needed | given)} differ, "
-                         f"for example {differing[0]}")
-    if not needed.items() & given.items():
-        raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits")
+    if whole and classes and (known := recorded_classes(checkpoint)):
+        check_same_classes(classes, "the data", known, f"the checkpoint {path}")
+    needed = model.state_dict()
+    given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if whole and (differences := checkpoints.differences(needed, given)):
+        raise InputError(f"the weights in {path} are of another model: {differences}; {checkpoints.seems(checkpoint)}")
+    if not any(name in given and given[name].shape == value.shape for name, value in needed.items()):
+        raise InputError(f"{path} holds no weights for this model: none of its {len(given)} tensors fits; {checkpoints.seems(checkpoint)}")
+    checkpoints.check_numbers(path, weights)
     if optim_wrapper is not None:
         _check_resumable(path, checkpoint, optim_wrapper)
     return weights
+
+
+@HOOKS.register_module()
+class OtherClassesHook(Hook):
+    """Where training starts from a checkpoint for other classes, leaves out the weights `names`, which say what is which, and says so."""
+
+    priority = "HIGHEST"
+
+    def __init__(self, names: Iterable[str], known: Sequence[str]):
+        self.names, self.known = set(names), known
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        left = sorted(self.names & checkpoint["state_dict"].keys())
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in self.names}
+        runner.logger.warning("%s knows other classes than the data, %s: %d weights that tell classes apart begin anew, such as %s",
+                              runner._load_from, shown(self.known), len(left), ", ".join(left[:3]))
+
+
+def recorded_classes(checkpoint: object) -> list[str]:
+    """The names of the classes that a checkpoint was trained for, or none if it does not say."""
+    record = checkpoint.get("zoo") if isinstance(checkpoint, dict) else None
+    classes = record.get("classes") if isinstance(record, dict) else None
+    return list(map(str, classes)) if isinstance(classes, list | tuple) else []
 
 
 def _check_resumable(path: str | Path, checkpoint: dict, optim_wrapper: OptimWrapper) -> None:

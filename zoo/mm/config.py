@@ -41,8 +41,21 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "data_root", "custom_imports", "model_wrapper_cfg", "find_unused_parameters", "sync_bn", "compile",
     "activation_checkpointing", "efficient_conv_bn_eval",
-}
+} | {"report"}  # whether training leaves a report.html
 PARTS = ("train", "val", "test")
+# Keys of the config that arguments of training and testing say, and how.
+ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
+# By toolbox, what takes the place of its own parts, and of those that are only replaced if no other argument is given, what is kept.
+HOUSE_PARTS = {
+    "mmdet": {"LoadImageFromFile": "LoadPicture", "CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"},
+    "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
+}
+KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
+HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
+BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+# Of metrics, the prefix and name of the number that says which checkpoint is the best.
+BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
+        "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
@@ -67,16 +80,21 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
         raise InputError(f"the config {path} needs {TOOLBOXES[missing]}; {INSTALL}") from error
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise InputError(f"the config {path} cannot be read: {type(error).__name__}: {error}") from error
+    for name in [name for name in config if name.startswith("_")]:
+        config.pop(name)  # variables of the config's own
     known = TOP_LEVEL
     if config.get("default_scope") in TOOLBOXES:
         known = known | set(config)  # the toolboxes' configs keep variables of their own at the top
-        _add_house_rules(config)
     data_root = config.get("data_root")
     for option in options:
+        _check_read(config, option)
         _apply(config, option)
     if data_root and config.data_root != data_root:
         old, new = f"{data_root.rstrip('/')}/", f"{config.data_root.rstrip('/')}/"
         change_texts(config, lambda text: new + text[len(old):] if f"{text}/".startswith(old) else text)
+    if config.get("default_scope") in HOUSE_PARTS:
+        _read_by_house_parts(config)
+    _add_house_rules(config)
     with scope(config):
         for part in PARTS:
             dataset = (config.get(f"{part}_dataloader") or {}).get("dataset")
@@ -85,24 +103,77 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
                 if "root" in _known_arguments(kind):
                     dataset.setdefault("root", config.data_root)
         check_config(config, known)
+    if any(option.startswith("data_root=") for option in options):
+        _check_root_read(config)
     return config
 
 
 def import_toolbox(name: str) -> None:
     """Registers what the toolbox has, and what it lacks and the configs here name."""
     importlib.import_module(name)
-    if name == "mmseg":
-        importlib.import_module("zoo.mm.mmseg_parts")
+    if name in HOUSE_PARTS:
+        importlib.import_module(f"zoo.mm.{name}_parts")
+
+
+def _read_by_house_parts(config: Config) -> None:
+    """Puts the house's parts that read pictures, masks and annotations in the places of the toolbox's, which some data mislead."""
+    parts = HOUSE_PARTS[config.default_scope]
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            result = {key: changed(item) for key, item in value.items()}
+            name = result.get("type")
+            if name in parts and not any(result.get(key) for key in result if key not in ("type", *KEPT_ARGUMENTS.get(name, result))):
+                result = {key: item for key, item in result.items() if key in ("type", *KEPT_ARGUMENTS.get(name, result))}
+                result["type"] = parts[name]
+            return result
+        return type(value)(map(changed, value)) if isinstance(value, list | tuple) else value
+
+    for key, value in config.to_dict().items():
+        if key.endswith(("_dataloader", "_evaluator", "_pipeline")):
+            config[key] = changed(value)
 
 
 def _add_house_rules(config: Config) -> None:
-    """What every run here has and the toolboxes' configs do not ask for: whole checkpoints that say what they are,
-    TensorBoard's curves, and a seed."""
-    config.default_hooks.checkpoint.type = "AtomicCheckpointHook"
-    config.default_hooks.checkpoint.setdefault("max_keep_ckpts", 3)
-    config.custom_hooks = [*config.get("custom_hooks", []), {"type": "IterationSeedHook"}, {"type": "RecordSceneHook"}]
-    config.visualizer.vis_backends = [*config.visualizer.vis_backends, {"type": "TensorboardVisBackend"}]
-    config.setdefault("randomness", {"seed": 0})
+    """What every run has, whatever the config and its options say of hooks: whole checkpoints that say what they are, the best of them
+    kept, a stop where numbers are no longer finite, TensorBoard's curves, lines on the screen, and a seed."""
+    record = "RecordSceneHook" if config.get("default_scope") in TOOLBOXES else "RecordHook"
+    own = [hook for _, hook in _numbered("", config.get("custom_hooks"))]
+    config.custom_hooks = [*(hook for hook in own if _kind(hook) not in (*HOUSE_HOOKS, record)),
+                           *({"type": kind} for kind in (*HOUSE_HOOKS, record))]
+    hooks = dict(config.get("default_hooks") or {})
+    checkpoint = hooks.get("checkpoint", {"interval": 1})
+    if _kind(checkpoint) in ("", "CheckpointHook", "AtomicCheckpointHook") and isinstance(checkpoint, Mapping):
+        best = _best_metric(config)
+        chosen = {"save_best": best, "rule": "greater"} if best and "save_best" not in checkpoint else {}
+        hooks["checkpoint"] = {"max_keep_ckpts": 3, **chosen, **checkpoint, "type": "AtomicCheckpointHook"}
+    config.default_hooks = hooks
+    visualizer = {"type": "Visualizer", **(config.get("visualizer") or {})}
+    backends = [backend for _, backend in _numbered("", visualizer.get("vis_backends"))]
+    visualizer["vis_backends"] = [*backends, *({"type": kind} for kind in BACKENDS if kind not in map(_kind, backends))]
+    config.visualizer = visualizer
+    config.randomness = {"seed": 0, **(config.get("randomness") or {})}
+
+
+def _kind(part: object) -> str:
+    """The bare name of the class that a dict of the config names, or of none."""
+    kind = part.get("type", "") if isinstance(part, Mapping) else ""
+    return kind.rpartition(".")[-1] if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+def _best_metric(config: Config) -> str | None:
+    """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
+    for _, metric in _numbered("", config.get("val_evaluator")):
+        kind = _kind(metric)
+        if kind == "CocoMetric":
+            measured = metric.get("metric", "bbox")
+            measured = [measured] if isinstance(measured, str) else measured
+            return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
+        if kind in BEST:
+            prefix, name = BEST[kind]
+            prefix = metric.get("prefix") or prefix
+            return f"{prefix}/{name}" if prefix else name
+    return None
 
 
 def scope(config: Config) -> contextlib.AbstractContextManager:
@@ -132,6 +203,53 @@ def find_config(name: str) -> Path:
     if name in installed:
         return installed[name]
     raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
+
+
+def _check_read(config: Config, option: str) -> None:
+    """Raises InputError for an option that changes what nothing reads any more once the config's file has been read."""
+    name = option.partition("=")[0].partition(".")[0]
+    if name in ARGUMENTS:
+        raise InputError(f"{option} is without effect in the config; {ARGUMENTS[name]}")
+    if name in config and name not in TOP_LEVEL:
+        used = _places(config, config[name])
+        where = f"its value stands in {', '.join(used[:3])}" if used else "other keys were made from it"
+        raise InputError(f"{option} is without effect: {name} is a variable of the config's file, and {where}; change that, or write a "
+                         "config of your own that inherits from this one")
+
+
+def _places(config: Config, wanted: object) -> list[str]:
+    """Where in what is read of the config `wanted` stands."""
+    found: list[str] = []
+
+    def look(value: object, place: str) -> None:
+        if value == wanted and type(value) is type(wanted):
+            found.append(place)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                look(item, f"{place}.{key}" if place else str(key))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                look(item, f"{place}.{index}")
+
+    look({key: value for key, value in config.items() if key in TOP_LEVEL}, "")
+    return found
+
+
+def _check_root_read(config: Config) -> None:
+    """Raises InputError unless some data lie below the config's data_root."""
+    found: list[str] = []
+
+    def collect(text: str) -> str:
+        found.append(text)
+        return text
+
+    datasets = {part: (config.get(f"{part}_dataloader") or {}).get("dataset") for part in PARTS}
+    change_texts(Config({"datasets": {part: dataset for part, dataset in datasets.items() if dataset}}), collect)
+    if not any(f"{text}/".startswith(f"{config.data_root.rstrip('/')}/") for text in found):
+        kinds = ", ".join(sorted({dataset.type for dataset in datasets.values() if dataset}))
+        raise InputError(f"data_root={config.data_root} is without effect: {kinds} of {Path(config.filename).stem} reads no files below a "
+                         "folder; a recipe such as biformer_tiny_in1k (class folders), attention_unet_folders (masks) or "
+                         "attention_unet3d_folders (volumes) does")
 
 
 def _apply(config: Config, option: str) -> None:
@@ -190,6 +308,8 @@ class Block:
 def check_config(config: Config, known: set[str]) -> None:
     """Raises InputError unless every key of the config is among `known`, and every argument known to its class."""
     _reject_unknown("the config", config, known)
+    if not isinstance(report := config.get("report", False), bool):
+        raise InputError(f"report in the config is {report!r}, where True or False is needed")
     for block in _blocks(config):
         if not isinstance(block.values, Mapping):
             raise InputError(f"{block.place} in the config is {block.values!r}, where a dict is needed")
@@ -205,7 +325,9 @@ def check_config(config: Config, known: set[str]) -> None:
 def _reject_unknown(place: str, given: Iterable[str], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            raise InputError(f"{place} has an unknown key {key!r}{near_misses(key, known) or '; known are ' + ', '.join(sorted(known))}")
+            own = "; a variable of your own begins with an underscore" if place == "the config" else ""
+            near = near_misses(key, known) or f"; known are {', '.join(sorted(known))}"
+            raise InputError(f"{place} has an unknown key {key!r}{near}{own}")
 
 
 def _blocks(config: Config) -> Iterator[Block]:

@@ -191,7 +191,7 @@ class ImageFolderDataset(LabelledImages):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
-        return open_picture(path), target
+        return open_picture(path, self.data_config["input_size"][0]), target
 
 
 @DATASETS.register_module()

@@ -14,17 +14,18 @@ from mmengine.model import BaseModel
 from mmengine.registry import HOOKS, MODELS, TASK_UTILS, TRANSFORMS, DefaultScope, registry
 from mmengine.runner import Runner
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from zoo import checkpoints
 from zoo.errors import InputError
+from zoo.mm import toolbox_operators  # noqa: F401  whose norm checkpoints may name
 from zoo.mm.config import import_toolbox
 from zoo.mm.networks import plain
 from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
 from zoo.reading.pictures import open_picture
 from zoo.toolboxes import INSTALL, TOOLBOXES
 
-READERS = ("LoadImageFromFile", "LoadAnnotations")  # what a picture that is already read does not need
+READERS = ("LoadImageFromFile", "LoadAnnotations", "LoadPicture", "LoadLabels")  # what a picture that is already read does not need
 PACKERS = {"mmdet": "PackDetInputs", "mmseg": "PackSegInputs"}
 # Keys that say which weights training started from. Those of a checkpoint take their place, so that loading it reads no other file.
 SOURCES = (*checkpoints.SOURCES, "weights", "init_cfg", "checkpoint", "teacher_ckpt")
@@ -48,9 +49,14 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class RecordSceneHook(Hook):
     """Adds to every checkpoint, as `zoo`, what it takes to use a detector or segmentor without its config: plain values only."""
 
+    def before_train(self, runner: Runner) -> None:
+        if not (runner.cfg.get("val_dataloader") or runner.cfg.get("test_dataloader")):
+            raise InputError("the config has neither a val_dataloader nor a test_dataloader, whose pipeline says how pictures are used")
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        dataset = cast(Any, runner.val_loop).dataloader.dataset
-        steps = [step for step in runner.cfg.val_dataloader.dataset.pipeline if step.type not in (*READERS, *PACKERS.values())]
+        dataset = cast(Any, runner.val_loop or runner.train_loop).dataloader.dataset
+        held_out = runner.cfg.get("val_dataloader") or runner.cfg.test_dataloader
+        steps = [step for step in held_out.dataset.pipeline if step.type not in (*READERS, *PACKERS.values())]
         checkpoint["zoo"] = {"task": runner.cfg.default_scope, "model": plain(runner.cfg.model), "steps": plain(steps),
                              "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette"))}
 
@@ -71,6 +77,7 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         raise InputError(f"{path} needs {TOOLBOXES[toolbox]}; {INSTALL}") from error
     if not isinstance(state := cast(dict, checkpoint.content).get("state_dict"), dict):
         raise InputError(f"{path} is no detector or segmentor of `zoo train`: it holds no 'state_dict'")
+    checkpoints.check_numbers(path, state)
     checkpoints.check_record(path, record, FIELDS, needed=("model", "steps", "classes"))
     parts, steps = (checkpoints.without(plain(record[key]), SOURCES) for key in ("model", "steps"))
     check_parts(path, toolbox, [parts, *steps])
@@ -83,8 +90,10 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         raise InputError(f"{path} records a {type(model).__name__}, which is neither a detector nor a segmentor")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit: {error}") from error
+    except RuntimeError as error:  # which lists all that differ
+        given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        differing = checkpoints.differences(model.state_dict(), given)
+        raise InputError(f"the weights in {path} do not fit: {differing or checkpoints.one_line(error)}") from error
     classes, palette = tuple(map(str, record["classes"])), record.get("palette")
     colours = np.asarray(palette, np.uint8) if palette else COLOURS[:len(classes)]
     return model.eval(), SceneInfo(toolbox, classes, colours, steps)

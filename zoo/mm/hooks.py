@@ -1,18 +1,26 @@
 """What happens around every step of training."""
+import math
 import random
-from collections.abc import Sized
+import time
+from collections.abc import Iterator, Mapping, Sized
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
-from mmengine.hooks import EMAHook, Hook
+from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, ValLoop
+from mmengine.runner import EpochBasedTrainLoop, Runner, ValLoop
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+from tqdm import tqdm
 
 from zoo.errors import InputError
 
 Reported = Literal["average", "weights", "both"]
+NAMED = 5  # classes that are said to be learned
 
 
 @HOOKS.register_module()
@@ -109,9 +117,183 @@ class RecordHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = getattr(runner.model, "module", runner.model)
+        if not hasattr(model, "task"):  # of somebody else's, who has to know its config
+            return
         held_out = cast(Any, runner.val_loop or runner.train_loop).dataloader.dataset
         checkpoint["zoo"] = {"task": model.task, "model": model.name, "model_args": model.args,
                              "classes": list(held_out.metainfo["classes"]), **held_out.data_config}
+
+
+@HOOKS.register_module()
+class FiniteHook(Hook):
+    """Stops a run whose losses, outputs or weights are not finite, before there is a checkpoint of it. Raises InputError."""
+
+    priority = "VERY_HIGH"
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+        losses = {name: torch.as_tensor(value).item() for name, value in (outputs or {}).items()}
+        found = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if not found:
+            return
+        inputs = data_batch.get("inputs") if isinstance(data_batch, Mapping) else None
+        why = ("its inputs are not finite: mend the data" if not _finite(inputs) else
+               "lower the rate, optim_wrapper.optimizer.lr, clip gradients, optim_wrapper.clip_grad, or train without mixed precision")
+        raise InputError(f"training stopped at step {runner.iter + 1}, in epoch {runner.epoch + 1}: {', '.join(found)}; {why}")
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if not _finite(outputs):
+            raise InputError(f"the outputs for batch {batch_idx + 1} of the evaluated data are not finite; the weights have diverged, or "
+                             "the data are not finite")
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.after_val_iter(runner, batch_idx, data_batch, outputs)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if bad := [name for name, value in checkpoint["state_dict"].items() if not _finite(value)]:
+            raise InputError(f"training stopped after step {runner.iter}: {len(bad)} of {len(checkpoint['state_dict'])} weights are not "
+                             f"finite, such as {bad[0]}; lower the rate, optim_wrapper.optimizer.lr, or clip gradients, "
+                             "optim_wrapper.clip_grad")
+
+
+def _finite(value: object) -> bool:
+    """Whether all tensors of floating point in nested containers are."""
+    return all(bool(tensor.isfinite().all()) for tensor in _tensors(value) if tensor.is_floating_point())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | BaseDataElement | list | tuple):
+        for item in value if isinstance(value, list | tuple) else value.values():
+            yield from _tensors(item)
+
+
+@HOOKS.register_module()
+class ScreenHook(Hook):
+    """Says what is trained, on what and how long; then a line for every epoch, or every interval of validation where steps are counted.
+
+    The line has the mean of the loss, the metric that says which checkpoint is the best, the rate, and the time gone and left. On a
+    terminal there is a progress bar, too. Only the process of rank 0 says anything.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.line: list[str] = []
+        self.losses: list[float] = []
+        self.steps = 0
+
+    def before_train(self, runner: Runner) -> None:
+        loop, model = runner.train_loop, getattr(runner.model, "module", runner.model)
+        self.start, self.first = time.monotonic(), runner.iter
+        self.by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        self.length = len(runner.train_dataloader) if self.by_epoch else cast(Any, loop).val_interval
+        name = getattr(model, "name", None) or type(model).__name__
+        if backbone := getattr(getattr(model, "backbone", None), "name", None):
+            name += f" with {backbone}"
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        classes = list((getattr(runner.train_dataloader.dataset, "metainfo", None) or {}).get("classes") or ())
+        named = ", ".join(map(str, classes[:NAMED])) + (", …" if len(classes) > NAMED else "")
+        held_out = f"; evaluated on {len(cast(Any, runner.val_loop).dataloader.dataset)}" if runner.val_loop is not None else ""
+        self._say(f"{name}, {millions:.2f} million parameters, is trained on {len(cast(Any, runner.train_dataloader.dataset))} samples of "
+                  f"{len(classes)} classes ({named}){held_out}")
+        count = f"{runner.max_epochs} epochs of {self.length} steps" if self.by_epoch else f"{runner.max_iters} steps"
+        batch = f" of {runner.train_dataloader.batch_size} samples" if runner.train_dataloader.batch_size else ""
+        device = next(model.parameters()).device
+        where = f"{device}" + (f", in {get_world_size()} processes" if get_world_size() > 1 else "")
+        after = f", going on after {self._place(runner)}" if runner.iter else ""
+        self._say(f"{count}{batch} on {where}{after}; the whole log: {cast(MMLogger, runner.logger).log_file}")
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._say_line(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._say_line(runner)
+        self.rate = next(iter(runner.optim_wrapper.get_lr().values()))[0]
+        if self.bar is None:
+            here = f"epoch {runner.epoch + 1}/{runner.max_epochs}" if self.by_epoch else f"to step {runner.max_iters}"
+            self._begin(here, self.length)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+        self.steps += 1
+        self.losses.append(torch.as_tensor((outputs or {}).get("loss", math.nan)).item())
+        self._step(f"loss {self.losses[-1]:.4f}")
+        if not self.by_epoch and (self.every_n_train_iters(runner, self.length) or self.is_last_train_iter(runner)):
+            self._finish(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self.by_epoch:
+            self._finish(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._begin("evaluating", len(cast(Any, runner.val_loop).dataloader))
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._step()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._end()
+        if self.line and metrics:
+            key = self._best(runner)[0] or next(iter(metrics))
+            self.line.insert(2, f"{key} {metrics.get(key, math.nan):.4g}")
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self._begin("testing", len(cast(Any, runner.test_loop).dataloader))
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._step()
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._end()
+
+    def after_train(self, runner: Runner) -> None:
+        self._say_line(runner)
+        key, path = self._best(runner)
+        if path is not None:
+            self._say(f"best {key}: {runner.message_hub.get_info('best_score'):.4g}, {path}")
+
+    def _finish(self, runner: Runner) -> None:
+        self._end()
+        here = self._place(runner, 1)
+        self.line = [here, f"loss {sum(self.losses) / max(1, len(self.losses)):.4f}", f"rate {self.rate:.3g}"]
+        self.losses = []
+
+    def _place(self, runner: Runner, more: int = 0) -> str:
+        """Where training is; hooks are called before the engine counts one `more`."""
+        what, at, end = (("epoch", runner.epoch, runner.max_epochs) if self.by_epoch else ("step", runner.iter, runner.max_iters))
+        return f"{what} {at + more:>{len(str(end))}}/{end}"
+
+    def _best(self, runner: Runner) -> tuple[str | None, str | None]:
+        """The name of the metric by which the best checkpoint is chosen, and that checkpoint, as far as there are any."""
+        hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best), None)
+        if hook is None or len(hook.key_indicators) > 1 or hook.key_indicators[0] == "auto":
+            return None, None
+        return hook.key_indicators[0], hook.best_ckpt_path
+
+    def _say_line(self, runner: Runner) -> None:
+        if self.line:
+            gone = time.monotonic() - self.start
+            left = gone / self.steps * (runner.max_iters - self.first - self.steps)
+            self._say("  ".join([*self.line, f"{timedelta(seconds=round(gone))}, {timedelta(seconds=round(left))} left"]))
+            self.line = []
+
+    def _say(self, text: str) -> None:
+        if is_main_process():
+            print(text, flush=True)
+
+    def _begin(self, what: str, length: int) -> None:
+        self.bar = tqdm(total=length, desc=what, leave=False, disable=None if is_main_process() else True)  # None: off a terminal
+
+    def _step(self, text: str = "") -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 class LastMetricsHook(Hook):

@@ -3,6 +3,7 @@
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
 drawn under the sample's seed (see `zoo.mm.datasets`).
 """
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from torchvision.transforms.functional import to_pil_image
 from zoo.errors import InputError, times
 from zoo.mm.datasets import Sample, seeded
 from zoo.mm.monai import monai_part
+from zoo.predicting.sliding_windows import padded
 from zoo.reading.brain import MATTER, read_hemisphere
+from zoo.reading.decathlon import read_decathlon
 from zoo.reading.digits import CLASSES, Digits, grey_scene
-from zoo.reading.masks import check_split, paired_files, read_decathlon, read_masked_picture
+from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
 from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning
 
 KEYS = ("inputs", "targets")
 
@@ -36,7 +39,7 @@ class MaskedImages(Dataset):
         classes: names of the classes in the order of their labels, the background first.
         transforms: random dictionary transforms of MONAI, each a dict of `type` and arguments; `keys` are both tensors where
             not given.
-        patch: sizes of random patches; None for whole images.
+        patch: sizes of random patches; None for whole images. Images that are smaller are padded with zeros, of class 0.
         patches: how many of an image in an epoch.
         cache: keep what was read in memory.
     """
@@ -77,10 +80,10 @@ class MaskedImages(Dataset):
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         inputs, targets = self.read(index)
-        sizes = tuple(inputs.shape[1:])
-        if self.patch is not None and any(n < p for n, p in zip(sizes, self.patch, strict=True)):
-            raise InputError(f"{self.names[index]} has {times(sizes)} positions, fewer than a patch of {times(self.patch)}; "
-                             "make patches smaller")
+        if self.patch is not None:
+            if len(self.patch) != inputs.ndim - 1:
+                raise InputError(f"patch={tuple(self.patch)}: {self.names[index]} has {times(inputs.shape[1:])} positions")
+            (inputs, _), (targets, _) = padded(inputs, self.patch), padded(targets, self.patch)
         if self.kept is not None:
             self.kept[index] = inputs, targets
         return inputs, targets
@@ -109,27 +112,32 @@ class MaskedPictures(MaskedImages):
 
 
 class Volumes(MaskedImages):
-    """Base of datasets of NIfTI files; `files` are pairs of a volume and its mask.
+    """Base of datasets of files; `files` are pairs of a volume and its mask.
 
     Args:
         window: what the network looks at in one go when it predicts, recorded in checkpoints.
         spacing, clip: see `zoo.reading.volumes.Grid`; recorded too.
+        channels: see `zoo.reading.volumes.open_volume`.
     """
 
-    files: list[tuple[Path, Path]]
-
-    def __init__(self, classes: Sequence[str], window: Sequence[int], spacing: Sequence[float] | None = None,
-                 clip: Sequence[float] | None = None, **args):
+    def __init__(self, classes: Sequence[str], files: Sequence[tuple[Path, Path]], window: Sequence[int],
+                 spacing: Sequence[float] | None = None, clip: Sequence[float] | None = None, channels: int = 1, **args):
         super().__init__(classes, **args)
-        self.data_config = {"input_size": (1, *window), "spacing": spacing and tuple(spacing), "clip": clip and tuple(clip)}
+        self.data_config = {"input_size": (channels, *window), "spacing": spacing and tuple(spacing), "clip": clip and tuple(clip)}
         self.grid = Grid.of(self.data_config)
+        self.files = list(files)
+        self.said = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # among the processes that load data
 
     @property
     def names(self) -> list[str]:
         return [str(image) for image, _ in self.files]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]))
+        with warnings.catch_warnings():
+            if self.said[index]:
+                warnings.simplefilter("ignore", MissingVoxelsWarning)
+            self.said[index] = True
+            return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0])
 
 
 def listed_files(path: Path, split: str) -> list[tuple[Path, Path]]:
@@ -162,10 +170,10 @@ class MNI152Dataset(MaskedImages):
 
 @DATASETS.register_module()
 class DecathlonDataset(Volumes):
-    """A task of the Medical Segmentation Decathlon, or whatever else has its `dataset.json`, such as BTCV's.
+    """A task of the Medical Segmentation Decathlon or nnU-Net, or whatever else has their `dataset.json`, such as BTCV's.
 
-    The file's `labels` name the classes. Its `validation` list is the "val" part; without one, every `folds`-th of its
-    `training` list, the rest being "train".
+    The file's `labels` name the classes, its `modality` or `channel_names` the channels. Which volumes are the "val" part, see
+    `zoo.reading.decathlon.read_decathlon`.
 
     Args:
         root: the folder that holds the file and what it names.
@@ -176,17 +184,15 @@ class DecathlonDataset(Volumes):
     """
 
     def __init__(self, root: str, split: str, window: Sequence[int], folds: int = 5, file: str = "dataset.json", **args):
-        check_split(split)
-        classes, files = read_decathlon(Path(root) / file, split, folds)
-        super().__init__(classes, window, **args)
-        self.files = files
+        task = read_decathlon(Path(root) / file, split, folds)
+        super().__init__(task.classes, task.files, window, channels=task.channels, **args)
 
 
 @DATASETS.register_module()
 class VolumeFolderDataset(Volumes):
-    """NIfTI files in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
+    """Volumes in folders, as TCIA's Pancreas-CT or BTCV are usually kept: `root/SPLIT/images/*.nii.gz` and `root/SPLIT/labels`.
 
-    A volume's mask is the file of the same place in the sorted list of `labels`.
+    Which mask is a volume's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -197,15 +203,15 @@ class VolumeFolderDataset(Volumes):
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int], file: str | None = None, **args):
-        super().__init__(classes, window, **args)
-        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
+        files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "labels", VOLUME_SUFFIXES)
+        super().__init__(classes, files, window, **args)
 
 
 @DATASETS.register_module()
 class PictureMaskDataset(MaskedPictures):
-    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels are the labels themselves.
+    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, whose pixels say the classes.
 
-    A picture's mask is the file of the same place in the sorted list of `masks`.
+    Which mask is a picture's, `zoo.reading.pairs.pair` says.
 
     Args:
         root: the folder that holds `train` and `val`.
@@ -214,20 +220,23 @@ class PictureMaskDataset(MaskedPictures):
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
         file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
+        mask_values: what stands for the classes in the masks, in their order. By default their numbers, 0, 1, …, or for two classes
+            0 and 255, see `zoo.reading.masks.MaskValues`.
         args: further arguments of `MaskedPictures`.
     """
 
     def __init__(self, root: str, split: str, classes: Sequence[str], window: Sequence[int],
                  mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
-                 file: str | None = None, **args):
+                 mask_values: Sequence[int] | None = None, file: str | None = None, **args):
         super().__init__(classes, **args)
         self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
         self.names = [str(image) for image, _ in self.files]
+        self.values = MaskValues.of(len(classes), [mask for _, mask in self.files], mask_values)
         self.data_config = {"input_size": (len(mean), *window), "mean": tuple(mean), "std": tuple(std)}
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         config = self.data_config
-        return read_masked_picture(*self.files[index], config["mean"], config["std"], len(self.metainfo["classes"]))
+        return read_masked_picture(*self.files[index], config["mean"], config["std"], self.values)
 
 
 @DATASETS.register_module()

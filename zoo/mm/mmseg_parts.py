@@ -1,17 +1,63 @@
 """Parts of segmentors that mmsegmentation does not have. Imported where a config or a checkpoint is of mmsegmentation."""
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy as np
 from mmcv.cnn import ConvModule
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.models import EncoderDecoder, SegformerHead
-from mmseg.registry import MODELS
+from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
 from zoo import AttentionDiversificationLoss
+from zoo.errors import InputError
+from zoo.mm import toolbox_pictures  # noqa: F401  registered so
+from zoo.reading.masks import MaskValues, read_picture_mask
+
+IGNORED = 255
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(LoadAnnotations):
+    """Reads masks as `zoo.reading.masks` does, in the place of mmsegmentation's LoadAnnotations.
+
+    `IGNORED` stands for no class, unless it is among `mask_values`.
+
+    Args:
+        classes: how many there are in the masks; training and testing fill it in. None for as many as there can be.
+        mask_values: what stands for the classes in the masks, in their order; by default their numbers, 0, 1, …, after those of
+            `reduce_zero_label` from 1 on.
+        reduce_zero_label: as of LoadAnnotations.
+
+    Raises InputError for a value that stands for no class, and for a mask that does not lie on its picture.
+    """
+
+    def __init__(self, classes: int | None = None, mask_values: Sequence[int] | None = None, reduce_zero_label: bool | None = None):
+        super().__init__()
+        self.reduced = reduce_zero_label
+        self.mask_values = mask_values
+        self.classes = len(mask_values) if mask_values else IGNORED if classes is None else classes
+        if self.classes > IGNORED:
+            raise InputError(f"mmsegmentation's masks have at most {IGNORED} classes, and there are {classes}")
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        reduced = results["reduce_zero_label"] if self.reduced is None else self.reduced
+        labels = dict(zip(self.mask_values or range(reduced, self.classes + reduced), range(self.classes), strict=True))
+        if reduced:
+            labels.setdefault(0, IGNORED)
+        labels.setdefault(IGNORED, IGNORED)
+        renamed = results.get("label_map") or {}
+        path = results["seg_map_path"]
+        places = MaskValues(tuple(labels)).labels(read_picture_mask(path, results["img_path"]), path)
+        results["gt_seg_map"] = np.array([renamed.get(label, label) for label in labels.values()], np.uint8)[places]
+        results["seg_fields"].append("gt_seg_map")
 
 
 @MODELS.register_module()
 class LinearSegformerHead(SegformerHead):
     """SegFormer's head as FAN's and TAPADL's authors have it: a linear layer alone projects each map; only the fusion has norm and ReLU.
+
+    NVlabs/FAN, segmentation/mmseg/models/decode_heads/segformer_head.py, and the same file in guoyongcs/TAPADL.
 
     Arguments as mmsegmentation's `SegformerHead`. `load_state_dict` of it, or of a network around it, also takes the authors' names.
     """

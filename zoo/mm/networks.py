@@ -10,13 +10,24 @@ from zoo.errors import InputError, near_misses
 
 
 def create_network(name: str, args: Mapping) -> Any:
-    """`timm.create_model`: a module, with the attributes of its family. Raises InputError for an unknown name or argument."""
+    """`timm.create_model`: a module, with the attributes of its family.
+
+    Raises InputError for an unknown name or argument, and for a file of weights that is not there.
+    """
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{near_misses(name, timm.list_models())}")
     try:
         return timm.create_model(name, **args)
     except TypeError as error:
         raise InputError(f"model {name} cannot be created with {args}: {error}") from error
+    except FileNotFoundError as error:  # timm's says nothing
+        raise InputError(f"model {name} starts from a file of weights that is not there: {', '.join(_files_in(args)) or error}") from error
+
+
+def _files_in(args: Mapping) -> list[str]:
+    """The files of weights that arguments of timm name."""
+    named = {**args, **(args.get("pretrained_cfg_overlay") or {})}
+    return [str(named[key]) for key in ("checkpoint_path", "file") if named.get(key)]
 
 
 def freeze_but(module: nn.Module, *trained: nn.Module) -> None:

@@ -17,13 +17,15 @@ from zoo.mm.backbone import TimmBackbone
 
 
 def param_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None,
-                 lr_multipliers: Mapping[str, float] | None = None, around: nn.Module | None = None) -> list[dict]:
+                 lr_multipliers: Mapping[str, float] | None = None, decay_multipliers: Mapping[str, float] | None = None,
+                 around: nn.Module | None = None) -> list[dict]:
     """Groups of the trainable parameters of a timm model, with their learning rate and weight decay.
 
     Norms, biases (all parameters of one dimension) and what `network.no_weight_decay()` names are not decayed. With
     `layer_decay` d, the learning rate of the layer that is the i-th from the end by `network.group_matcher` is d^i of
     that of the head. `lr_multipliers` maps regular expressions to factors; the first that is found in a parameter's
-    name applies. `around` is a detector or segmentor whose backbone `network` is: its other parameters come as well, as
+    name applies. `decay_multipliers` does the same to the decay, in place of the rule above: without any, {}, all parameters are
+    decayed. `around` is a detector or segmentor whose backbone `network` is: its other parameters come as well, as
     one more layer at the end.
     """
     options = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(network, "no_weight_decay", set)()}
@@ -42,17 +44,20 @@ def param_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay
     for group in groups:
         for parameter in group["params"]:
             factor = group.get("lr_scale", 1.0) * _multiplier(names[parameter], lr_multipliers or {})
-            split.setdefault((factor, group["weight_decay"]), []).append(parameter)
+            decay = group["weight_decay"]
+            if decay_multipliers is not None:
+                decay = weight_decay * _multiplier(names[parameter], decay_multipliers)
+            split.setdefault((factor, decay), []).append(parameter)
     return [{"params": params, "lr": lr * factor, "weight_decay": decay} for (factor, decay), params in split.items()]
 
 
-def _multiplier(name: str, lr_multipliers: Mapping[str, float]) -> float:
-    return next((factor for pattern, factor in lr_multipliers.items() if re.search(pattern, name)), 1.0)
+def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:
+    return next((factor for pattern, factor in multipliers.items() if re.search(pattern, name)), 1.0)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmOptimWrapperConstructor:
-    """Builds the optimizer over `param_groups`; `paramwise_cfg` holds its `layer_decay` and `lr_multipliers`."""
+    """Builds the optimizer over `param_groups`; `paramwise_cfg` holds its `layer_decay`, `lr_multipliers`, `decay_multipliers`."""
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         self.wrapper = dict(optim_wrapper_cfg)
@@ -86,8 +91,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         warmup_epochs: T_w.
         warmup_lr: w.
         min_lr: m.
-        lag: steps that the rate stays behind, t = max(0, steps − lag): 1 where the authors' loop sets it after a step, by the number
-            of the step that is over, as DeiT's does.
+        lag: steps that the rate stays behind, t = max(0, steps − lag): 1 where a loop sets it after a step, by the number of the step
+            that is over, as that of DeiT's authors does (facebookresearch/deit, main.py) and those made of it.
         begin, end: T = end − begin; `end` is by default the number of epochs.
 
     Constant within an epoch; with `convert_to_iter_based` as the engine takes it, it moves at every iteration, and the lag is one.

@@ -22,7 +22,7 @@ from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
-from zoo.reading.volumes import Grid, open_volume
+from zoo.reading.volumes import Grid, open_volume, spacing_of
 from zoo.toolboxes import INSTALL, TOOLBOXES
 
 FITTING = {
@@ -170,8 +170,8 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
         "train_dataloader.batch_size": batch, "train_cfg.max_epochs": epochs, "train_cfg.val_interval": interval,
         **{f"{part}_dataloader.num_workers": workers for part in PARTS},
         "optim_wrapper.optimizer.lr": lr, "param_scheduler.0.end": warmup, "param_scheduler.1.begin": warmup,
-        "custom_hooks.1.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
-        "custom_hooks.2": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
+        "custom_hooks.0.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
+        "custom_hooks.1": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
         "default_hooks.checkpoint": dict(interval=interval, save_best=monitor), "default_hooks.logger.interval": max(1, min(50, steps))})
     if "test" in data.splits and task == "boxes":
         config.test_dataloader.dataset.ann_file = config.test_evaluator.ann_file = "test.json"
@@ -265,8 +265,8 @@ def inner_side(length: int, most: int, multiple: int) -> int:
 
 def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To say of every voxel its class, by a U-Net in 3-D. Volumes are brought to the spacing that half of them exceed, if they differ."""
-    images = [open_volume(sample.path, *([data.channels] if data.channels > 1 else [])) for sample in data.splits["train"]]
-    spacings = np.array([voxel_sizes(image) for image in images])
+    images = [open_volume(sample.path, data.channels) for sample in data.splits["train"]]
+    spacings = np.array([spacing_of(image) for image in images])
     spacing = None if (spacings.max(0) < 1.01 * spacings.min(0)).all() else np.median(spacings, 0).round(3).tolist()
     clip = intensities(data.splits["train"]) if data.channels == 1 else None
     grid = Grid.of({"spacing": spacing})
@@ -275,12 +275,9 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     patches = max(4, min(32, round(float(np.median(sizes.prod(1))) / math.prod(window))))
     mirrored = mirrors(data.classes)
     config, told = started("volumes", data, wishes, "dice/mean", patches)
-    seen = dict(classes=list(data.classes), window=window, spacing=spacing, clip=clip)
-    if data.channels > 1:
-        seen["channels"] = data.channels
-        merge(config, {"model.args.in_chans": data.channels})
+    seen = dict(classes=list(data.classes), window=window, spacing=spacing, clip=clip, channels=data.channels)
     merge(config, {
-        "model.name": model, "model.args.num_classes": len(data.classes), "model.window": window,
+        "model.name": model, "model.args": dict(num_classes=len(data.classes), in_chans=data.channels), "model.window": window,
         **{f"{part}_dataloader.dataset": seen for part in PARTS},
         "train_dataloader.dataset.patch": window, "train_dataloader.dataset.patches": patches,
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored, **of_network(wishes, "model.args")})
@@ -289,13 +286,6 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
         f"{mirrored_or_not(mirrored)}",
         f"spacing: {f'{times(spacing)} mm' if spacing else 'as it is'}; intensities: "
         f"{f'clipped to {clip[0]:g} to {clip[1]:g}' if clip else 'mean 0 and variance 1'}", *told]
-
-
-def voxel_sizes(image: Any) -> np.ndarray:
-    """Millimetres along the axes that networks see: right, anterior, superior."""
-    import nibabel
-
-    return nibabel.affines.voxel_sizes(nibabel.as_closest_canonical(image).affine)
 
 
 def intensities(samples: Sequence[Sample]) -> list[float] | None:
@@ -317,7 +307,7 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         import_toolbox("mmdet")
     except ImportError as error:
         raise InputError(f"boxes are learned with {TOOLBOXES['mmdet']}; {INSTALL}") from error
-    sizes = picture_sizes(sample.path for sample in data.splits["train"])
+    sizes = [sample.size for sample in data.splits["train"]]
     size = wishes.size or min(LONGEST, -(-int(statistics.median(map(max, sizes))) // STRIDE) * STRIDE)
     sides = [math.sqrt(box["bbox"][2] * box["bbox"][3]) * size / max(width, height)
              for sample, (width, height) in zip(data.splits["train"], sizes, strict=True) for box in sample.boxes]

@@ -1,31 +1,47 @@
 """Training and evaluation of a config by mmengine's Runner."""
+import contextlib
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, METRICS, MODELS
-from mmengine.runner import Runner
+from mmengine.registry import METRICS, MODELS
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.checkpoints import without
+from zoo.checkpoints import one_line, without
 from zoo.errors import InputError
 from zoo.mm.backbone import TimmBackbone
-from zoo.mm.checkpoint import check_fits, latest_checkpoint, remove_unfinished, safe_files
+from zoo.mm.checkpoint import (
+    OtherClassesHook,
+    check_fits,
+    latest_checkpoint,
+    load_from_local,
+    recorded_classes,
+    remove_unfinished,
+    safe_files,
+)
 from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
+from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
+from zoo.mm.runner import Runner, unlogged
 from zoo.mm.segmentor import Segmentor
+from zoo.mm.toolbox_operators import operators_in_float32
+from zoo.reading.class_names import check_same_classes
 from zoo.threads import torch_threads
+from zoo.toolboxes import TOOLBOXES
 
 # Which variables tell a process its rank, the number of processes, and its rank on this machine.
 LAUNCHERS = {
@@ -58,6 +74,8 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         seed: replaces the config's.
         cfg_options: changes to the config, as `zoo.mm.config.load_config` takes them.
 
+    Where the config has `report=True`, the folder also holds the page that `zoo.mm.report.write_report` writes.
+
     Raises InputError, before anything is written, for whatever of that cannot be used.
     """
     settings, work_dir = _prepare(config, work_dir, cfg_options)
@@ -76,23 +94,44 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     if settings.resume:
         _forget_sources(settings)
 
-    model = _check_parts(settings, PARTS[:2])
+    model = _build_model(settings)
+    classes = _check_data(settings, PARTS[:2], model)
     if not settings.resume:
         read_start(model)
     optim_wrapper = _build("optim_wrapper", lambda: build_optim_wrapper(model, settings.optim_wrapper))
+    others: OtherClassesHook | None = None
     if settings.load_from:
-        check_fits(settings.load_from, model, whole=settings.resume, optim_wrapper=optim_wrapper if settings.resume else None)
+        if not settings.resume and (known := recorded_classes(load_from_local(settings.load_from))) and known != list(map(str, classes)):
+            others = OtherClassesHook(_telling_classes_apart(settings, model), known)
+        check_fits(settings.load_from, model, whole=settings.resume, classes=classes,
+                   optim_wrapper=optim_wrapper if settings.resume else None)
     _start_processes(settings, launcher)
     remove_unfinished(work_dir)
-    with torch_threads(_threads(settings)):
+    toolbox = settings.get("default_scope")
+    with torch_threads(_threads(settings)), operators_in_float32(toolbox) if toolbox in TOOLBOXES else contextlib.nullcontext():
         runner = Runner.from_cfg(settings)
         last = LastMetricsHook()
-        runner.register_hook(last)
+        for hook in filter(None, (last, others)):
+            runner.register_hook(hook)
         _run(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
+    first = is_main_process()
     _end_processes()
+    if first and settings.get("report"):
+        _report(work_dir)
     return work_dir, last.metrics or {}
+
+
+def _report(work_dir: Path) -> None:
+    """Writes report.html. Whatever goes wrong with it is a sentence in the log: the training is done, and stays."""
+    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
+    try:
+        print_log(f"report: {write_report(work_dir)}", "current")
+    except Exception as error:
+        print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
+                  "current", logging.ERROR)
 
 
 def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
@@ -108,17 +147,17 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
 
     The checkpoint is read, and its model built, one time for all of them.
     """
-    model = None
+    model, classes = None, []
     try:
         for change in changes:
             with safe_files():
                 changed = _test_config(config, [*cfg_options, *change], launcher)
                 if model is None:
                     model = _build_model(changed)
-                    _check_data(changed, PARTS[2:], model)
-                    model.load_state_dict(check_fits(checkpoint, model, whole=True), strict=False)
+                    classes = _check_data(changed, PARTS[2:], model)
+                    model.load_state_dict(check_fits(checkpoint, model, whole=True, classes=classes), strict=False)
                 else:
-                    _check_data(changed, PARTS[2:], model)
+                    check_same_classes(_check_data(changed, PARTS[2:], model), "the changed test data", classes, "those before")
                 _join_processes(changed)
                 metrics = _test(changed, model)
             yield metrics
@@ -134,8 +173,9 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     for part in PARTS[:2]:
         for key in ("dataloader", "cfg", "evaluator"):
             settings.pop(f"{part}_{key}", None)
-    for key in ("optim_wrapper", "param_scheduler", "custom_hooks", "visualizer"):
+    for key in ("optim_wrapper", "param_scheduler", "visualizer"):
         settings.pop(key, None)
+    settings.custom_hooks = [{"type": "FiniteHook"}, {"type": "ScreenHook"}]
     settings.get("default_hooks", {}).pop("visualization", None)  # the toolboxes' draws pictures
     settings.load_from, settings.resume = None, False
     _forget_sources(settings)
@@ -192,30 +232,50 @@ def _too_late(scheduler: Mapping, config: Config) -> bool:
     return scheduler.get("begin", 0) >= limit
 
 
-def _check_parts(config: Config, parts: Sequence[str]) -> nn.Module:
-    """Builds the model, the datasets and the metrics once, so that what is wrong with them is known early; the model."""
-    model = _build_model(config)
-    _check_data(config, parts, model)
+def _build_model(config: Config) -> nn.Module:
+    with scope(config), unlogged():
+        model = _build("model", lambda: MODELS.build(config.model))
+    check_channels(model)
     return model
 
 
-def _build_model(config: Config) -> nn.Module:
+def _telling_classes_apart(config: Config, model: nn.Module) -> set[str]:
+    """The names of those of the model's weights that would have another shape if there were more classes."""
+    def more(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: cast(int, item) + 1 if key == "num_classes" else more(item) for key, item in value.items()}
+        return type(value)(map(more, value)) if isinstance(value, list | tuple) else value
+
+    described = without(plain(config.model), SOURCES)
+    if "name" in described:  # of a network that may have as many classes as it has by default
+        described["args"] = {"num_classes": model.num_classes, **(described.get("args") or {})}
     with scope(config):
-        return _build("model", lambda: MODELS.build(config.model))
+        other = MODELS.build(ConfigDict(cast(dict, more(described))))
+    shapes = {name: value.shape for name, value in other.state_dict().items()}
+    return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
 
 
-def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> None:
-    """Builds the datasets and metrics once, and compares their classes with the model's."""
-    with scope(config):
+def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[str]:
+    """Builds the datasets and metrics once, compares their classes with each other and the model, and returns them."""
+    known: tuple[str, list[str]] | None = None
+    with scope(config), unlogged():
         for part in parts:
+            evaluators = config.get(f"{part}_evaluator") or []
+            evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
             if loader := config.get(f"{part}_dataloader"):
-                dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader: DATASETS.build(loader.dataset))
+                dataset = _build(f"{part}_dataloader.dataset", lambda loader=loader, part=part: build_dataset(part, loader.dataset))
                 options = {key: value for key, value in loader.items() if key not in BUILT_BY_ENGINE}
                 _build(f"{part}_dataloader", lambda options=options: DataLoader(cast(Dataset, [0]), **options))
-                _check_classes(model, part, len(dataset.metainfo["classes"]))
-            evaluators = config.get(f"{part}_evaluator") or []
-            for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
+                check_dataset(part, loader.dataset, dataset, evaluators)
+                classes = list(dataset.metainfo["classes"])
+                if known is not None:
+                    check_same_classes(classes, f"the {part} data", known[1], f"the {known[0]} data")
+                known = known or (part, classes)
+                _check_classes(model, part, len(classes))
+                _check_channels(model, part, dataset)
+            for metric in evaluators:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
+    return known[1] if known else []
 
 
 def _check_classes(model: nn.Module, part: str, classes: int) -> None:
@@ -225,6 +285,14 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
         if found not in (None, classes) and CLASSIFYING.search(f".{place}"):
             setting = "args" if place == "" else place
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
+
+
+def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
+    """Raises InputError unless a network that says how many channels it takes gets as many."""
+    taken = getattr(getattr(model, "model", None), "in_chans", None)
+    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
+    if None not in (taken, given) and taken != given:
+        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
 
 
 def _build(place: str, build: Callable[[], Built]) -> Built:
@@ -254,7 +322,10 @@ def _choose_launcher(config: Config, launcher: str | None) -> None:
         launcher = "pytorch" if "RANK" in os.environ else "none"
     config.launcher = launcher
     if launcher == "none" or not torch.cuda.is_available():  # batch norms over processes need GPUs
-        change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
+        one_picture = (config.get("train_dataloader") or {}).get("batch_size") == 1
+        alone = launcher == "none" and one_picture and config.get("default_scope") in TOOLBOXES
+        norm = {"SyncBN": "SteadyBN", "BN": "SteadyBN"} if alone else {"SyncBN": "BN"}
+        change_texts(config, lambda text: norm.get(text, text))
         config.pop("sync_bn", None)
     if launcher == "none":
         return

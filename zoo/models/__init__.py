@@ -11,7 +11,7 @@ _MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]
 MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
     family.MECHANISM: family for family in sorted((m for m in _MODULES if hasattr(m, "MECHANISM")), key=lambda m: m.MECHANISM)
 }
-REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors
+REPORTED_TOP1 = {  # per cent on ImageNet-1k, by the authors: REPORTED_IN of each says where, docs/models.md with it
     name: top1 for family in MECHANISMS.values() for name, top1 in getattr(family, "REPORTED_TOP1", {}).items()
 }
 

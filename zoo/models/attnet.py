@@ -10,13 +10,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, NormMlpClassifierHead
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._layout import channels_last
 from zoo.layers import ATConv
 from zoo.layers._plain import is_plain
 from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, positions_first
+from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named, stochastic_depth
@@ -30,7 +32,7 @@ REPORTED_IN = "the paper's abstract"
 REPORTED_TOP1 = {"attnet_t2": 84.4}
 
 
-@register_notrace_module
+@notrace_module
 class GatedMlp(nn.Module):
     """The convolutional gated linear unit of AttNet.
 
@@ -144,7 +146,7 @@ class Stage(nn.Module):
         x = positions_first(self.downsample(x))
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x.contiguous(memory_format=torch.channels_last)
+        return channels_last(x)
 
 
 def _conv_norm(in_chans: int, dim: int, suffix: str = "", **dd: Any) -> dict[str, nn.Module]:
@@ -164,7 +166,7 @@ class AttNet(StagedNetwork):
         layer_scale: a learned factor per channel, 1e-6 at the start, on every branch.
 
     Differences from the authors' code: two of the linear maps come after what they commute with (see `ATConv`, `GatedMlp`),
-    which leaves out 5 to 8 % of the multiplications. Stochastic depth is off unless asked for (theirs: 0.02 to 0.5).
+    which leaves out 5 to 8 % of the multiplications. Stochastic depth is off unless asked for (theirs: 0 to 0.5).
     """
 
     truncated = nn.Conv2d, nn.Linear

@@ -1,8 +1,9 @@
 """ResNets and a MobileNetV2 with deformable attention gates (DAS, arXiv 2311.12091).
 
-Reported on ImageNet-1k at 224: +1.91 points of top-1 over ResNet-50. There is no code and there are no weights by the
-authors. The gate stands after the residual sum (and the ReLU that follows it) of the last block of each stage, which is the
-cheaper reading of "in every stage"; `gates="block"` puts one after every block. See `zoo.layers.DAS` for the gate itself.
+Reported on ImageNet-1k at 224: +1.91 points of top-1 over ResNet-50. There is no code and there are no weights by the authors
+(docs/cards/das.md). The gate stands after the residual sum (and the ReLU that follows it) of the last block of each stage,
+which is the cheaper reading of "in every stage"; `gates="block"` puts one after every block. See `zoo.layers.DAS` for the
+gate itself.
 The paper's table of parameters and multiply-adds was not at hand: those of the tests are ours, not checked against it.
 
 timm's own weights load into everything but the gates, which keep their initialisation:

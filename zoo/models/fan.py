@@ -155,13 +155,14 @@ class Fan(StagedNetwork):
             ("hybrid"); None: four 3×3 convolutions of stride 2 do.
         head_init_scale: factor of the classifier's first weights.
         class_attention_map: the fourth feature map is the third as class attention leaves it, as in the authors' segmentation of
-            Cityscapes; needs global_pool "token", which `reset_classifier` may change afterwards.
+            Cityscapes (TAPADL_FAN/segmentation/mmseg/models/backbones/tap_fan.py); needs global_pool
+            "token", which `reset_classifier` may change afterwards.
 
     Features are the maps at strides 4, 8 and 16, and, by default, the last of them max-pooled to stride 32, which what is built on
     four strides reads; with `class_attention_map` a second one at stride 16 in its place. `forward_features` gives the map before
     class attention, which is part of the head.
 
-    Differences from the authors' code: maps need not be square.
+    Differences from the authors' code (models/fan.py and TAPADL_FAN/models/tap_fan.py there): maps need not be square.
     """
 
     truncated = (nn.Linear,)

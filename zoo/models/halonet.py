@@ -1,7 +1,7 @@
 """HaloNets (Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731).
 
 ResNet's bottlenecks with halo attention in place of the 3×3 convolution, in all four stages. There is no code and there are no
-weights by the authors. Multiply-adds of one image, those of the paper's table and ours, in G:
+weights by the authors (docs/cards/halo.md). Multiply-adds of one image, those of the paper's table and ours, in G:
 
 | | H0 | H1 | H2 | H3 | H4 | H5 | H6 | H7 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -16,6 +16,7 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._layout import channels_last
 from zoo.layers import HaloAttention
 from zoo.models.building import build_model_with_cfg
 from zoo.models.staged import StagedNetwork, named, stochastic_depth
@@ -70,7 +71,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from zoo.layers._initialization import fan_out_normal_
 from zoo.layers._linear import linear
 from zoo.layers._plain import is_plain
 from zoo.layers._spatial import pad_to_multiple
+from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, stochastic_depth
@@ -31,7 +32,7 @@ REPORTED_IN = "the authors' README"
 REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384": 84.7}
 
 
-@register_notrace_module
+@notrace_module
 class ConvMlp(nn.Module):
     """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
 

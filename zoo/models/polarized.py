@@ -97,7 +97,8 @@ class PolarizedHRNet(Reinitialized, HighResolutionNet):
         layout: of the attention, "parallel" or "sequential".
         drop_path_rate: as in timm's ResNet, growing with depth.
         fuse: how coarser maps are interpolated to finer ones: "nearest", which timm's weights for ImageNet were trained with, or
-            "bilinear" (align_corners=False), as in the segmentation networks of HRNet's authors, of PSA's, and of mmsegmentation.
+            "bilinear" (align_corners=False), as in the segmentation networks of PSA's authors
+            (semantic-segmentation/network/hrnetv2.py) and of mmsegmentation.
             Weights trained with one give wrong features with the other.
 
     Raises ValueError for another `layout` or `fuse`.

@@ -1,7 +1,7 @@
 """The files that the authors released, by the names of our models: where, under what licence, and which of their weights were evaluated.
 
 Weights are never part of the project. `downloads.fetch` gets what has a direct address, which a model's registered config holds
-(`url`, `license`); for what lies on a drive there is the page. Read from the authors' repositories in November 2026.
+(`url`, `license`); for what lies on a drive there is the page. Read from the authors' repositories in November 2026; docs/cards/ shows it.
 """
 from dataclasses import dataclass
 

@@ -18,6 +18,7 @@ from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
+from zoo.kernels._backends import in_functorch
 from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
@@ -59,7 +60,7 @@ class Blocks:
         return Convolutions(**self.conv(dim, out_dim, 3, "1"), **self.conv(out_dim, out_dim, 3, "2"))
 
     def gate(self, dim: int, gate_dim: int, num_gates: int) -> nn.Module:
-        args = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
+        args: dict[str, Any] = dict(spatial_dims=self.spatial_dims, norm=self.norm, **self.dd)
         return AttentionGate(dim, gate_dim, **args) if num_gates == 1 else MultiAttentionGate(dim, gate_dim, num_gates=num_gates, **args)
 
 
@@ -101,7 +102,7 @@ class ConvEncoder(nn.Module):
 @register_notrace_function
 def channels_last(x: Tensor) -> Tensor:
     """x, on the CPU with channels last in memory, where convolutions are up to twice as fast."""
-    if x.device.type != "cpu" or is_exporting():
+    if x.device.type != "cpu" or is_exporting() or in_functorch():
         return x
     return x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
 

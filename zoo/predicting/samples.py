@@ -39,7 +39,7 @@ def _tile(data: OwnData, sample: Sample) -> Image.Image:
     there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
     names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
     colours = [tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
-    picture = _slice(sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
+    picture = _slice(data, sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
         if data.task == "masks" else open_picture(sample.path)
     whole = picture.size
     picture.thumbnail((TILE, TILE))
@@ -55,10 +55,10 @@ def _covered(picture: Image.Image, labels: np.ndarray) -> Image.Image:
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def _slice(sample: Sample) -> Image.Image:
+def _slice(data: OwnData, sample: Sample) -> Image.Image:
     """The slice across the last axis that shows most of the classes but the first, of the first channel."""
-    voxels, labels = (np.asanyarray(open_volume(path).dataobj).astype(kind)
-                      for path, kind in ((sample.path, np.float32), (cast(Path, sample.mask), np.int64)))
+    voxels, labels = (np.asanyarray(open_volume(path, channels).dataobj).astype(kind)
+                      for path, channels, kind in ((sample.path, data.channels, np.float32), (cast(Path, sample.mask), 1, np.int64)))
     place = int((labels > 0).sum((0, 1)).argmax())
     shown = voxels[:, :, place].reshape(*labels.shape[:2], -1)[..., 0]
     low, high = np.percentile(shown, (1, 99))

@@ -15,7 +15,7 @@ from zoo.files import make_folder, replacing
 from zoo.predicting.sheets import annotate, output_files
 from zoo.predicting.sliding_windows import segment
 from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures, open_picture, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, is_volume, open_volume
+from zoo.reading.volumes import NIFTI_SUFFIXES, VOLUME_SUFFIXES, Grid, find_volumes, is_volume, open_volume
 
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60),
            (250, 190, 212), (0, 128, 128), (220, 190, 255), (170, 110, 40), (128, 0, 0), (128, 128, 0), (0, 0, 128))
@@ -35,7 +35,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
                 progress: Callable[[Path, int, int], None] = lambda path, done, total: None) -> list[Mask]:
     """Segments files and writes what was found.
 
-    Of a NIfTI volume, a NIfTI mask with the volume's shape and affine; of a picture, the picture overlaid with the classes in
+    Of a volume, a NIfTI mask with the volume's shape and affine; of a picture, the picture overlaid with the classes in
     colours, and their names. `output` is one file, for one input, or a folder, which is made.
 
     Args:
@@ -44,7 +44,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
         progress: called with the file and the numbers of windows done and in all.
 
     Raises InputError for files that do not exist, are not of the network's kind, or cannot be written, before any of them
-    is segmented; for a damaged one or one smaller than the window, when its turn comes.
+    is segmented; for a damaged one, when its turn comes.
     """
     volumes = len(info.input_size) == 4
     files = find_inputs(inputs, info)
@@ -72,7 +72,7 @@ def write_masks(model: nn.Module, info: ModelInfo, inputs: Iterable[str | Path],
 def prepare(info: ModelInfo, path: Path) -> Tensor:
     """(C, *sizes): the file as the network was trained to see it."""
     if len(info.input_size) == 4:
-        return Grid.of(info.data_config).prepare(open_volume(path))
+        return Grid.of(info.data_config).prepare(open_volume(path, info.input_size[0]))
     return picture_tensor(open_picture(path, info.input_size[0]), info.data_config["mean"], info.data_config["std"])
 
 
@@ -93,7 +93,7 @@ def find_inputs(inputs: Iterable[str | Path], info: ModelInfo) -> list[Path]:
     found, volumes = [], len(info.input_size) == 4
     for given in map(Path, inputs):
         if given.is_dir() and volumes:
-            below = sorted(path for path in given.rglob("*") if is_volume(path))
+            below = find_volumes(given, info.input_size[0])
             if not below:
                 raise InputError(f"the folder {given} holds no volume ({' '.join(VOLUME_SUFFIXES)})")
             found += below
@@ -110,10 +110,10 @@ def find_inputs(inputs: Iterable[str | Path], info: ModelInfo) -> list[Path]:
 def _targets(files: list[Path], output: Path, volumes: bool) -> list[Path]:
     if not volumes:
         targets = output_files(files, output)
-    elif is_volume(output):
-        targets = output_files(files, output, VOLUME_SUFFIXES)
+    elif output.suffix and not output.is_dir() and not output.name.lower().endswith(NIFTI_SUFFIXES):
+        raise InputError(f"masks of volumes are NIfTI files: {output} is no name of one ({' '.join(NIFTI_SUFFIXES)}) and no folder")
     else:
-        targets = output_files(files, output, VOLUME_SUFFIXES, "_mask.nii.gz")
+        targets = output_files(files, output, NIFTI_SUFFIXES, "_mask.nii.gz")
     if len(targets) < len(files):
         raise InputError(f"{len(files)} masks do not fit into one file; give a folder instead of {output}")
     return targets
@@ -121,7 +121,7 @@ def _targets(files: list[Path], output: Path, volumes: bool) -> list[Path]:
 
 def _write(info: ModelInfo, path: Path, labels: Tensor, target: Path) -> None:
     if len(info.input_size) == 4:
-        Grid.of(info.data_config).write_mask(labels, open_volume(path), target)
+        Grid.of(info.data_config).write_mask(labels, open_volume(path, info.input_size[0]), target)
         return
     names = [info.class_name(i) for i in range(int(labels.max()) + 1)]
     with replacing(target) as written:

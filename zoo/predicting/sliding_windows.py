@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import InputError, times
+from zoo.reading.masks import label_dtype
 
 SIGMA = 0.125  # of a window's Gaussian weights, over its size; as in MONAI
 LEAST = 1e-3  # weight, of the corners
@@ -14,26 +16,29 @@ LEAST = 1e-3  # weight, of the corners
 
 def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int, overlap: float = 0.25, batch: int = 4,
             progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-    """The most probable class of every position: x (C, *sizes) → (*sizes) uint8, on the CPU.
+    """The most probable class of every position: x (C, *sizes) → (*sizes), of `label_dtype`, on the CPU.
 
     Logits of overlapping windows are added with Gaussian weights that favour a window's centre. Windows run along the
     first axis last, and positions are settled as soon as no window is left that holds them: beside x and the result, only
     `classes` × window[0] numbers per position of the other axes are kept, however long the first axis.
 
-    `progress` is called with the numbers of windows done and in all. Raises InputError for a window that x does not hold.
+    Where x is smaller than the window, it is padded on both sides with zeros, as MONAI's windows are in evaluation.
+
+    `progress` is called with the numbers of windows done and in all. Raises InputError for a window of other dimensions, and for
+    logits that are not finite.
     """
     sizes = tuple(x.shape[1:])
     if len(window) != len(sizes):
         raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
-    if any(n < w for n, w in zip(sizes, window, strict=True)):
-        raise InputError(f"the input has {times(sizes)} positions, fewer than the window of {times(window)}; choose a smaller window")
     if not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
+    x, inside = padded(x, window)
+    whole, sizes = sizes, tuple(x.shape[1:])
     device = next(model.parameters()).device
     starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
     rows, places = starts[0], list(itertools.product(*starts[1:]))
     weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
-    labels = torch.empty(sizes, dtype=torch.uint8)
+    labels = torch.empty(sizes, dtype=label_dtype(classes))
     sums = torch.zeros(classes, window[0], *sizes[1:])
     done = 0
     for row, following in zip(rows, [*rows[1:], sizes[0]], strict=True):
@@ -43,14 +48,24 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
             windows = torch.stack([x[(slice(None), slice(row, row + window[0]), *cut)] for cut in cuts])
             with torch.inference_mode():
                 logits = model(windows.to(device)).float().cpu()
+            if not logits.isfinite().all():
+                raise InputError("what the network gives is not finite: its weights, or the input, are not, or overflow its precision")
             for cut, scores in zip(cuts, logits, strict=True):
                 sums[(slice(None), slice(None), *cut)] += scores * weights
             done += len(chunk)
             progress(done, len(rows) * len(places))
         settled = following - row
-        labels[row:following] = sums[:, :settled].argmax(0).to(torch.uint8)
+        labels[row:following] = sums[:, :settled].argmax(0).to(labels.dtype)
         sums = torch.cat([sums[:, settled:], torch.zeros_like(sums[:, :settled])], 1)
-    return labels
+    return labels[inside].clone() if whole != sizes else labels
+
+
+def padded(x: Tensor, window: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """x (C, *sizes) with zeros on both sides of the axes that are shorter than the window, and where x is in it, without the channels."""
+    lacking = [max(0, w - n) for n, w in zip(x.shape[1:], window, strict=True)]
+    inside = tuple(slice(lack // 2, lack // 2 + n) for n, lack in zip(x.shape[1:], lacking, strict=True))
+    sides = [side for lack in reversed(lacking) for side in (lack // 2, lack - lack // 2)]
+    return (F.pad(x, sides) if any(sides) else x), inside
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:

@@ -3,9 +3,9 @@ import os
 from pathlib import Path
 
 from timm.data import ImageNetInfo
-from torchvision.datasets import ImageFolder
 
 from zoo.errors import InputError, near_misses
+from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
 
 
 def find_classes(root: str | Path, split: str, known: str | None = None) -> tuple[list[str], list[int]]:
@@ -19,7 +19,7 @@ def find_classes(root: str | Path, split: str, known: str | None = None) -> tupl
         raise InputError(f"there is no data folder {root}; set data_root to the folder that holds train/ and val/")
     if not folder.is_dir():
         raise InputError(f"the data folder {root} has no {split}/{near_misses(split, os.listdir(root))}")
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    folders = _folders_in(folder)
     if not folders:
         raise InputError(f"{folder} holds no folders of classes, where {split}/CLASS/*.jpg is needed")
     names = folders if known is None else _known_classes(known)
@@ -30,10 +30,17 @@ def find_classes(root: str | Path, split: str, known: str | None = None) -> tupl
 
 def list_labelled(folder: Path) -> list[tuple[str, int]]:
     """The pictures below `folder`, each with the place of its folder in the sorted list. Raises InputError for a folder without any."""
-    try:
-        return ImageFolder(folder).samples
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: {error}") from None
+    found = []
+    for place, name in enumerate(_folders_in(folder)):
+        pictures = files_below(folder / name, PICTURE_SUFFIXES)
+        if not pictures:
+            raise InputError(f"the folder {folder / name} of a class holds no picture ({' '.join(PICTURE_SUFFIXES)})")
+        found += [(str(path), place) for path in pictures]
+    return found
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _known_classes(name: str) -> list[str]:

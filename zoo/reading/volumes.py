@@ -1,8 +1,10 @@
-"""Volumes in NIfTI files: read, brought to what a network was trained on, and masks written back onto the file's own grid."""
-from collections.abc import Mapping
+"""Volumes in files: read, brought to what a network was trained on, and masks written back onto the file's own grid."""
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -11,54 +13,110 @@ from torch import Tensor
 
 from zoo.errors import InputError, near_misses, require, times
 from zoo.files import replacing
-from zoo.reading.masks import check_labels
+from zoo.reading.masks import check_labels, label_dtype
+from zoo.reading.pictures import files_below
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".mgz", ".mgh", ".hdr")  # an .hdr has its voxels in the .img beside it
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # per unit of a NIfTI header
+FIRST_CHANNEL = re.compile(r"(.+)_0000(\.nii\.gz|\.\w+)")  # as nnU-Net names files
+
+
+Read = TypeVar("Read")
+
+
+class MissingVoxelsWarning(UserWarning):
+    """Some voxels of a file are not numbers, and count as outside."""
 
 
 def is_volume(path: str | Path) -> bool:
-    """Whether the file's name is that of a NIfTI file."""
-    return str(path).lower().endswith(VOLUME_SUFFIXES)
+    """Whether the file's name is that of a NIfTI, Analyze or MGH file."""
+    return str(path).lower().endswith((*VOLUME_SUFFIXES, ".img"))
 
 
-def open_volume(path: str | Path) -> Any:
-    """The nibabel image at `path`, three-dimensional. Raises InputError if it is none, or its header is damaged."""
-    nibabel = _nibabel()
+def find_volumes(folder: Path, channels: int = 1) -> list[Path]:
+    """The volumes below `folder`; of those with their channels in files of their own, see `open_volume`, the files of the first."""
+    found = files_below(folder, VOLUME_SUFFIXES)
+    others = {other for path in found if channels > 1 for other in channel_files(path, channels)[1:]}
+    return [path for path in found if path not in others]
+
+
+def channel_files(path: Path, channels: int) -> list[Path]:
+    """`path`, or where it ends in _0000, the files of all channels: CASE_0000.nii.gz, CASE_0001.nii.gz, …"""
+    match = FIRST_CHANNEL.fullmatch(path.name)
+    return [path.with_name(f"{match[1]}_{i:04d}{match[2]}") for i in range(channels)] if match else [path]
+
+
+def open_volume(path: str | Path, channels: int = 1) -> Any:
+    """The nibabel image at `path`: three-dimensional, of several channels four-dimensional with these as its last axis.
+
+    They are in the one file, or in files of three dimensions, as nnU-Net has them: CASE_0000.nii.gz, CASE_0001.nii.gz, …
+    Raises InputError if it is none, or its header is damaged.
+    """
     path = Path(path)
+    image = _open(path)
+    files = channel_files(path, channels)
+    if channels > 1 and len(image.shape) == 3 and len(files) > 1:
+        images = [image, *map(_open, files[1:])]
+        for other, file in zip(images, files, strict=True):
+            check_same_grid(path, image, file, other, "channel")
+        return _reading(path, lambda: _joined(images, path))
+    needed = "a volume of three dimensions" if channels == 1 else f"{channels} channels, along a fourth axis,"
+    if image.shape[3:] != ((channels,) if channels > 1 else ()):
+        raise InputError(f"{path} is of shape {times(image.shape)}, where {needed} is needed" if channels == 1 else
+                         f"{path} is of shape {times(image.shape)}, where {needed} are needed")
+    return image
+
+
+def _open(path: Path) -> Any:
+    nibabel = _nibabel()
     if not path.is_file():
         others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"there is no volume {path}{near_misses(path.name, others)}")
+    image = _reading(path, lambda: nibabel.load(path))
+    if len(image.shape) > 3:
+        image = nibabel.squeeze_image(image)  # axes of length 1 after the third
+    if len(image.shape) < 3:
+        raise InputError(f"{path} is of shape {times(image.shape)}, where a volume of three dimensions is needed")
+    sizes = nibabel.affines.voxel_sizes(image.affine)
+    if not (np.isfinite(sizes).all() and abs(np.linalg.det(image.affine[:3, :3])) > 1e-6 * sizes.prod()):
+        raise InputError(f"{path} has an affine that gives its voxels no place or size: {np.asarray(image.affine)[:3].tolist()}")
+    return image
+
+
+def _joined(images: list[Any], path: Path) -> Any:
+    joined = _nibabel().concat_images(images, check_affines=False)  # they agree to a thousandth of a millimetre
+    joined.set_filename(str(path))
+    return joined
+
+
+def _reading(path: object, read: Callable[[], Read]) -> Read:
     try:
-        image = nibabel.load(path)
-        if len(image.shape) > 3:
-            image = nibabel.squeeze_image(image)  # axes of length 1 after the third
-        if len(image.shape) != 3:
-            raise InputError(f"{path} is of shape {times(image.shape)}, where a volume of three dimensions is needed")
-        return image
-    except InputError:
-        raise
+        return read()
     except Exception as error:  # a damaged file surfaces as whatever its reader stumbles over
         raise InputError(f"the volume {path} cannot be read: {error}") from error
 
 
-def check_same_grid(image_path: str | Path, image: Any, mask_path: str | Path, mask: Any) -> None:
+def check_same_grid(image_path: str | Path, image: Any, mask_path: str | Path, mask: Any, kind: str = "mask") -> None:
     """Raises InputError unless both images have one shape and, to a thousandth of a millimetre, one affine."""
-    if image.shape != mask.shape:
-        raise InputError(f"the mask {mask_path} has {times(mask.shape)} voxels, its volume {image_path} {times(image.shape)}; "
+    if image.shape[:3] != mask.shape[:3]:
+        raise InputError(f"the {kind} {mask_path} has {times(mask.shape[:3])} voxels, its volume {image_path} {times(image.shape[:3])}; "
                          "they have to be the same")
     difference = np.abs(np.asarray(image.affine) - mask.affine).max()
     if difference > 1e-3:
-        raise InputError(f"the affine of the mask {mask_path} differs from that of {image_path} by {difference:.3g}; "
-                         "resample the mask onto the volume's grid")
+        raise InputError(f"the affine of the {kind} {mask_path} differs from that of {image_path} by {difference:.3g}; "
+                         f"resample the {kind} onto the volume's grid")
 
 
 @dataclass(frozen=True)
 class Grid:
     """What is done to volumes before a network sees them: axes turned to right, anterior, superior; voxels resampled; intensities.
 
+    Voxels that are NaN count as outside: they have no part in means and variances, and are what 0, or the low end of `clip`, is.
+
     Args:
-        spacing: millimetres per voxel along these axes; None keeps the file's.
-        clip: (low, high), mapped to 0 and 1, as is usual for CT; None: the voxels that are not 0 get mean 0 and variance 1.
+        spacing: millimetres per voxel along these axes, which the affine of a file tells; None keeps the file's.
+        clip: (low, high), mapped to 0 and 1, as is usual for CT; None: the voxels of a channel that are not 0 get mean 0 and variance 1.
     """
 
     spacing: tuple[float, float, float] | None = None
@@ -69,8 +127,8 @@ class Grid:
         return cls(*(tuple(value) if (value := config.get(name)) is not None else None for name in ("spacing", "clip")))
 
     def prepare(self, image: Any) -> Tensor:
-        """(1, X, Y, Z) float32. Raises InputError if the file's data are damaged."""
-        volume = self.normalize(_voxels(image))
+        """(C, X, Y, Z) float32. Raises InputError if the file's data are damaged, or infinite somewhere."""
+        volume = self.normalize(_voxels(image, 0.0 if self.clip is None else self.clip[0]))
         if self.spacing is not None:
             volume = F.interpolate(volume[None], self.size(image), mode="trilinear")[0]
         return volume
@@ -79,55 +137,81 @@ class Grid:
         if self.clip is not None:
             low, high = self.clip
             return volume.sub_(low).div_(high - low).clamp_(0, 1)
-        inside = volume[volume != 0]
-        std, mean = torch.std_mean(inside) if inside.numel() > 1 else (torch.ones(()), torch.zeros(()))
-        return volume.sub_(mean).div_(std.clamp(min=1e-8))
+        for channel in volume:
+            inside = channel[channel != 0]
+            std, mean = torch.std_mean(inside) if inside.numel() > 1 else (torch.ones(()), torch.zeros(()))
+            channel.sub_(mean).div_(std.clamp(min=1e-8))
+        return volume
 
     def prepare_mask(self, image: Any, classes: int, path: str | Path) -> Tensor:
-        """(1, X, Y, Z) uint8. Raises InputError for damaged data and for labels that are not whole numbers below `classes`."""
+        """(1, X, Y, Z) of `label_dtype`. Raises InputError for damaged data and for labels that are not whole numbers below `classes`."""
         labels = _voxels(image)
         check_labels(labels, classes, path)
-        labels = labels.to(torch.uint8)
+        labels = labels.to(label_dtype(classes))
         return labels if self.spacing is None else _nearest(labels, self.size(image))
 
-    def prepare_pair(self, image_path: str | Path, mask_path: str | Path, classes: int) -> tuple[Tensor, Tensor]:
+    def prepare_pair(self, image_path: str | Path, mask_path: str | Path, classes: int, channels: int = 1) -> tuple[Tensor, Tensor]:
         """A volume and its mask in files, as `prepare` and `prepare_mask` give them. Raises InputError unless they share one grid."""
-        image, mask = open_volume(image_path), open_volume(mask_path)
+        image, mask = open_volume(image_path, channels), open_volume(mask_path)
         check_same_grid(image_path, image, mask_path, mask)
         return self.prepare(image), self.prepare_mask(mask, classes, mask_path)
 
     def size(self, image: Any) -> list[int]:
         """Voxels along each axis after resampling."""
         canonical = _canonical(image)
-        zooms = canonical.header.get_zooms()[:3]
-        return [max(1, round(n * zoom / new)) for n, zoom, new in zip(canonical.shape, zooms, self.spacing or zooms, strict=True)]
+        zooms = _zooms(canonical)
+        return [max(1, round(n * zoom / new)) for n, zoom, new in zip(canonical.shape[:3], zooms, self.spacing or zooms, strict=True)]
 
     def write_mask(self, labels: Tensor, image: Any, path: str | Path) -> None:
-        """Writes labels (X, Y, Z) uint8 on this grid as a NIfTI file with the shape and affine of `image`."""
+        """Writes labels (X, Y, Z) on this grid, whole numbers of any type, as a NIfTI file with the shape and affine of `image`."""
         nibabel = _nibabel()
         canonical = _canonical(image)
-        if labels.shape != canonical.shape:
-            labels = _nearest(labels[None], canonical.shape)[0]
+        if labels.shape != canonical.shape[:3]:
+            labels = _nearest(labels[None], canonical.shape[:3])[0]
         there = nibabel.orientations.io_orientation(canonical.affine)
         back = nibabel.orientations.ornt_transform(there, nibabel.orientations.io_orientation(image.affine))
-        turned = nibabel.orientations.apply_orientation(labels.numpy(), back)
-        mask = nibabel.Nifti1Image(np.ascontiguousarray(turned), image.affine, image.header)
-        mask.set_data_dtype(np.uint8)
+        turned = np.ascontiguousarray(nibabel.orientations.apply_orientation(labels.numpy(), back))
+        mask = nibabel.Nifti1Image(turned, image.affine, image.header, dtype=turned.dtype)
         mask.header.set_slope_inter(1, 0)
         with replacing(path) as written:
             nibabel.save(mask, written)
 
 
 def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
-    return F.interpolate(labels[None], tuple(size), mode="nearest-exact")[0]
+    """As interpolation with "nearest-exact", of whole numbers of any type."""
+    for axis, (old, new) in enumerate(zip(labels.shape[1:], size, strict=True), 1):
+        labels = labels.index_select(axis, ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new).long())
+    return labels
 
 
-def _voxels(image: Any) -> Tensor:
-    """(1, X, Y, Z) float32: only here the file is read beyond its header."""
-    try:
-        return torch.from_numpy(np.asanyarray(_canonical(image).dataobj).astype(np.float32))[None]
-    except Exception as error:  # a damaged file surfaces as whatever its reader stumbles over
-        raise InputError(f"the volume {image.get_filename()} cannot be read: {error}") from error
+def _voxels(image: Any, outside: float = 0.0) -> Tensor:
+    """(C, X, Y, Z) float32 with `outside` for NaN: only here the file is read beyond its header."""
+    path = image.get_filename()
+    array = _reading(path, lambda: np.asanyarray(_canonical(image).dataobj))
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"the volume {path} has voxels of type {array.dtype}, where real numbers are needed")
+    with np.errstate(over="ignore"):  # becomes infinite
+        array = array.astype(np.float32)
+    voxels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)) if array.ndim == 4 else array[None])
+    if not voxels.isfinite().all():
+        if infinite := int(voxels.isinf().sum()):
+            raise InputError(f"the volume {path} has {infinite} voxels that are infinite; give them values, or NaN if they lie outside")
+        missing = voxels.isnan()
+        warnings.warn(f"the volume {path} has {int(missing.sum())} voxels that are NaN; they count as outside, {outside:g}",
+                      MissingVoxelsWarning)
+        voxels[missing] = outside
+    return voxels
+
+
+def _zooms(image: Any) -> list[float]:
+    """Millimetres per voxel along the axes, as the affine has them, whatever else the header says."""
+    units = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
+    return [float(size) * MILLIMETRES.get(units, 1.0) for size in _nibabel().affines.voxel_sizes(image.affine)]
+
+
+def spacing_of(image: Any) -> list[float]:
+    """Millimetres per voxel along right, anterior, superior."""
+    return _zooms(_canonical(image))
 
 
 def _canonical(image: Any) -> Any:

@@ -33,8 +33,8 @@ def heat(model: nn.Module, image: Tensor, target: int, method: str) -> Tensor:
     Args:
         method: "gradcam" (arXiv 1610.02391), at what the model's head is given, the last map; in networks of tokens one block
             before, since a head that reads the class token alone is not moved by the last block's other tokens.
-            "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780, as in the authors'
-            code), with the biases that `BiasGradients` finds.
+            "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780, as in the
+            authors' code, idiap/fullgrad-saliency, saliency/fullgrad.py), with the biases that `BiasGradients` finds.
 
     Raises:
         InputError: an unknown method, or a model that the method does not suit.

@@ -1,4 +1,4 @@
-"""What pictures of a model are drawn with: matplotlib (`pip install "zoo-attention[visualize]"`)."""
+"""What pictures of a model are drawn with: numbers in grey, and matplotlib (`pip install "zoo-attention[visualize]"`)."""
 import io
 
 import numpy as np
@@ -6,6 +6,12 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.errors import require
+
+
+def grey(values: np.ndarray) -> Image.Image:
+    """Numbers (H, W) as a picture: the lowest hundredth black, the highest white."""
+    low, high = np.percentile(values, (1, 99))
+    return Image.fromarray((255 * ((values - low) / max(high - low, 1e-8)).clip(0, 1)).astype(np.uint8))
 
 
 def new_figure(count: int):

@@ -14,6 +14,7 @@ from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
 from zoo.predicting.segmentation import prepare
 from zoo.predicting.sheets import annotate, contact_sheet
+from zoo.seeing.figures import grey
 from zoo.seeing.page import Seen
 
 
@@ -52,7 +53,7 @@ def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_inde
     reduction = cast(int, model.reduction)
     padded = [-(-n // reduction) * reduction for n in x.shape[1:]]
     image = _shown(x[:1], at)
-    seen = [Seen("image", Path(path).name, what, _grey(image))]
+    seen = [Seen("image", Path(path).name, what, grey(image))]
     for name, gate in gates.items():
         whole = crop(resize(gate[None], padded), x.shape[1:])[0]
         caption = f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"
@@ -65,15 +66,10 @@ def _shown(x: Tensor, at: int | None) -> np.ndarray:
     return x[0].numpy() if at is None else np.rot90(x[0, ..., at].numpy())
 
 
-def _grey(image: np.ndarray) -> Image.Image:
-    low, high = np.percentile(image, (1, 99))
-    return Image.fromarray((255 * ((image - low) / max(high - low, 1e-8)).clip(0, 1)).astype(np.uint8))
-
-
 def _heat(image: np.ndarray, gate: np.ndarray) -> Image.Image:
     """The image in grey under the map, from black (its least) over red and yellow to white (its greatest)."""
     low, high = gate.min(), gate.max()
     level = 3 * (gate - low) / max(high - low, 1e-8)
     heat = 255 * np.stack([(level - i).clip(0, 1) for i in range(3)], -1)
-    grey = np.asarray(_grey(image), np.float32)[..., None]
-    return Image.fromarray((0.4 * grey + 0.6 * heat).astype(np.uint8))
+    under = np.asarray(grey(image), np.float32)[..., None]
+    return Image.fromarray((0.4 * under + 0.6 * heat).astype(np.uint8))

@@ -24,23 +24,44 @@ class Seen:
     picture: Image.Image
 
 
+STYLE = """
+:root{color-scheme:light dark;--text:#1d2125;--soft:#59616a;--line:#d5dae0;--ground:#fff;--card:#f4f6f8;--accent:42 110 190}
+@media(prefers-color-scheme:dark){:root{--text:#e4e7ea;--soft:#a2abb4;--line:#3a4148;--ground:#15181b;--card:#1e2327;--accent:98 160 234}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:76rem;padding:0 1rem;color:var(--text);background:var(--ground)}
+h1{font-size:1.6rem;line-height:1.2;overflow-wrap:anywhere}h2{font-size:1.25rem;margin:2rem 0 .5rem;width:100%;overflow-wrap:anywhere}
+h3{font-size:1rem;margin:0;overflow-wrap:anywhere}
+section.pictures{display:flex;flex-wrap:wrap;gap:1.5rem}section.pictures>figure{max-width:34rem}section.pictures img{min-width:16rem}
+figure{margin:0}img{max-width:100%;height:auto}figcaption{color:var(--soft);overflow-wrap:anywhere}
+"""
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """One HTML document that needs no other file and no server, for small and large screens, light and dark. `body` is HTML."""
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>"
+            f"<body><h1>{html.escape(title)}</h1>{body}</body></html>")
+
+
+def image(picture: Image.Image, alt: str, kind: str = "PNG") -> str:
+    """The element that shows a picture, which is inside it, as PNG or JPEG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **({"quality": 85, "subsampling": 0} if kind == "JPEG" else {}))
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (f'<img alt="{html.escape(alt)}" width="{picture.width}" height="{picture.height}" '
+            f'src="data:image/{kind.lower()};base64,{data}">')
+
+
 def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> str:
     """One HTML document with all pictures inside: it needs no other file and no server."""
     parts = []
     for heading, seen in sections:
-        parts.append(f"<section><h2>{html.escape(heading)}</h2>")
-        for shown in seen:
-            buffer = io.BytesIO()
-            shown.picture.save(buffer, "PNG")
-            data = base64.b64encode(buffer.getvalue()).decode()
-            parts.append(f'<figure><h3>{html.escape(shown.title)}</h3><img alt="{html.escape(shown.title)}" '
-                         f'src="data:image/png;base64,{data}"><figcaption>{html.escape(shown.caption)}</figcaption></figure>')
+        parts.append(f'<section class="pictures"><h2>{html.escape(heading)}</h2>')
+        parts += [f"<figure><h3>{html.escape(shown.title)}</h3>{image(shown.picture, shown.title)}"
+                  f"<figcaption>{html.escape(shown.caption)}</figcaption></figure>" for shown in seen]
         parts.append("</section>")
-    style = ("body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
-             "section{display:flex;flex-wrap:wrap;gap:1.5rem}h2{width:100%}h3{font-size:1rem;margin:0}figure{margin:0;max-width:34rem}"
-             "img{min-width:16rem;max-width:100%}figcaption{color:#555}")
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-            f"<h1>{html.escape(title)}</h1>{''.join(parts)}</html>")
+    return document(title, "".join(parts))
 
 
 @contextlib.contextmanager

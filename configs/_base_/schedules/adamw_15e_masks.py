@@ -12,5 +12,3 @@ param_scheduler = [  # the cosine ends with the last epoch
 train_cfg = dict(by_epoch=True, max_epochs=15, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
-
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]

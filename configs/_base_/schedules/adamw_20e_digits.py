@@ -14,4 +14,4 @@ train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
 
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.98), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.98)]

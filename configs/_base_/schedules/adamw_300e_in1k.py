@@ -1,4 +1,5 @@
 # DeiT's, and its heirs': 8 GPUs with 128 images each, 5e-4 per 512 images; the average of the weights is kept and not reported
+# (https://github.com/facebookresearch/deit, main.py; https://github.com/rayleizhu/BiFormer, configs/train_args.yaml)
 optim_wrapper = dict(
     type='AutocastOptimWrapper',
     constructor='TimmOptimWrapperConstructor',
@@ -11,5 +12,4 @@ train_cfg = dict(by_epoch=True, max_epochs=300)
 val_cfg = dict()
 test_cfg = dict()
 
-custom_hooks = [
-    dict(type='IterationSeedHook'), dict(type='ModelEMAHook', decay=0.99996, report='weights'), dict(type='RecordHook')]
+custom_hooks = [dict(type='ModelEMAHook', decay=0.99996, report='weights')]

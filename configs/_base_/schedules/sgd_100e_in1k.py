@@ -10,5 +10,3 @@ param_scheduler = [dict(type='MultiStepLR', milestones=[30, 60, 90], gamma=0.1)]
 train_cfg = dict(by_epoch=True, max_epochs=100)
 val_cfg = dict()
 test_cfg = dict()
-
-custom_hooks = [dict(type='IterationSeedHook'), dict(type='RecordHook')]

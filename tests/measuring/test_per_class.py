@@ -1,0 +1,85 @@
+"""Tables of classes, against the libraries' own sums and numbers worked out by hand."""
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix
+
+from zoo.measuring import per_class
+from zoo.measuring.per_class import Boxes
+
+
+def _column(rows, name):
+    return [row[name] for row in rows]
+
+
+def test_classification_with_a_class_that_is_never_there_and_one_that_is_never_answered():
+    rows = per_class.classification(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 2, 0, 0]), ["a", "<b>", "c", "c"])
+    assert _column(rows, "class") == ["a", "<b>", "c", "c"]
+    assert _column(rows, "images") == [3, 2, 0, 0] and _column(rows, "answers") == [4, 0, 1, 0]
+    assert _column(rows, "precision") == pytest.approx([50, math.nan, 0, math.nan], nan_ok=True)
+    assert _column(rows, "recall") == pytest.approx([200 / 3, 0, math.nan, math.nan], nan_ok=True)
+    assert all(type(value) in (str, int, float) for row in rows for value in row.values())
+
+
+def test_confusion_is_scikit_learns_and_leaves_out_what_is_not_labelled():
+    rng = np.random.default_rng(0)
+    targets, answers = rng.integers(0, 4, (2, 9, 11), dtype=np.uint8)
+    expected = confusion_matrix(targets.ravel(), answers.ravel(), labels=range(5))
+    np.testing.assert_array_equal(per_class.confusion(targets, answers, 5), expected)
+    targets[0] = 255
+    assert per_class.confusion(targets, answers, 5).sum() == 8 * 11
+
+
+def test_areas():
+    counts = np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
+    rows = per_class.areas(counts, ["ground", "b", "c"])
+    assert _column(rows, "pixels") == [8, 2, 0]
+    assert _column(rows, "iou") == pytest.approx([100 * 6 / 9, 25, math.nan], nan_ok=True)
+    assert _column(rows, "precision") == pytest.approx([600 / 7, 100 / 3, math.nan], nan_ok=True)
+    assert _column(rows, "recall") == pytest.approx([75, 50, math.nan], nan_ok=True)
+
+
+def test_overlaps_of_masks_and_volumes():
+    target, answer = np.zeros((2, 12, 12), np.uint8)
+    target[2:6, 2:6], answer[2:6, 4:8] = 1, 1  # half of either; outlines two apart
+    answer[9, 9] = 2  # where there is none
+    found = per_class.overlap(target, answer, 4)
+    assert found.dice == pytest.approx([0.5, math.nan, math.nan], nan_ok=True)
+    assert found.hd95 == pytest.approx([2, math.nan, math.nan], nan_ok=True)
+    deep = [np.stack([labels] * 3, -1) for labels in (target, answer)]
+    assert per_class.overlap(*deep, 2, spacing=(1.0, 2.5, 1.0)).hd95 == pytest.approx([5])
+    missed = per_class.overlap(target, np.zeros_like(target), 4)
+    rows = per_class.overlaps([found, missed], ["ground", "a", "b", "c"])
+    assert rows[0] == {"class": "a", "images": 2, "missed": 1, "dice": pytest.approx(25), "hd95": pytest.approx(2)}
+    assert rows[1]["images"] == 0 and math.isnan(rows[1]["dice"]) and math.isnan(rows[1]["hd95"])
+    target[:, 6:] = 255  # what is not labelled is neither right nor wrong
+    assert per_class.overlap(target, answer, 2).dice == pytest.approx([2 * 8 / (16 + 8)])
+
+
+def test_no_image_is_a_table_without_numbers():
+    assert math.isnan(per_class.overlaps([], ["ground", "a"])[0]["dice"])
+    assert math.isnan(per_class.detection([], [], ["a"])[0]["ap"])
+
+
+def _boxes(*edges, labels, scores=None, crowd=None):
+    optional = [None if values is None else np.array(values) for values in (scores, crowd)]
+    return Boxes(np.array(edges, float).reshape(-1, 4), np.array(labels, int), *optional)
+
+
+def test_average_precision():
+    square, other = (0, 0, 10, 10), (20, 20, 40, 40)
+    targets = [_boxes(square, other, labels=[0, 1]), _boxes(square, labels=[0])]
+    answers = [_boxes(square, (20, 20, 40, 32), other, labels=[0, 1, 3], scores=[0.9, 0.8, 0.7]), _boxes(labels=[], scores=[])]
+    rows = per_class.detection(targets, answers, ["a", "b", "c", "d"])
+    assert _column(rows, "boxes") == [2, 1, 0, 0]
+    assert rows[0]["ap"] == rows[0]["ap50"] == pytest.approx(100 * 51 / 101)  # recall of a half: 51 of COCO's 101 points
+    assert (rows[1]["ap50"], rows[1]["ap75"], rows[1]["ap"]) == pytest.approx((100, 0, 30))  # IoU 0.6: three of ten thresholds
+    assert rows[0]["recall"] == pytest.approx(50) and all(math.isnan(row["ap"]) for row in rows[2:])
+
+
+def test_answers_within_a_crowd_do_not_count():
+    crowd = _boxes((0, 0, 10, 10), (20, 20, 90, 90), labels=[0, 0], crowd=[False, True])
+    answers = _boxes((30, 30, 50, 50), (0, 0, 10, 10), labels=[0, 0], scores=[0.9, 0.8])
+    row, = per_class.detection([crowd], [answers], ["a"])
+    assert row["boxes"] == 1 and row["ap"] == pytest.approx(100)
