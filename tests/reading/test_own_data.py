@@ -243,7 +243,7 @@ def _lonely(root):
 
 
 def _grey_jpegs(root):
-    picture(root / "images/1.png")
+    picture(root / "images/1.png", size=(10, 10))
     mask(root / "masks/1.png", *range(0, 200, 3), size=(10, 10))
 
 
@@ -253,9 +253,10 @@ def _unmarked_volumes(root):
 
 
 def _label_beyond(root):
-    volume(root / "imagesTr/a.nii.gz", 1)
-    volume(root / "labelsTr/a.nii.gz", 0, 5)
-    (root / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "x"}}))
+    for name in "ab":
+        volume(root / f"imagesTr/{name}_0000.nii.gz", 1)
+        volume(root / f"labelsTr/{name}.nii.gz", 0, 5)
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}))
 
 
 @pytest.mark.parametrize(("make", "message"), [
