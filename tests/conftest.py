@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,34 @@ def load_tool_help():
             command([name, "--help"])
         assert end.value.code == 0, f"there is no program {name}"
         return said.getvalue()
+
+    return read
+
+
+@pytest.fixture
+def run_block(monkeypatch):
+    """Executes the Python of a guide that is marked with a name, in a folder; returns its variables."""
+
+    def run(page: str, name: str, folder: Path) -> dict:
+        text = (Path(__file__).parents[1] / "docs" / "guides" / page).read_text()
+        code, = re.findall(rf"```python {name}\n(.*?)```", text, re.S)
+        monkeypatch.chdir(folder)
+        variables: dict = {}
+        exec(compile(code, name, "exec"), variables)
+        return variables
+
+    return run
+
+
+@pytest.fixture
+def documented_keys():
+    """The keys of metadata that the guide's table lists for ONNX files of these kinds."""
+
+    def read(*kinds: str) -> set[str]:
+        text = (Path(__file__).parents[1] / "docs/guides/exporting.md").read_text()
+        of = {"all", *kinds} | ({"all but volumes"} if "volumes" not in kinds else set())
+        rows = re.findall(r"^\| (`.*?) \| (.*?) \| ", text, re.M)
+        return {key for keys, whose in rows if whose in of for key in re.findall(r"`(\w+)`", keys)}
 
     return read
 

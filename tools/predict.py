@@ -1,7 +1,7 @@
 """Uses a trained model on pictures and volumes.
 
-Names the classes of pictures, with probabilities; writes masks of pictures and volumes; draws what a detector or segmentor of the
-toolboxes finds.
+Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects. Answers are
+printed, and written as tables, as COCO's results, as pictures and masks.
 """
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,27 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zoo.checkpoints import ModelInfo, Opened
+    from zoo.predicting.answers import Answers
     from zoo.predicting.classification import Prediction
+    from zoo.predicting.label_maps import Labelled
+    from zoo.predicting.scenes import Scene, SceneInfo
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth seven.png",
-                    "work_dirs/digits/epoch_20.pth scans/ --top 3 -o sheet.png",
+                    "work_dirs/digits/epoch_20.pth scans/ --top 3 -o answers.csv",
                     "work_dirs/ct/epoch_200.pth abdomen.nii.gz -o mask.nii.gz",
-                    "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o found/")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote")
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="input",
+                    "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o answers.json",
+                    "digits.onnx scans/ -o sheet.png")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote, or an ONNX file that `zoo export` wrote")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each picture (default: 5)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
-    parser.add_argument("-o", "--output", type=Path,
-                        help="write annotated pictures: a file (several pictures become a contact sheet) or a folder; for networks that "
-                             "segment: write masks, an overlaid picture or a NIfTI file of the volume's shape and affine")
+    parser.add_argument("-o", "--output",
+                        help="where to write answers: NAME.csv or NAME.json, of detectors in COCO's form; a picture (several become a "
+                             "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask; "
+                             "any name without a suffix: a folder with a table and these files")
     parser.add_argument("--window", type=int, nargs="+", metavar="N", help="sizes of sliding windows (default: those of training)")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next one covers too (default: 0.25)")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detector's boxes (default: 0.3)")
@@ -45,43 +51,51 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
     from zoo.checkpoints import TOOLBOX_TASKS, load_trained, opened
+    from zoo.predicting.exported import ExportedNetwork, exported_info, exported_scene_info, predict_exported
+    from zoo.reading.onnx_files import ONNX_SUFFIX
 
-    checkpoint = opened(args.checkpoint)
-    if checkpoint.task in TOOLBOX_TASKS:
-        return find(args, checkpoint)
-    model, info = load_trained(checkpoint)
+    if args.checkpoint.suffix.lower() == ONNX_SUFFIX:
+        network = ExportedNetwork(args.checkpoint)
+        if network.of_toolbox:
+            return find(args, exported_scene_info(network), lambda *given, **options: predict_exported(network, *given, **options))
+        model, info = network, exported_info(network)
+    else:
+        checkpoint = opened(args.checkpoint)
+        if checkpoint.task in TOOLBOX_TASKS:
+            return find_by_toolbox(args, checkpoint)
+        model, info = load_trained(checkpoint)
     return segment(args, model, info) if info.task == "segmentation" else name(args, model, info)
 
 
 def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
-    """Prints, and writes onto the pictures where asked, the most probable classes."""
-    from zoo.predicting.classification import predict, write_annotated
-    from zoo.predicting.sheets import output_files
+    """Names the most probable classes of pictures."""
+    from zoo.predicting.classification import ClassAnswers, predict_each
     from zoo.reading.pictures import find_pictures
 
-    pictures = find_pictures(args.pictures)
-    if args.output is not None:
-        output_files(pictures, args.output)  # before the work, not after it
+    pictures = unique(find_pictures(args.inputs))
+    answers = None if args.output is None else ClassAnswers(pictures, args.output)
+    failures = Failures(len(pictures))
 
     def show(done: int) -> None:
         if len(pictures) > args.batch:
             print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
 
-    predictions = predict(model, info, pictures, top=args.top, batch=args.batch, progress=show)
-    report(predictions)
-    if args.output is not None:
-        written = write_annotated(predictions, args.output)
-        print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} pictures to {args.output}")
-    return 0
+    def described(prediction: "Prediction") -> list[str]:
+        width = max(len(name) for name, _ in prediction.classes)
+        return [f"{name:{width}}  {probability:7.2%}" for name, probability in prediction.classes]
+
+    found = predict_each(model, info, pictures, top=args.top, batch=args.batch, progress=show, failed=failures)
+    return report(found, described, answers, failures)
 
 
 def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
-    """Writes masks, and prints the shares of the classes in them."""
-    from zoo.predicting.segmentation import write_masks
+    """Finds the class of every position of pictures or volumes."""
+    from zoo.predicting.segmentation import find_inputs, mask_answers, segment_each
 
     if args.output is None:
         raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
-
+    files = unique(find_inputs(args.inputs, info))
+    answers, failures = mask_answers(model, info, files, args.output), Failures(len(files))
     last = time.monotonic()
 
     def show(path: Path, done: int, total: int) -> None:
@@ -90,46 +104,71 @@ def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
             print(f"{path}: window {done}/{total}", file=sys.stderr, flush=True)
             last = time.monotonic()
 
-    for mask in write_masks(model, info, args.pictures, args.output, window=args.window, overlap=args.overlap, progress=show):
-        print(mask.path)
-        width = max(len(name) for name, _ in mask.shares)
-        print(*(f"  {name:{width}}  {share:7.2%}" for name, share in mask.shares), sep="\n")
-        print(f"wrote {mask.written}")
-    return 0
+    def described(labelled: "Labelled") -> list[str]:
+        width = max(map(len, labelled.classes))
+        return [f"{name:{width}}  {share:7.2%}" for name, share in labelled.shares()]
+
+    found = segment_each(model, info, files, window=args.window, overlap=args.overlap, progress=show, failed=failures)
+    return report(found, described, answers, failures)
 
 
-def find(args: argparse.Namespace, checkpoint: "Opened") -> int:
-    """Prints, and draws where asked, the instances or classes in every picture."""
+def find_by_toolbox(args: argparse.Namespace, checkpoint: "Opened") -> int:
     from zoo.mm.downstream import load_scene_model, predict_scenes
-    from zoo.predicting.scenes import write_scenes
-    from zoo.predicting.sheets import output_files
+
+    model, info = load_scene_model(checkpoint)
+    return find(args, info, lambda *given, **options: predict_scenes(model, info, *given, **options))
+
+
+def find(args: argparse.Namespace, info: "SceneInfo", predict: "Callable[..., Iterator[Scene]]") -> int:
+    """Finds the instances or classes in pictures."""
+    from zoo.predicting.scenes import scene_answers
     from zoo.reading.pictures import find_pictures
 
-    pictures = find_pictures(args.pictures)
-    if args.output is not None:
-        output_files(pictures, args.output)
-    model, info = load_scene_model(checkpoint)
+    pictures = unique(find_pictures(args.inputs))
+    answers = None if args.output is None else scene_answers(pictures, args.output, info)
+    failures = Failures(len(pictures))
 
-    def show(done: int) -> None:
-        if len(pictures) > 1:
-            print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
+    def counted() -> "Iterator[Scene]":
+        for done, scene in enumerate(predict(pictures, threshold=args.threshold, failed=failures), 1):
+            if len(pictures) > 1:
+                print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
+            yield scene
 
-    scenes = predict_scenes(model, info, pictures, threshold=args.threshold, progress=show)
-    for scene in scenes:
-        print(scene.path)
-        print(*(f"  {line}" for line in scene.described(info.classes)), sep="\n")
-    if args.output is not None:
-        written = write_scenes(scenes, info, args.output)
-        print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} pictures to {args.output}")
-    return 0
+    return report(counted(), lambda scene: scene.described(info.classes), answers, failures)
 
 
-def report(predictions: "list[Prediction]") -> None:
-    width = max(len(name) for prediction in predictions for name, _ in prediction.classes)
-    for prediction in predictions:
-        print(prediction.path)
-        for name, probability in prediction.classes:
-            print(f"  {name:{width}}  {probability:7.2%}")
+def unique(paths: list[Path]) -> list[Path]:
+    return list(dict.fromkeys(paths))
+
+
+class Failures:
+    """Files that cannot be read: of many each is told and the others go on; if it is the only one there is nothing else to do."""
+
+    def __init__(self, inputs: int):
+        self.inputs, self.count = inputs, 0
+
+    def __call__(self, path: Path, error: InputError) -> None:
+        if self.inputs == 1:
+            raise error
+        self.count += 1
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def report(found: Iterator, described: Callable[..., list[str]], answers: "Answers | None", failures: Failures) -> int:
+    """Prints the answers and writes them where asked; exit status 1 if there are files without one."""
+    for answer in found:
+        print(answer.path)
+        print(*(f"  {line}" for line in described(answer)), sep="\n", flush=True)
+        if answers is not None:
+            answers.add(answer)
+    if failures.count == failures.inputs:
+        raise InputError(f"none of the {failures.inputs} files could be read")
+    if answers is not None:
+        written = answers.close()
+        print(f"wrote {' and '.join(map(str, written))}" if len(written) < 3 else f"wrote {len(written)} files to {answers.output}")
+    if failures.count:
+        print(f"{failures.count} of {failures.inputs} files could not be read; the others are done", file=sys.stderr)
+    return 1 if failures.count else 0
 
 
 if __name__ == "__main__":

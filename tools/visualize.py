@@ -7,7 +7,6 @@ if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="a checkpoint that `zoo train` wrote, or a registered model's name (random weights)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture or a folder of pictures; for 3-D networks NIfTI volumes")
-    parser.add_argument("-o", "--output", type=Path, required=True,
+    parser.add_argument("-o", "--output", required=True,
                         help="folder for the PNG files and index.html; for one input of a U-Net also a picture's name")
     parser.add_argument("--query", type=float, nargs=2, metavar=("Y", "X"),
                         help="where attention is shown from, as fractions of height and width (default: the middle)")
@@ -82,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
     from zoo.checkpoints import load_model
+    from zoo.predicting.answers import check_keeps_inputs, output_suffix
     from zoo.predicting.segmentation import find_inputs
-    from zoo.predicting.sheets import output_files
     from zoo.reading.pictures import PICTURE_SUFFIXES, find_pictures
     from zoo.seeing.gate_pictures import picture_gates, see_gates
     from zoo.seeing.page import folder_for_pictures, write
@@ -92,16 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
     if info.task == "segmentation":
         refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target")
         paths, title = find_inputs(args.inputs, info), f"What the gates of {info.name} let through"
-        if args.output.name.lower().endswith(PICTURE_SUFFIXES) and not os.path.isdir(args.output):
+        if output_suffix(args.output, PICTURE_SUFFIXES):
             if len(paths) != 1:
                 raise InputError(f"the gates of one input fit into one picture, and {len(paths)} were given; "
                                  f"give a folder instead of {args.output}")
-            output_files(paths, args.output)
+            check_keeps_inputs(paths, [Path(args.output)])
             gates = picture_gates(model, info, paths[0], args.output, slice_index=args.slice)
             print(f"wrote the maps of {gates} gates to {args.output}")
             return 0
         see = partial(see_gates, model, info, slice_index=args.slice)
     else:
+        output_suffix(args.output, ())
         see, paths, title = see_classes(args, model, info), find_pictures(args.inputs), f"What {info.name} attends to"
     sections = []
     with folder_for_pictures(args.output):

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Self, cast
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -54,7 +55,8 @@ def attach(
     attached), copying, torch.compile and torch.export work as before. A pass or two on a small image finds widths.
 
     Args:
-        model: any CNN; its modules that are followed put out one map (B, C, H, W).
+        model: any CNN; its modules that are followed put out one map (B, C, H, W). Blocks of transformers that work on tokens, or on
+            maps with their channels last, are refused.
         layer: called with the width C (and `layer_args`) it gives a module that keeps the map's shape: a class, a partial, or
             the name of a mechanism with a layer for maps: atconv, das, halo, polarized, sk.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("layer?", "stages.*.blocks.0"). A
@@ -62,7 +64,7 @@ def attach(
             two maps and puts out a map of their shape), after the sum and what follows it in the block.
         keep_outputs: the layer fades in behind a gate of zeros per channel, see `Attached`: at the start the model computes
             exactly what it did, and the layer learns as soon as its gate has left zero. False leaves the gate out.
-        example: an image for the pass, if (1, channels, 64, 64) is not what the model takes.
+        example: an image for the passes, if (1, channels, 64, 64), or the size of a vision transformer, is not what the model takes.
 
     With its gate every layer keeps the outputs. Without, at the start: polarized parallel multiplies the map by about 1 (two
     gates near ½), sequential by about ¼, das by gates around ½; atconv and sk, being convolutions, and halo replace the map.
@@ -79,7 +81,8 @@ def attach(
     targets = [seen.last_block(name) for name in (seen.residual_blocks() if where is None else _match(where, modules))]
     widths = {name: seen.width(name) for name in dict.fromkeys(targets)}
     if not widths:
-        raise InputError(f"{type(model).__name__} has no residual blocks; say with `where` which modules the layer follows")
+        raise InputError(_why_no_blocks(model, seen))
+    _check_channels_first(model, example, seen, widths)
 
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     new = {}
@@ -123,6 +126,9 @@ def _find_layer(layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Modul
     if not isinstance(layer, str):
         return layer
     if layer not in NAMES:
+        if layer in MECHANISMS:
+            raise InputError(f"{layer} has no layer that turns a map, (B, C, H, W), into one of its shape, as {', '.join(NAMES)} have; "
+                             f"zoo.list_models(mechanism={layer!r}) names models that are built on it")
         raise InputError(f"there is no layer {layer!r} to attach; {', '.join(NAMES)} are known{near_misses(layer, NAMES)}")
     return NAMES[layer]
 
@@ -143,11 +149,38 @@ def _fits(name: list[str], pattern: list[str]) -> bool:
     return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
+def _why_no_blocks(model: nn.Module, seen: "_Probe") -> str:
+    kind = type(model).__name__
+    if not any(isinstance(output, Tensor) and output.ndim == 3 for outputs in seen.outputs.values() for output in outputs):
+        return f"{kind} has no residual blocks; say with `where` which modules the layer follows"
+    how = "a layer for tokens, such as zoo.layers.ContextBroadcast, has to be written into its blocks"
+    if isinstance(model, VisionTransformer):
+        how = "into its MLPs goes context broadcasting, by timm.create_model(NAME, mlp_layer=zoo.models.deit.BroadcastingMlp)"
+    return f"the blocks of {kind} work on tokens, (B, N, C), and attach is for maps, (B, C, H, W); {how}"
+
+
+def _check_channels_first(model: nn.Module, example: Tensor, seen: "_Probe", names: Iterable[str]) -> None:
+    """Raises InputError for a module whose maps have their height where the channels should be: it changes with the image's."""
+    higher = torch.cat([example, example], 2)
+    with _Probe(model) as other:
+        try:
+            _run(model, higher)
+        except InputError:  # it takes no other height
+            other = None
+    for name in names:
+        shapes = [output.shape for output in seen.outputs[name]]
+        moved = other is not None and [output.shape[1] for output in other.outputs[name]] != [shape[1] for shape in shapes]
+        if moved or getattr(model, "output_fmt", "") == "NHWC":
+            raise InputError(f"{name} puts out maps with their channels last, (B, H, W, C), of shape {tuple(shapes[0])}, and attach is for "
+                             "(B, C, H, W); say with `where` which modules put out such maps, or write the layer into the model")
+
+
 def _example(model: nn.Module) -> Tensor:
     conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if conv is None:
         raise InputError(f"{type(model).__name__} has no convolutions; attach is for CNNs")
-    return torch.zeros(1, conv.in_channels, 64, 64, device=conv.weight.device, dtype=conv.weight.dtype)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (64, 64)  # which vision transformers insist on
+    return torch.zeros(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
 def _run(model: nn.Module, example: Tensor) -> None:

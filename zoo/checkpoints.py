@@ -34,7 +34,8 @@ class ModelInfo:
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
     `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
-    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`; `output` is what the model gives, by name.
+    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported;
+    `output` is what the model gives, by name.
     """
 
     name: str

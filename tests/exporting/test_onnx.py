@@ -74,7 +74,7 @@ def test_records_classes_and_preprocessing(exported):
     _, result = exported
     found = onnxruntime.InferenceSession(str(result.path)).get_modelmeta().custom_metadata_map
     found = {key: json.loads(value) for key, value in found.items()}
-    assert found.pop("model") == "small"
+    assert found.pop("task") == "classification" and found.pop("model") == "small"
     assert found.pop("classes") == ["cat", "dog", "émeu"]
     assert found == {key: list(value) if isinstance(value, tuple) else value for key, value in DATA_CONFIG.items()}
 

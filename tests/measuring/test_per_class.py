@@ -63,8 +63,8 @@ def test_no_image_is_a_table_without_numbers():
 
 
 def _boxes(*edges, labels, scores=None, crowd=None):
-    optional = [None if values is None else np.array(values) for values in (scores, crowd)]
-    return Boxes(np.array(edges, float).reshape(-1, 4), np.array(labels, int), *optional)
+    crowd = None if crowd is None else np.array(crowd, bool)
+    return Boxes(np.array(edges, float).reshape(-1, 4), np.array(labels, int), None if scores is None else np.array(scores), crowd)
 
 
 def test_average_precision():
@@ -83,3 +83,17 @@ def test_answers_within_a_crowd_do_not_count():
     answers = _boxes((30, 30, 50, 50), (0, 0, 10, 10), labels=[0, 0], scores=[0.9, 0.8])
     row, = per_class.detection([crowd], [answers], ["a"])
     assert row["boxes"] == 1 and row["ap"] == pytest.approx(100)
+
+
+def test_which_boxes_are_missed_and_which_are_false():
+    target = _boxes((0, 0, 10, 10), (0, 0, 10, 12), (50, 50, 60, 60), (70, 70, 99, 99), labels=[0, 0, 1, 0], crowd=[0, 0, 0, 1])
+    answer = _boxes((0, 0, 10, 12), (0, 0, 10, 11), (0, 0, 10, 10), (50, 50, 60, 60), (75, 75, 80, 80), labels=[0, 0, 0, 0, 0],
+                    scores=[0.9, 0.8, 0.7, 0.6, 0.5])
+    missed, false = per_class.unmatched(target, answer)
+    assert missed.tolist() == [False, False, True, False]  # the third is of another class, the last a crowd
+    assert false.tolist() == [False, False, True, True, False]  # every box is found once; in a crowd nothing is false
+    missed, false = per_class.unmatched(target, answer.above(0.85))
+    assert missed.tolist() == [True, False, True, False] and false.tolist() == [False]
+    nothing = _boxes(labels=[], scores=[])
+    assert per_class.unmatched(target, nothing)[0].tolist() == [True, True, True, False]
+    assert per_class.unmatched(nothing, answer)[1].all()

@@ -20,6 +20,7 @@ from zoo.mm.deploy import deployable
 from zoo.mm.downstream import predict_scenes
 from zoo.mm.networks import plain
 from zoo.predicting.detections import detections
+from zoo.predicting.exported import ExportedNetwork, exported_scene_info, predict_exported
 from zoo.predicting.scenes import SceneInfo
 from zoo.tools import export
 
@@ -72,6 +73,46 @@ def test_the_file_computes_what_the_toolbox_does(name, tmp_path):
         np.testing.assert_array_equal(classes[ours], scene.labels[theirs])
         np.testing.assert_allclose(scores[ours], scene.scores[theirs], rtol=1e-4)
         np.testing.assert_allclose(boxes[ours], scene.boxes[theirs], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", EXPORTED[1:])
+def test_the_guides_lines_and_the_tool_answer_as_the_toolbox(name, tmp_path, run_block, documented_keys):
+    model, info = _small(name)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    if info.toolbox == "mmdet":
+        model.test_cfg.nms_pre = 4000
+    scene, = predict_scenes(model, info, [tmp_path / "picture.png"], threshold=0.3)
+    kind = {"mmseg": "segmentor", "mmdet": "detector"}[info.toolbox]
+    export_onnx(*deployable(model, info), tmp_path / f"{kind}.onnx", free_size=False)
+    network = ExportedNetwork(tmp_path / f"{kind}.onnx")
+    assert set(network.said) == documented_keys("toolboxes", {"segmentor": "segmentors of mmsegmentation", "detector": "detectors"}[kind])
+    found = run_block("exporting.md", f"onnx-{kind}", tmp_path)
+    again, = predict_exported(network, [tmp_path / "picture.png"], threshold=0.3)
+    described = exported_scene_info(network)
+    assert described.classes == info.classes and np.array_equal(described.colours, info.colours)
+    if kind == "segmentor":
+        for labels in (found["labels"], again.classes):
+            assert labels.shape == (40, 60) and (labels == scene.classes).mean() > 0.999
+        return
+    assert len(scene.scores) > 3
+    kept = found["kept"]
+    edges = np.hstack([found["boxes"][kept][:, :2], found["boxes"][kept][:, :2] + found["boxes"][kept][:, 2:]])
+    for labels, scores, boxes in ((found["labels"][kept], found["scores"][kept], edges), (again.labels, again.scores, again.boxes)):
+        ours, theirs = np.lexsort((-scores, labels)), np.lexsort((-scene.scores, scene.labels))
+        np.testing.assert_array_equal(labels[ours], scene.labels[theirs])
+        np.testing.assert_allclose(scores[ours], scene.scores[theirs], rtol=1e-4)
+        np.testing.assert_allclose(boxes[ours], scene.boxes[theirs], atol=1e-2)
+
+
+def test_windows_are_averaged_as_the_toolbox_averages_them(tmp_path):
+    model, info = _small(EXPORTED[1])
+    model.test_cfg.update(mode="slide", crop_size=(32, 48), stride=(20, 40))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    scene, = predict_scenes(model, info, [tmp_path / "a.png"])
+    export_onnx(*deployable(model, info), tmp_path / "a.onnx", size=(32, 48), free_size=False)
+    again, = predict_exported(ExportedNetwork(tmp_path / "a.onnx"), [tmp_path / "a.png"])
+    assert (again.classes == scene.classes).mean() > 0.999 and len(np.unique(scene.classes)) > 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

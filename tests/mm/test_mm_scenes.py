@@ -1,6 +1,9 @@
 """Scenes of digits on disk, and the whole way on a handful of them: train, evaluate, draw; and what checkpoints must not do."""
 import copy
+import csv
 import importlib
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config, scope
 from zoo.mm.downstream import SOURCES, check_parts, load_scene_model, predict_scenes, prepare, registered_only
 from zoo.mm.networks import plain
+from zoo.mm.training import evaluate_classes
 from zoo.predicting.scenes import Scene, SceneInfo, draw
 from zoo.reading.coco import box, run_lengths
 from zoo.reading.digits import write_digit_scenes
@@ -91,6 +95,44 @@ def test_training_leaves_curves_pictures_and_a_checkpoint_that_evaluates_alike(t
     assert evaluate(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"]) == pytest.approx(metrics, nan_ok=True)
 
 
+def test_rows_of_classes_agree_with_the_metrics(trained, scenes):
+    name, folder, metrics = trained
+    _, rows = evaluate_classes(name, latest_checkpoint(folder), cfg_options=[f"data_root={scenes}"])
+    if name.startswith("upernet"):
+        ious = [row["iou"] for row in rows if not math.isnan(row["iou"])]
+        assert [row["class"] for row in rows][:2] == ["ground", "0"] and np.mean(ious) == pytest.approx(metrics["mIoU"], abs=0.006)
+        return
+    config = load_config(name, [f"data_root={scenes}"])
+    truth = COCO(config.test_evaluator.ann_file)
+    assert [row["boxes"] for row in rows] == [len(truth.getAnnIds(catIds=[number])) for number in truth.getCatIds()]
+    for column, metric in (("ap", "bbox_mAP"), ("ap50", "bbox_mAP_50"), ("mask_ap", "segm_mAP"), ("mask_ap75", "segm_mAP_75")):
+        found = [row[column] for row in rows if not math.isnan(row[column])]
+        assert np.mean(found) / 100 == pytest.approx(metrics[f"coco/{metric}"], abs=6e-4)
+
+
+def test_average_precision_of_what_is_found_and_what_is_not(scenes):
+    """The annotations themselves as answers, but for those of one class."""
+    from zoo.mm.mmdet_parts import BoxTable
+    path = scenes / "annotations/instances_val.json"
+    truth = COCO(path)
+    table = BoxTable(ann_file=str(path), metric="bbox")
+    table.dataset_meta = {"classes": [str(i) for i in range(10)]}
+    there = {annotation["category_id"] for annotation in truth.dataset["annotations"]}
+    lost = min(there)
+    for number in truth.imgs:
+        kept = [annotation for annotation in truth.imgToAnns[number] if annotation["category_id"] != lost]
+        boxes = np.array([annotation["bbox"] for annotation in kept], float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        table.results.append(({}, {"img_id": number, "bboxes": boxes, "scores": np.ones(len(kept)),
+                                   "labels": np.array([annotation["category_id"] for annotation in kept], int)}))
+    nothing = {"bboxes": np.zeros((0, 4)), "scores": [], "labels": []}
+    for answers in (table.results, [(given, found | nothing) for given, found in table.results]):
+        table.compute_metrics(answers)
+        for number, row in enumerate(table.rows):
+            expected = math.nan if number not in there else 0 if number == lost or answers is not table.results else 100
+            assert [row["ap"], row["ap50"], row["ap75"]] == pytest.approx([expected] * 3, nan_ok=True)
+
+
 def test_errors_under_corruptions(trained, scenes, monkeypatch):
     name, folder, metrics = trained
     monkeypatch.setattr(corruptions, "CORRUPTIONS", ("contrast",))
@@ -124,12 +166,56 @@ def test_predictions_are_those_of_the_toolbox(trained, scenes):
 
 
 def test_the_tool_draws_folders(trained, scenes, tmp_path, capsys):
-    _, folder, _ = trained
+    name, folder, _ = trained
     main = importlib.import_module("zoo.tools.predict").main
     assert main([str(latest_checkpoint(folder)), str(scenes / "images/val"), "-o", str(tmp_path / "out"), "--threshold", "0.0"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{i:06d}.png" for i in range(3)}
+    endings = (".png",) if name.startswith("mask") else (".png", "_overlay.png")
+    table = "answers.json" if name.startswith("mask") else "answers.csv"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {table, *(f"{i:06d}{ending}" for i in range(3) for ending in endings)}
     said = capsys.readouterr().out
-    assert str(scenes / "images/val/000002.png") in said and "wrote 3 pictures" in said
+    assert str(scenes / "images/val/000002.png") in said and f"wrote {1 + 3 * len(endings)} files" in said
+
+
+def test_answers_are_what_was_found(trained, scenes, tmp_path):
+    """Instances in COCO's form, which pycocotools reads; of a segmentor, label maps and how often each class occurs."""
+    name, folder, _ = trained
+    main = importlib.import_module("zoo.tools.predict").main
+    (tmp_path / "text.png").write_text("no picture")
+    pictures = [str(scenes / f"images/val/00000{i}.png") for i in range(3)]
+    arguments = [str(latest_checkpoint(folder)), pictures[0], str(tmp_path / "text.png"), *pictures[1:], "--threshold", "0.02"]
+    model, info = load_scene_model(latest_checkpoint(folder))
+    found = list(predict_scenes(model, info, pictures, threshold=0.02))
+    assert main([*arguments, "-o", str(tmp_path / "answers.json")]) == 1
+    assert main([*arguments, "-o", str(tmp_path / "answers.csv")]) == 1
+    records = json.loads((tmp_path / "answers.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    if info.toolbox == "mmseg":
+        assert [(row["picture"], row["label"], row["class"], row["pixels"]) for row in records] == [
+            (picture, label, info.classes[label], count) for picture, scene in zip(pictures, found, strict=True)
+            for label, count in enumerate(np.bincount(scene.classes.ravel(), minlength=len(info.classes)).tolist())]
+        assert [int(row["pixels"]) for row in rows] == [row["pixels"] for row in records]
+        assert main([str(latest_checkpoint(folder)), pictures[0], "-o", str(tmp_path / "map.png")]) == 0
+        with Image.open(tmp_path / "map.png") as written:
+            assert np.array_equal(written, found[0].classes)
+            assert np.array_equal(np.asarray(written.convert("RGB")), info.colours[found[0].classes])
+        return
+    assert info.category_ids == tuple(range(10))  # as the annotations number them, not from 1
+    truth = COCO()
+    truth.dataset = {"images": [{"id": i, "width": 96, "height": 96} for i in (1, 3, 4)], "annotations": [],
+                     "categories": [{"id": i, "name": name} for i, name in zip(info.category_ids, info.classes, strict=True)]}
+    truth.createIndex()
+    results = truth.loadRes(str(tmp_path / "answers.json"))
+    assert len(records) == len(rows) == sum(len(scene.labels) for scene in found) > 0
+    for number, picture, scene in zip((1, 3, 4), pictures, found, strict=True):
+        annotations = results.imgToAnns[number]
+        assert [annotation["file_name"] for annotation in annotations] == [picture] * len(scene.labels)
+        for annotation, label, score, edges, mask in zip(annotations, scene.labels, scene.scores, scene.boxes, scene.masks, strict=True):
+            assert (annotation["category_id"], annotation["category_name"]) == (label, info.classes[label])
+            left, top, width, height = annotation["bbox"]
+            np.testing.assert_allclose([left, top, left + width, top + height], edges, atol=2e-3)
+            assert annotation["score"] == pytest.approx(score, abs=1e-6)
+            np.testing.assert_array_equal(results.annToMask(annotation), mask)
+    assert [row["class"] for row in rows] == [record["category_name"] for record in records]
 
 
 def test_drawings(tmp_path):

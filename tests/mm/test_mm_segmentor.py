@@ -1,4 +1,5 @@
 """Segmentation on the engine: losses and metrics against their definitions, datasets, and short runs of the whole way."""
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 import timm
 import torch
 from mmengine.registry import DATASETS, MODELS
+from monai.inferers import sliding_window_inference
 from PIL import Image
 
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
+from zoo.measuring import per_class
+from zoo.measuring.class_tables import surface_dice
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.config import load_config
@@ -20,6 +24,8 @@ from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
 from zoo.mm.segmentor import Segmentor
+from zoo.mm.training import evaluate_classes
+from zoo.predicting.segmentation import prepare
 from zoo.predicting.sliding_windows import segment
 from zoo.seeing.gate_pictures import picture_gates
 
@@ -229,7 +235,47 @@ def test_trains_on_volumes_evaluates_and_predicts_files(volume_run, data, tmp_pa
     truth, found = np.asarray(nibabel.load(data / "val" / "labels" / "0.nii.gz").dataobj) == 1, np.asarray(mask.dataobj) == 1
     assert 2 * (truth & found).sum() / (truth.sum() + found.sum()) > 0.6
     assert tool("predict")([str(checkpoint), *[str(data / "train" / "labels")], "-o", str(tmp_path / "many")]) == 0
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0_mask.nii.gz", "1_mask.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0_mask.nii.gz", "1_mask.nii.gz", "answers.csv"]
+    rows = list(csv.DictReader((tmp_path / "many" / "answers.csv").open()))
+    assert [row["class"] for row in rows] == ["background", "ball"] * 2
+    image = nibabel.load(rows[0]["volume"])
+    millilitres = np.prod(image.shape) * np.prod(image.header.get_zooms()) / 1000
+    for row in rows:
+        assert float(row["millilitres"]) == pytest.approx(float(row["share"]) * millilitres, abs=1e-3)
+
+
+def test_rows_of_volumes_are_in_millimetres(volume_run, data, tmp_path):
+    checkpoint, metrics, options = volume_run
+    tool("test")(["attention_unet3d_folders", str(checkpoint), "--per-class", "--csv", str(tmp_path / "x.csv"), "--cfg-options", *options])
+    row, mean = csv.DictReader((tmp_path / "x.csv").open())
+    assert (row["class"], row["images"], row["missed"], mean["class"]) == ("ball", "1", "0", "mean")
+    assert float(row["dice"]) == pytest.approx(metrics["dice/ball"])
+    item = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), clip=(0, 100))[Sample(0, 0)]
+    with torch.inference_mode():
+        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.25, mode="gaussian")
+    found, truth, spacing = logits[0].argmax(0).numpy(), item["targets"].numpy(), (1.0, 1.0, 2.0)
+    assert item["spacing"].tolist() == list(spacing)
+    assert float(row["hd95"]) == pytest.approx(per_class.overlap(truth, found, 2, spacing).hd95[0]) and float(row["hd95"]) > 0
+    assert float(row["surface_dice"]) == pytest.approx(100 * surface_dice(truth, found, 2, spacing)[0], abs=0.01)
+
+
+def test_resampled_volumes_know_their_spacing(data):
+    resampled = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), spacing=(2.0, 1.0, 1.5))
+    item = resampled[Sample(0, 0)]
+    assert item["inputs"].shape == (1, 7, 12, 13) and item["spacing"].tolist() == pytest.approx([2, 1, 20 / 13])
+    assert "spacing" not in VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), patch=(8, 8, 8))[Sample(0, 0)]
+
+
+def test_exported_networks_give_the_masks_of_their_checkpoints(volume_run, data, tmp_path):
+    path = data / "val" / "images" / "0.nii.gz"
+    assert tool("export")([str(volume_run[0]), "-o", str(tmp_path / "x.onnx"), "--static-size", "--batch", "3"]) == 0
+    masks = []
+    for name in (str(volume_run[0]), str(tmp_path / "x.onnx")):
+        assert tool("predict")([name, str(path), "-o", str(tmp_path / "m.nii.gz")]) == 0
+        masks.append(np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj))
+    assert masks[0].any() and (masks[0] != masks[1]).mean() < 1e-3  # where rounding decides
+    with pytest.raises(InputError, match="x.onnx does not take images of 1×9×9×9"):
+        tool("predict")([str(tmp_path / "x.onnx"), str(path), "-o", str(tmp_path / "m.nii.gz"), "--window", "9", "9", "9"])
 
 
 def test_gates_of_a_volume_are_pictured(volume_run, data, tmp_path):
@@ -253,10 +299,12 @@ def test_what_a_network_for_volumes_is_not_given(volume_run, data, tmp_path):
         ([picture, "-o", tmp_path / "m.nii.gz"], "is a 3-D network and takes volumes .*; .*0.png is a 2-D picture"),
         ([volume], "its masks have to go somewhere: name a file or folder with -o"),
         ([volume, "-o", tmp_path / "m.nii.gz", "--window", "16", "8", "8"], "0.nii.gz: the input has 14×12×10 positions, fewer than"),
-        ([volume, "-o", tmp_path / "m.nii.gz", "--window", "8", "8"], "the model takes 2-D input, and this is 3-D"),
-        ([volume, data / "train" / "labels", "-o", tmp_path / "m.nii.gz"], "3 masks do not fit into one file"),
+        ([volume, "-o", tmp_path / "m.nii.gz", "--window", "8", "8"], "the window is 8×8, where attention_unet3d needs 3 sizes"),
+        ([volume, "-o", tmp_path / "m.nii.gz", "--overlap", "1"], "overlap is 1; it has to be at least 0 and below 1"),
+        ([volume, data / "train" / "labels", "-o", tmp_path / "m.nii.gz"], "3 answers are too many for one file"),
         ([data / "val" / "masks", "-o", tmp_path / "m.nii.gz"], "holds no volume"),
         ([volume, "-o", volume], "would be overwritten"),
+        ([volume, "-o", tmp_path / "overlay.png"], r"overlay.png is neither a folder nor .* here \(.csv .json .nii .nii.gz\)"),
     ]:
         with pytest.raises(InputError, match=message):
             tool("predict")([str(checkpoint), *map(str, arguments)])
@@ -273,8 +321,16 @@ def test_trains_on_pictures_and_overlays(data, tmp_path, capsys):
     assert info.task == "segmentation" and info.classes[1] == "0" and info.input_size == (1, 64, 64)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90), np.uint8)).save(tmp_path / "scene.png")
     assert tool("predict")([str(checkpoint), str(tmp_path / "scene.png"), "-o", str(tmp_path / "seen.png")]) == 0
-    with Image.open(tmp_path / "seen.png") as seen:
-        assert seen.width >= 180 and seen.mode == "RGB"
+    labels = segment(model, prepare(info, tmp_path / "scene.png"), (64, 64), classes=11)
+    with Image.open(tmp_path / "seen.png") as seen, Image.open(tmp_path / "seen_overlay.png") as overlay:
+        assert seen.mode == "P" and np.array_equal(seen, labels)
+        assert overlay.size == (90, 70) and overlay.mode == "RGB"
+    assert tool("predict")([str(checkpoint), str(tmp_path / "scene.png"), "-o", str(tmp_path / "table.json")]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [(row["label"], row["pixels"]) for row in rows] == list(enumerate(np.bincount(labels.flatten(), minlength=11).tolist()))
+    rows = evaluate_classes("attention_unet_digits", checkpoint, cfg_options=[*options, "test_dataloader.dataset.scenes=4"])[1]
+    assert {f"iou/{row['class']}": row["iou"] for row in rows} == pytest.approx({key: metrics[key] for key in metrics if key != "iou/mean"})
+    assert all(row["dice"] == pytest.approx(200 * row["iou"] / (100 + row["iou"])) for row in rows)
     assert tool("visualize")([str(checkpoint), str(tmp_path / "scene.png"), "-o", str(tmp_path / "gates.png")]) == 0
     assert "the maps of 1 gates" in capsys.readouterr().out
     with pytest.raises(InputError, match="is a 2-D network and takes pictures .*; .*0.nii.gz is a 3-D volume"):

@@ -1,3 +1,8 @@
+import csv
+import io
+import json
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -7,7 +12,8 @@ from PIL import Image
 from zoo.checkpoints import load_trained
 from zoo.errors import InputError
 from zoo.predicting import classification as prediction
-from zoo.reading.pictures import find_pictures
+from zoo.predicting.sheets import TILE, contact_sheet
+from zoo.reading.pictures import find_pictures, open_picture
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_kinds_of_pictures_look_the_same(pixels, tmp_path, name):
     }[kind]
     saved.save(path, **{"exif": {"exif": exif}, "alpha": {"lossless": True}, "cmyk": {"quality": 100}}.get(kind, {}))
     for channels, expected in [(3, pixels), (1, grey)]:
-        opened = prediction.open_picture(path, channels)
+        opened = open_picture(path, channels)
         assert opened.size == (30, 40)
         assert opened.mode == ("RGB" if channels == 3 else "L")
         if kind in ("grey", "sixteen"):
@@ -107,14 +113,14 @@ def test_writes_one_annotated_picture(main, checkpoint, picture, tmp_path, capsy
     assert main([str(checkpoint), str(picture), "-o", str(tmp_path / "out.png")]) == 0
     assert f"wrote {tmp_path / 'out.png'}" in capsys.readouterr().out
     with Image.open(tmp_path / "out.png") as written:
-        assert written.width >= prediction.TILE * 30 // 40
+        assert written.width >= TILE * 30 // 40
         assert written.height > written.width
         assert set(np.unique(np.asarray(written.convert("L"))[-40:])) >= {0, 255}  # text
 
 
 def test_contact_sheet_is_in_rows():
     tiles = [Image.new("RGB", (10, 12), (40 * i, 0, 0)) for i in range(5)]
-    sheet = np.asarray(prediction.contact_sheet(tiles))
+    sheet = np.asarray(contact_sheet(tiles))
     assert sheet.shape == (2 * 16, 3 * 14, 3)
     assert [sheet[16 * (i // 3) + 3, 14 * (i % 3) + 3, 0] for i in range(5)] == [0, 40, 80, 120, 160]
 
@@ -127,7 +133,7 @@ def test_writes_a_folder_without_overwriting(main, checkpoint, pixels, tmp_path)
     before = (tmp_path / "a" / "x.png").read_bytes()
     pictures = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert main([str(checkpoint), *pictures, "-o", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.png", "x_2.png", "x_2_2.png", "x_3.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["answers.csv", "x.png", "x_2.png", "x_2_2.png", "x_3.png"]
     with pytest.raises(InputError, match="would be overwritten"):
         main([str(checkpoint), *pictures, "-o", str(tmp_path / "a")])
     with pytest.raises(InputError, match="would be overwritten"):
@@ -135,23 +141,61 @@ def test_writes_a_folder_without_overwriting(main, checkpoint, pixels, tmp_path)
     assert (tmp_path / "a" / "x.png").read_bytes() == before
 
 
-def test_pictures_that_are_none(main, checkpoint, picture, tmp_path, capsys):
+DAMAGED = [
+    ("text.png", r"text.png is not a picture that can be read"),
+    ("half.png", r"the picture .*half.png cannot be read"),
+]
+
+
+@pytest.fixture
+def damaged(picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.png").write_bytes(picture.read_bytes()[:picture.stat().st_size // 2])
+
+
+def test_pictures_that_are_none(main, checkpoint, picture, damaged, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for given, message in [
-        ("text.png", r"text.png is not a picture that can be read"),
-        ("half.png", r"the picture .*half.png cannot be read"),
+        *DAMAGED,
         ("pitcure.png", r"there is no picture .*pitcure.png; did you mean picture.png"),
         ("empty", r"the folder .*empty holds no picture"),
     ]:
         with pytest.raises(InputError, match=message):
-            main([str(checkpoint), str(picture), str(tmp_path / given), "-o", str(tmp_path / "out.png")])
+            main([str(checkpoint), str(tmp_path / given), "-o", str(tmp_path / "out.png")])
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "out.png").exists()
 
 
-@pytest.mark.parametrize(("output", "message"), [("no/out.png", "there is no folder"), ("picture.txt", "neither a folder nor")])
+@pytest.mark.parametrize("batch", ["1", "32"])
+def test_damaged_pictures_are_told_and_the_others_go_on(main, checkpoint, damaged, tmp_path, capsys, batch):
+    assert main([str(checkpoint), str(tmp_path), "-o", str(tmp_path / "out"), "--batch", batch]) == 1
+    said = capsys.readouterr()
+    for _, message in DAMAGED:
+        assert len(re.findall(f"^error: .*{message}", said.err, re.M)) == 1
+    assert "2 of 3 files could not be read" in said.err and "picture.png" in said.out and "text.png" not in said.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"answers.csv", "picture.png"}
+    with pytest.raises(InputError, match="none of the 2 files could be read"):
+        main([str(checkpoint), str(tmp_path / "text.png"), str(tmp_path / "half.png"), "-o", str(tmp_path / "none.csv")])
+    assert not (tmp_path / "none.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["answers.csv", "ANSWERS.JSON"])
+def test_tables_hold_what_is_printed(main, checkpoint, picture, pixels, tmp_path, capsys, name):
+    Image.fromarray(pixels[::-1]).save(tmp_path / "a, b.png")
+    assert main([str(checkpoint), str(tmp_path), "--top", "2", "-o", str(tmp_path / name)]) == 0
+    said = capsys.readouterr().out
+    text = (tmp_path / name).read_text()
+    rows = json.loads(text) if name.endswith("JSON") else list(csv.DictReader(io.StringIO(text)))
+    assert [(row["picture"], int(row["rank"])) for row in rows] == [
+        (str(tmp_path / name), rank) for name in ("a, b.png", "picture.png") for rank in (1, 2)]
+    assert [(row["class"], round(100 * float(row["probability"]), 2)) for row in rows] == lines(said)
+    assert said.splitlines()[-1] == f"wrote {tmp_path / name}"
+
+
+@pytest.mark.parametrize(("output", "message"), [
+    ("no/out.png", "there is no folder"), ("no/answers.csv", "there is no folder"), ("no/out/", "there is no folder"),
+    ("picture.txt", "neither a folder nor"), ("pred.xlsx", r"the name of a file to write here \(\.csv \.json .*a new folder has no suffix"),
+    ("mask.nii.gz", "neither a folder nor"),])
 def test_output_that_cannot_be_written(main, checkpoint, picture, tmp_path, output, message):
     (tmp_path / "picture.txt").touch()
     with pytest.raises(InputError, match=message):
@@ -211,7 +255,7 @@ def test_odd_pictures_are_predicted_or_refused_in_a_sentence(main, checkpoint, t
 def test_floats_and_many_bits_are_read_rightly_or_refused(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "x.tiff")
     if isinstance(expected, list):
-        assert np.asarray(prediction.open_picture(tmp_path / "x.tiff", 1)).tolist() == expected
+        assert np.asarray(open_picture(tmp_path / "x.tiff", 1)).tolist() == expected
     else:
         with pytest.raises(InputError, match=f"the picture .*x.tiff cannot be read: its values go {expected}"):
-            prediction.open_picture(tmp_path / "x.tiff")
+            open_picture(tmp_path / "x.tiff")

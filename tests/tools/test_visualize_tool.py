@@ -75,8 +75,11 @@ def test_options_that_would_do_nothing_are_refused(main, grey, tmp_path, model, 
 def test_one_sheet_is_for_one_input(main, grey, tmp_path):
     with pytest.raises(InputError, match="fit into one picture, and 2 were given; give a folder instead of .*seen.png"):
         main(["attention_unet_nano", grey, grey, "-o", str(tmp_path / "seen.png")])
-    with pytest.raises(InputError, match="grey.png is one of the pictures given and would be overwritten"):
+    with pytest.raises(InputError, match="grey.png is one of the files given and would be overwritten"):
         main(["attention_unet_nano", grey, "-o", grey])
+    for model, name in (("attention_unet_nano", "seen.html"), ("sknet_nano", "seen.png")):
+        with pytest.raises(InputError, match=f"{name} is neither a folder nor the name of"):
+            main([model, grey, "-o", str(tmp_path / name)])
     assert main(["attention_unet_nano", grey, "-o", str(tmp_path / "seen.png")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["seen.png"]
 

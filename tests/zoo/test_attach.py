@@ -204,3 +204,28 @@ def test_models_that_give_it_no_place():
         zoo.attach(unused, "polarized", where="spare")
     zoo.attach(plain, "polarized", where="0")
     assert plain(IMAGES).shape[1] == 4
+
+
+@pytest.mark.parametrize(("name", "layer", "message"), [
+    ("test_vit", "das", r"VisionTransformer work on tokens, .*mlp_layer=zoo.models.deit.BroadcastingMlp"),
+    ("vit_tiny_patch16_224", "das", r"VisionTransformer work on tokens"),
+    ("pvt_v2_b0", "polarized", r"PyramidVisionTransformerV2 work on tokens, .* zoo.layers.ContextBroadcast, has to be written into"),
+    ("vgg11", "das", "VGG has no residual blocks; say with `where`"),
+    ("test_vit", "routing", r"routing has no layer that turns a map, .* as atconv, .*zoo.list_models\(mechanism='routing'\)"),
+    ("biformer_nano", "das", r"stages\S* puts out maps with their channels last, \(B, H, W, C\), of shape \(1, 16, 16, 32\)"),
+    ("litv2_nano", "polarized", "channels last"),
+    ("tiny_vit_5m_224", "polarized", "channels last"),
+])
+def test_transformers_are_told_what_they_are(name, layer, message):
+    model = timm.create_model(name)
+    names = set(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        zoo.attach(model, layer)
+    assert set(model.state_dict()) == names
+
+
+def test_what_is_said_of_vision_transformers_works():
+    model = timm.create_model("test_vit", mlp_layer=zoo.models.deit.BroadcastingMlp)
+    assert any(isinstance(module, zoo.layers.ContextBroadcast) for module in model.modules())
+    assert model(torch.randn(1, 3, 160, 160)).shape == (1, 1000)
+    assert len(attached(zoo.attach(timm.create_model("test_vit"), "das", where="patch_embed.proj"))) == 1

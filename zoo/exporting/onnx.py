@@ -27,6 +27,7 @@ from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError, require
 from zoo.files import check_writable, replacing
 from zoo.kernels.deform_conv2d import spelled_out_in_exports
+from zoo.reading import onnx_files
 
 OPSETS = range(18, 24)  # what both torch's exporter writes and ONNX Runtime runs
 DEFORM_CONV_OPSET = 19
@@ -35,6 +36,9 @@ TRACED_BATCH = 2  # torch.export takes a length of one for a constant, whether o
 FREE_SIZE = {2: 512, 3: 256}  # … or of a map, or of blocks on it, that strides have made few; tracing computes nothing of large images
 AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
+CROPS = ("interpolation", "crop_pct", "crop_mode")
+# By task and dimensions: what timm says of every model, and nothing is done with.
+MEANINGLESS = {("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
 
 
 class ExportError(RuntimeError):
@@ -106,15 +110,11 @@ def other_sizes(size: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def open_session(path: Path):
-    """ONNX Runtime's session of the file at `path`, on the CPU with as many threads as torch has. Raises ExportError."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what it says about failures comes with the exception as well
+    """As `zoo.reading.onnx_files.open_session` of a file that was just written. Raises ExportError."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise ExportError(f"ONNX Runtime does not load the exported model: {_first_line(error)}") from error
+        return onnx_files.open_session(path)
+    except InputError as error:
+        raise ExportError(_first_line(error)) from error
 
 
 class _SizesNotFreeError(Exception):
@@ -199,7 +199,8 @@ def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
     graph = proto.graph
     for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del described.metadata_props[:]  # the exporter's notes, paths on this machine among them
-    recorded = {"model": info.name, "classes": info.classes, **info.data_config, "input_size": (info.input_size[0], *size)}
+    said = {key: value for key, value in info.data_config.items() if key not in MEANINGLESS.get((info.task, len(size)), ())}
+    recorded = {"task": info.task, "model": info.name, "classes": info.classes, **said, "input_size": (info.input_size[0], *size)}
     for key, value in recorded.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
 

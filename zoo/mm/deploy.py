@@ -1,10 +1,10 @@
 """Segmentors of mmsegmentation and RetinaNet of mmdetection as plain networks, which `zoo.exporting.onnx.export_onnx` takes.
 
-What comes before and after such a network is in the metadata of its file, as JSON:
+What comes before and after such a network is in the metadata of its file, as JSON (docs/guides/exporting.md uses them):
 
     image   (B, 3, H, W): the picture with its `channels` in that order, resized as `steps` say, / 255, minus `mean`, over `std`;
             padding is inside
-    logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, with half-pixel centres; the class
+    logits  (B, classes, H, W), of a segmentor: to be resized to the picture, bilinearly, as `align_corners` says; the class
             of a pixel is the largest. Where `test_cfg` has the mode "slide", of windows of `crop_size` every `stride`,
             averaged where they overlap
     found   (B, N, 4 + classes), of a RetinaNet: at every anchor the box (left, top, right, bottom, as fractions of width and
@@ -14,6 +14,7 @@ What comes before and after such a network is in the metadata of its file, as JS
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ def load_deployable(checkpoint: str | Path | Opened) -> tuple[nn.Module, ModelIn
 def deployable(model: Any, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
     """The same of a model that is already there. The model is changed: some of its layers make way for ones that export."""
     if info.toolbox == "mmseg":
-        network, output = Segmentor(model), "logits"
+        if model.out_channels == 1:
+            raise InputError("segmentors with a channel for each class can be exported; this one tells two classes apart by a single one")
+        network, task, output = Segmentor(model), "segmentation", "logits"
     elif type(model).__name__ == "RetinaNet":
-        network, output = RetinaNet(model), "found"
+        network, task, output = RetinaNet(model), "detection", "found"
     else:
         raise InputError(f"segmentors and RetinaNet can be exported; {type(model).__name__} cannot")
     sizes = [step["scale"] for step in info.steps if isinstance(step.get("scale"), tuple)]
@@ -44,8 +47,9 @@ def deployable(model: Any, info: SceneInfo) -> tuple[nn.Module, ModelInfo]:
         "input_size": (3, *sorted(sizes[0])) if sizes else (3, 512, 512),
         **{key: tuple((getattr(model.data_preprocessor, key).flatten() / 255).tolist()) for key in ("mean", "std")},
         "channels": "RGB" if model.data_preprocessor._channel_conversion else "BGR",  # pictures are read as BGR
-        "steps": info.steps, "test_cfg": plain(model.test_cfg)}
-    return network.eval(), ModelInfo(model.backbone.name, info.classes, data_config, output=output)
+        "steps": info.steps, "test_cfg": plain(model.test_cfg), "palette": np.asarray(info.colours).tolist()}
+    more = {"align_corners": bool(model.align_corners)} if task == "segmentation" else {"category_ids": info.category_ids}
+    return network.eval(), ModelInfo(model.backbone.name, info.classes, data_config | more, task, output)
 
 
 class Segmentor(nn.Module):

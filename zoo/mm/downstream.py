@@ -21,6 +21,7 @@ from zoo.errors import InputError
 from zoo.mm import toolbox_operators  # noqa: F401  whose norm checkpoints may name
 from zoo.mm.config import import_toolbox
 from zoo.mm.networks import plain
+from zoo.predicting.answers import Failed, stop
 from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
 from zoo.reading.pictures import open_picture
 from zoo.toolboxes import INSTALL, TOOLBOXES
@@ -42,6 +43,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (checkpoints.are_names, "a list of names"),
     "palette": (lambda value: isinstance(value, list | tuple) and all(_is_colour(colour) for colour in value),
                 "a list of colours, each 3 whole numbers from 0 to 255,"),
+    "category_ids": (lambda value: isinstance(value, list | tuple) and all(isinstance(number, int) for number in value),
+                     "a list of whole numbers"),
 }
 
 
@@ -58,7 +61,8 @@ class RecordSceneHook(Hook):
         held_out = runner.cfg.get("val_dataloader") or runner.cfg.test_dataloader
         steps = [step for step in held_out.dataset.pipeline if step.type not in (*READERS, *PACKERS.values())]
         checkpoint["zoo"] = {"task": runner.cfg.default_scope, "model": plain(runner.cfg.model), "steps": plain(steps),
-                             "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette"))}
+                             "classes": list(dataset.metainfo["classes"]), "palette": plain(dataset.metainfo.get("palette")),
+                             "category_ids": getattr(dataset, "cat_ids", None)}
 
 
 def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Module, SceneInfo]:
@@ -95,8 +99,11 @@ def load_scene_model(checkpoint: str | Path | checkpoints.Opened) -> tuple[nn.Mo
         differing = checkpoints.differences(model.state_dict(), given)
         raise InputError(f"the weights in {path} do not fit: {differing or checkpoints.one_line(error)}") from error
     classes, palette = tuple(map(str, record["classes"])), record.get("palette")
-    colours = np.asarray(palette, np.uint8) if palette else COLOURS[:len(classes)]
-    return model.eval(), SceneInfo(toolbox, classes, colours, steps)
+    colours = np.asarray(palette, np.uint8) if palette else np.resize(COLOURS, (len(classes), 3))
+    ids = tuple(record.get("category_ids") or range(1, len(classes) + 1))
+    if len(ids) != len(classes):
+        raise InputError(f"{path} records {len(ids)} category_ids for {len(classes)} classes")
+    return model.eval(), SceneInfo(toolbox, classes, colours, steps, ids)
 
 
 def check_parts(path: str | Path, toolbox: str, value: object, key: str = "") -> None:
@@ -188,20 +195,25 @@ def prepare(info: SceneInfo, picture: Image.Image) -> dict:
 
 
 def predict_scenes(model: nn.Module, info: SceneInfo, paths: Iterable[str | Path], *, threshold: float = 0.3,
-                   progress: Callable[[int], None] = lambda done: None) -> list[Scene]:
-    """What is in each picture; of instances, those with a score of at least `threshold`."""
+                   failed: Failed = stop) -> Iterator[Scene]:
+    """What is in each picture, one after the other; of instances, those with a score of at least `threshold`.
+
+    What `failed` is called with, the path of a picture that cannot be read and why, is left out.
+    """
     if not 0 <= threshold <= 1:
-        raise InputError(f"the threshold {threshold} is not between 0 and 1")
-    scenes = []
+        raise InputError(f"the threshold {threshold:g} is not between 0 and 1")
     for path in map(Path, paths):
+        try:
+            picture = open_picture(path)
+        except InputError as error:
+            failed(path, error)
+            continue
         with torch.inference_mode():
-            sample = cast(BaseModel, model).test_step(prepare(info, open_picture(path)))[0]
+            sample = cast(BaseModel, model).test_step(prepare(info, picture))[0]
         if info.toolbox == "mmseg":
-            scenes.append(Scene(path, classes=sample.pred_sem_seg.data[0].cpu().numpy()))
+            yield Scene(path, classes=sample.pred_sem_seg.data[0].cpu().numpy())
         else:
             found = sample.pred_instances
             found = found[found.scores >= threshold]
             found = found[found.scores.argsort(descending=True)].cpu().numpy()
-            scenes.append(Scene(path, found.labels, found.scores, found.bboxes, found.get("masks")))
-        progress(len(scenes))
-    return scenes
+            yield Scene(path, found.labels, found.scores, found.bboxes, found.get("masks"))

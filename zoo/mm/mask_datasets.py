@@ -1,7 +1,7 @@
 """Datasets of images and volumes with masks, for segmentation.
 
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
-drawn under the sample's seed (see `zoo.mm.datasets`).
+drawn under the sample's seed (see `zoo.mm.datasets`). Items of whole volumes also have `spacing` (3,), millimetres per voxel.
 """
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
 from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning, open_volume
 
 KEYS = ("inputs", "targets")
 
@@ -74,7 +74,13 @@ class MaskedImages(Dataset):
                 if hasattr(step, "set_random_state"):
                     step.set_random_state(np.random.randint(2**31))
                 item = step(item)
-        return {"inputs": torch.as_tensor(item["inputs"]).contiguous(), "targets": torch.as_tensor(item["targets"])[0].long()}
+        found = {"inputs": torch.as_tensor(item["inputs"]).contiguous(), "targets": torch.as_tensor(item["targets"])[0].long()}
+        spacing = self.spacing(sample.index % len(self.names)) if self.patch is None else None
+        return found if spacing is None else {**found, "spacing": torch.tensor(spacing)}
+
+    def spacing(self, index: int) -> tuple[float, ...] | None:
+        """Millimetres per position along the axes of what `read` gives, if there are any; items of whole images have it."""
+        return None
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         if self.kept is not None and index in self.kept:
@@ -139,6 +145,9 @@ class Volumes(MaskedImages):
             self.said[index] = True
             return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0])
 
+    def spacing(self, index: int) -> tuple[float, ...]:
+        return self.grid.voxel_sizes(open_volume(self.files[index][0], self.data_config["input_size"][0]))
+
 
 def listed_files(path: Path, split: str) -> list[tuple[Path, Path]]:
     """The pairs of a picture or volume and its mask that a CSV has for the split."""
@@ -166,6 +175,9 @@ class MNI152Dataset(MaskedImages):
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         return self.volume
+
+    def spacing(self, index: int) -> tuple[float, ...]:
+        return self.data_config["spacing"]
 
 
 @DATASETS.register_module()
@@ -219,9 +231,9 @@ class PictureMaskDataset(MaskedPictures):
         classes: names in the order of the labels, the background first.
         window: sizes of the windows in which the network predicts, recorded in checkpoints.
         mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
-        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         mask_values: what stands for the classes in the masks, in their order. By default their numbers, 0, 1, …, or for two classes
             0 and 255, see `zoo.reading.masks.MaskValues`.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
         args: further arguments of `MaskedPictures`.
     """
 

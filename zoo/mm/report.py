@@ -1,6 +1,7 @@
 """The page that a training leaves in its work dir: report.html."""
 import heapq
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -26,14 +27,14 @@ from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, lo
 from zoo.mm.config import change_texts, load_config, scope
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
+from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
-from zoo.predicting.segmentation import PALETTE
 from zoo.reading.pictures import open_picture
 from zoo.reading.scalars import STAMP, Scalars, read_scalars
 from zoo.seeing import mistakes
 from zoo.seeing.curves import PERCENT, training_charts
 from zoo.seeing.figures import grey
-from zoo.seeing.mistakes import DIFFERENCES
+from zoo.seeing.mistakes import CONFUSED, DIFFERENCES
 from zoo.seeing.report import Mistake, Mistakes, Report, render
 
 NAME = "report.html"
@@ -66,7 +67,7 @@ def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, 
         trained_on = DATASETS.build(config.train_dataloader.dataset)
         if hasattr(trained_on, "full_init"):
             trained_on.full_init()
-        report = _report(config, paths, read_scalars(paths.work_dir), model, len(trained_on), evaluated)
+        report = _report(config, paths, read_scalars(paths.work_dir), model, trained_on, evaluated)
     with replacing(target) as written:
         written.write_text(render(report), encoding="utf-8", errors="replace")  # names of files can be bytes that are no text
     return target
@@ -234,7 +235,7 @@ class _Areas(_Answers):
         shown = [i for i in np.flatnonzero(self.confusion.sum(0) + self.confusion.sum(1)).tolist() if i >= int(self.background)]
         classes = {self.names[i]: tuple(self.colours[i].tolist()) for i in shown[:mistakes.LIMIT // 10]}
         return self.worst("The lowest Dice, the mean over the classes that are given or answered.", "No mask differs from its answer.",
-                          {**classes, **DIFFERENCES})
+                          {**classes, **(DIFFERENCES if self.background else {"answered as another class": CONFUSED})})
 
 
 class _Masks(_Areas):
@@ -242,7 +243,7 @@ class _Masks(_Areas):
 
     def __init__(self, dataset: Any):
         classes = len(dataset.metainfo["classes"])
-        super().__init__(dataset, np.array([(0, 0, 0), *(PALETTE[i % len(PALETTE)] for i in range(classes - 1))], np.uint8))
+        super().__init__(dataset, background_and(classes))
         self.overlaps, self.volumes = [], False
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
@@ -280,7 +281,7 @@ class _Scenes(_Areas):
 
     def __init__(self, dataset: Any):
         palette = dataset.metainfo.get("palette")
-        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else COLOURS[:len(dataset.metainfo["classes"])])
+        super().__init__(dataset, np.asarray(palette, np.uint8) if palette else np.resize(COLOURS, (len(dataset.metainfo["classes"]), 3)))
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         for sample in samples:
@@ -346,7 +347,7 @@ def _picture(inputs: torch.Tensor, config: Mapping) -> Image.Image:
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
 
 
-def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, training_samples: int, evaluated: dict) -> Report:
+def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained_on: Any, evaluated: dict) -> Report:
     """What the page says, from all that is known; `evaluated` is what `_evaluate` gives, or empty."""
     notes, metrics, held_out = list(evaluated.pop("notes", ())), evaluated.pop("metrics", {}), evaluated.pop("samples", None)
     unit, key = ("epoch", "max_epochs") if "max_epochs" in config.train_cfg else ("iteration", "max_iters")
@@ -357,14 +358,16 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trainin
     is_best = paths.checkpoint.name.startswith("best_")
 
     by_class = {f"{prefix}/{name}" for prefix in ("iou", "dice") for name in evaluated.get("classes", ())}
-    heads = sorted((name for name in metrics if name not in by_class or name.endswith("/mean")),
-                   key=lambda name: (name != best, not name.endswith("/mean")))
+    means = ("iou/mean", "dice/mean")
+    heads = sorted((name for name in metrics if name in means or name not in by_class), key=lambda name: (name != best, name not in means))
     numbers = {f"best {unit}" if is_best else unit: f"{at} of {planned}",
                **{name: _number(name, metrics[name]) for name in heads[:NUMBERS]}}
 
     if held_out is None:
         notes.append("The config has no validation data: nothing is known of how well the model answers.")
     for name in heads:
+        if name.startswith("coco/") and metrics[name] == -1:
+            continue  # of sizes that no object has
         logged = dict(scalars.held_out.get(name, ())).get(at, math.nan)
         if not math.isfinite(metrics[name]):
             notes.append(f"{name} is not a finite number.")
@@ -372,21 +375,22 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trainin
             notes.append(f"{name} is {metrics[name]:.4g} here, and training logged {logged:.4g} at {unit} {at}: "
                          "data, code or precision have changed since.")
     if reached < planned:
-        notes.append(f"The training was interrupted or is still going on: {reached} of {planned} {unit}s are done.")
+        hooks = config.get("custom_hooks") or []
+        early = next((f", stopped early, as the config asks where {hook.monitor} gets no better" for hook in hooks
+                      if hook.type == "EarlyStoppingHook"), "")
+        notes.append(f"{reached} of {planned} {unit}s are done: the training was interrupted{early}, or still goes on.")
 
     network = getattr(model, "name", None)
     if network is None:  # of a toolbox
         network = f"{type(model).__name__} with {getattr(model.backbone, 'name', type(model.backbone).__name__)}"
-    dataset = config.train_dataloader.dataset
-    root = dataset.get("root") or dataset.get("data_root") or config.get("data_root")
+    data = _source(config, trained_on)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ended = datetime.strptime(newest["time"], STAMP)
     begun = scalars.begun[0] if scalars.begun else ended
     runs = f", in {len(scalars.begun)} runs" if len(scalars.begun) > 1 else ""
     facts = {
         "Model": f"{network}, {parameters / 1e6:.2f} million parameters",
-        "Data": f"{dataset.type}{f' of {root}' if root else ''}: {training_samples:,} samples to train on"
-                + (f", {held_out:,} held out" if held_out else ""),
+        "Data": f"{data}: {len(trained_on):,} samples to train on" + (f", {held_out:,} held out" if held_out else ""),
         "Classes": _listed(evaluated["classes"]) if evaluated else "not known",
         "Checkpoint": f"{paths.checkpoint.name}, of {unit} {at}" + (f", the best by {best}" if is_best and best else ""),
         "Trained": f"{begun:%Y-%m-%d %H:%M} to {ended:{'%H:%M' if ended.date() == begun.date() else '%Y-%m-%d %H:%M'}}{runs}",
@@ -397,8 +401,17 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trainin
     commands = {"Go on training" + (f", to {2 * planned} {unit}s" if done else ""): shlex.join(resume),
                 "Use the model": shlex.join(["zoo", "predict", str(paths.checkpoint), "pictures/", "-o", "answers/"])}
     charts = training_charts(scalars, at if is_best else None)
-    return Report(f"{network} on {root or dataset.type}", numbers, facts, notes, commands, charts,
+    return Report(f"{network} on {data}", numbers, facts, notes, commands, charts,
                   f"Written by zoo {zoo.__version__} on {datetime.now():%Y-%m-%d at %H:%M}.", **evaluated)
+
+
+def _source(config: Config, dataset: Any) -> str:
+    """Where the data lie: the folder of all files, if the dataset names them, or what the config says; or else the dataset's type."""
+    files = [path for path, _ in getattr(dataset, "samples", ())] or getattr(dataset, "names", ())
+    if files and Path(files[0]).is_file():
+        return os.path.commonpath([Path(path).parent for path in files])
+    described = config.train_dataloader.dataset
+    return str(described.get("root") or described.get("data_root") or config.get("data_root") or described.type)
 
 
 def _number(name: str, value: float) -> str:

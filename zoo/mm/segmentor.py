@@ -62,11 +62,12 @@ class Segmentor(BaseModel):
             freeze_but(self.model.encoder)
         return self
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Tensor | dict | list[dict]:
-        """`inputs` (B, C, H, W) or (B, C, D, H, W), `targets` class indices without the channel axis.
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor",
+                spacing: Tensor | None = None) -> Tensor | dict | list[dict]:
+        """`inputs` (B, C, H, W) or (B, C, D, H, W), `targets` class indices without the channel axis, `spacing` (B, 3) of volumes.
 
         Mode "tensor" gives the logits; "loss" a dict with the scalar `loss`; "predict" one dict per image with `labels`, the
-        most probable classes, and `target`.
+        most probable classes, `target`, and `spacing` if there is one.
         """
         match mode:
             case "tensor":
@@ -74,8 +75,9 @@ class Segmentor(BaseModel):
             case "loss":
                 return {"loss": self.loss(self.model(inputs).float(), cast(Tensor, targets)[:, None])}
             case "predict":
-                return [{"labels": labels, "target": target}
-                        for labels, target in zip(self._logits(inputs).argmax(1), cast(Tensor, targets), strict=True)]
+                found = {"labels": self._logits(inputs).argmax(1), "target": cast(Tensor, targets)}
+                found |= {} if spacing is None else {"spacing": spacing}
+                return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
         raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
 
     def _logits(self, inputs: Tensor) -> Tensor:

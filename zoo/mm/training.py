@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import print_log
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import METRICS, MODELS
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.checkpoints import one_line, without
 from zoo.errors import InputError
+from zoo.measuring.per_class import Row
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.checkpoint import (
     OtherClassesHook,
@@ -36,6 +38,7 @@ from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
+from zoo.mm.per_class import class_table
 from zoo.mm.runner import Runner, unlogged
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
@@ -141,11 +144,19 @@ def evaluate(config: str | Path, checkpoint: str | Path, *, launcher: str | None
     return metrics
 
 
+def evaluate_classes(config: str | Path, checkpoint: str | Path, *, launcher: str | None = None,
+                     cfg_options: Sequence[str] = ()) -> tuple[dict[str, float], list[Row]]:
+    """As `evaluate`, and a row of numbers for each class, see `zoo.mm.per_class`: in the first process, others get what they have."""
+    table = class_table(load_config(config, cfg_options))
+    metrics, = evaluate_each(config, checkpoint, [()], launcher=launcher, cfg_options=cfg_options, also=[table])
+    return metrics, getattr(table, "rows", [])
+
+
 def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[Sequence[str]], *, launcher: str | None = None,
-                  cfg_options: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+                  cfg_options: Sequence[str] = (), also: Sequence[BaseMetric] = ()) -> Iterator[dict[str, float]]:
     """As `evaluate`, once for each of `changes`, further options that change the test data and nothing of the model.
 
-    The checkpoint is read, and its model built, one time for all of them.
+    The checkpoint is read, and its model built, one time for all of them. `also` are metrics beside those of the config.
     """
     model, classes = None, []
     try:
@@ -159,7 +170,7 @@ def evaluate_each(config: str | Path, checkpoint: str | Path, changes: Iterable[
                 else:
                     check_same_classes(_check_data(changed, PARTS[2:], model), "the changed test data", classes, "those before")
                 _join_processes(changed)
-                metrics = _test(changed, model)
+                metrics = _test(changed, model, also)
             yield metrics
     finally:
         _end_processes()
@@ -185,10 +196,15 @@ def _test_config(config: str | Path, cfg_options: Sequence[str], launcher: str |
     return settings
 
 
-def _test(config: Config, model: nn.Module) -> dict[str, float]:
+def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[str, float]:
     class GivenModelRunner(Runner):
         def build_model(self, described: Mapping) -> nn.Module:
             return model
+
+        def build_evaluator(self, evaluator: Any) -> Evaluator:
+            built = super().build_evaluator(evaluator)
+            built.metrics += also
+            return built
 
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder

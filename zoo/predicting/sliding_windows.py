@@ -30,11 +30,10 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
     sizes = tuple(x.shape[1:])
     if len(window) != len(sizes):
         raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
+    check_overlap(overlap)
     x, inside = padded(x, window)
     whole, sizes = sizes, tuple(x.shape[1:])
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
     rows, places = starts[0], list(itertools.product(*starts[1:]))
     weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
@@ -66,6 +65,12 @@ def padded(x: Tensor, window: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]
     inside = tuple(slice(lack // 2, lack // 2 + n) for n, lack in zip(x.shape[1:], lacking, strict=True))
     sides = [side for lack in reversed(lacking) for side in (lack // 2, lack - lack // 2)]
     return (F.pad(x, sides) if any(sides) else x), inside
+
+
+def check_overlap(overlap: float) -> None:
+    """Raises InputError unless windows that share so much of their size make progress."""
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap is {overlap:g}; it has to be at least 0 and below 1")
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:

@@ -1,6 +1,8 @@
 """Boxes and masks as COCO's annotations have them."""
 import numpy as np
 
+from zoo.errors import require
+
 
 def box(mask: np.ndarray) -> list[int]:
     """Left, top, width and height of what is set in `mask` (H, W)."""
@@ -14,3 +16,11 @@ def run_lengths(mask: np.ndarray) -> dict:
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
     return {"size": list(mask.shape), "counts": counts[: None if counts[-1] else -1].tolist()}
+
+
+def compressed_run_lengths(mask: np.ndarray) -> dict:
+    """The same in the compressed form, `counts` being text, which COCO's results have."""
+    require("masks in COCO's form", "mm", "pycocotools")
+    from pycocotools import mask as masks
+    encoded = masks.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}

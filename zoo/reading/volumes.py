@@ -162,6 +162,12 @@ class Grid:
         zooms = _zooms(canonical)
         return [max(1, round(n * zoom / new)) for n, zoom, new in zip(canonical.shape[:3], zooms, self.spacing or zooms, strict=True)]
 
+    def voxel_sizes(self, image: Any) -> tuple[float, ...]:
+        """Millimetres per voxel along each axis after resampling: what `spacing` asks for, but for rounding to whole voxels."""
+        canonical = _canonical(image)
+        lengths = np.array(_zooms(canonical)) * canonical.shape[:3]
+        return tuple((lengths / self.size(image)).tolist())
+
     def write_mask(self, labels: Tensor, image: Any, path: str | Path) -> None:
         """Writes labels (X, Y, Z) on this grid, whole numbers of any type, as a NIfTI file with the shape and affine of `image`."""
         nibabel = _nibabel()

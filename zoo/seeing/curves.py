@@ -16,7 +16,7 @@ STYLE = """
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
 .charts figure{background:var(--card);border-radius:.5rem;padding:.75rem;min-width:0}
 .charts svg{display:block;width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--soft)}
-.charts .grid{stroke:var(--line)}.charts .mark{stroke:var(--soft);stroke-dasharray:4 3}
+.charts figcaption{font-size:.85rem}.charts .grid{stroke:var(--line)}.charts .mark{stroke:var(--soft);stroke-dasharray:4 3}
 .charts polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.25rem 0 0;padding:0;font-size:.85rem}
 .legend i{display:inline-block;width:1em;height:.3em;margin-right:.4em;vertical-align:middle;background:currentColor}
@@ -58,15 +58,16 @@ def training_charts(scalars: Scalars, best: float | None) -> list[Chart]:
     found: list[Chart] = []
     groups: dict[str, list[str]] = {}
     for name in scalars.held_out:
-        prefix, _, rest = name.rpartition("/")
-        groups.setdefault(" ".join([prefix, rest.split("_")[0]]) if prefix == "coco" else prefix, []).append(name)
+        prefix = name.partition("/")[0] if "/" in name else ""
+        groups.setdefault(name.partition("_")[0] if prefix == "coco" else prefix, []).append(name)  # boxes apart from masks
     for group, names in groups.items():
-        title = f"{group}, held-out data".removeprefix(", ")
+        title = f"{group.replace('/', ' ')}, held-out data".removeprefix(", ")
         if len(names) > LINES:  # the mean, and the classes that end lowest
-            names = sorted(names, key=lambda name: (not name.endswith("/mean"), scalars.held_out[name][-1][1]))[:LINES]
+            names = sorted(names, key=lambda name: (name != f"{group}/mean", scalars.held_out[name][-1][1]))[:LINES]
             title += f" (the {LINES - 1} lowest of {len(groups[group]) - 1} classes)"
-        lines = {name.removeprefix(f"{group}/"): [(x, math.nan if y == -1 and group.startswith("coco") else y)  # COCO's for nothing
-                                                  for x, y in scalars.held_out[name]] for name in names}
+        lines = {name.removeprefix(f"{group.partition('/')[0]}/"): scalars.held_out[name] for name in names}
+        if group.startswith("coco/"):  # where -1 stands for sizes that no object has
+            lines = {name: kept for name, points in lines.items() if (kept := [point for point in points if point[1] != -1])}
         found.append(Chart(title, lines, across, "%" if names[0].startswith(PERCENT) else "", **mark))
     return found + [Chart(title, {name: train[name] for name in names}, across, **mark) for title, names in charts.items() if names]
 
@@ -75,7 +76,7 @@ def _by_epoch(points: Points, epochs: Mapping[float, int]) -> Points:
     """Iterations as parts of epochs: 1.5 is the middle of the second."""
     if not epochs:
         return points
-    length = max(step / epoch for step, epoch in epochs.items())
+    length = max(step / epochs[step] for step, _ in points)
     return [(min(max(step / length, epochs[step] - 1), epochs[step]), value) for step, value in points]
 
 
