@@ -128,13 +128,13 @@ def write_table(rows: dict[str, dict]) -> None:
     lines = [
         "# One's own data, in one command", "",
         f"`zoo train MODEL DATA` from random weights, without further arguments, on {cores} cores of {models[0] if models else 'a CPU'}, "
-        f"{platform.python_implementation()} {platform.python_version()}, torch {torch.__version__}. Each row is the best checkpoint on the "
-        "part for validation. `make own-data` measures it again.", "",
+        f"{platform.python_implementation()} {platform.python_version()}, torch {torch.__version__}. Each row is the best checkpoint on "
+        "the part for validation. `make own-data` measures it again.", "",
         "| data | model | metric | needed | reached | wall time | CPU time | load |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {row['title']} | `{row['model']}` | {row['metric']} | {row['least']:g} | {row['value']:g} | {row['seconds']} s | "
               f"{row['cpu_seconds']} s | {row['load']} |" for row in rows.values()]
-    lines += ["", "Load is how many processes wanted a core meanwhile, on average over five minutes: with more than there are cores, the wall "
-              "time says little and the CPU time more.", "", f"{ROWS}{json.dumps(rows)} -->"]
+    lines += ["", "Load is how many processes wanted a core meanwhile, on average over five minutes: with more than there are cores, the "
+              "wall time says little and the CPU time more.", "", f"{ROWS}{json.dumps(rows)} -->"]
     TABLE.write_text("\n".join(lines) + "\n")
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import timm
 from mmengine.config import Config
 
-import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses, times
 from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
+from zoo.models import unet
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume, spacing_of
@@ -86,7 +86,7 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
     """
     check_fits_data(model, data)
     if wishes.pretrained:
-        check_downloadable(zoo.models.unet.ENCODERS.get(model, model))
+        check_downloadable(unet.ENCODERS.get(model, model))
     if list(work_dir.glob("*.pth")):
         raise InputError(f"{work_dir} holds a run; go on with it by: zoo train {work_dir / 'config.py'} --resume; or name another "
                          "folder with --work-dir")
@@ -126,7 +126,7 @@ NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and 
 
 def kind_of(model: str) -> str:
     """ "unet" or "unet3d" for U-Nets, "network" for other registered models."""
-    if sys.modules[timm.model_entrypoint(model).__module__] is not zoo.models.unet:
+    if sys.modules[timm.model_entrypoint(model).__module__] is not unet:
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
 

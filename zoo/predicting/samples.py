@@ -38,7 +38,7 @@ def _in_turn(data: OwnData) -> Iterator[Sample]:
 def _tile(data: OwnData, sample: Sample) -> Image.Image:
     there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
     names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
-    colours = [tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
+    colours = [_colour(label) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
     picture = _slice(data, sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
         if data.task == "masks" else open_picture(sample.path)
     whole = picture.size
@@ -46,6 +46,11 @@ def _tile(data: OwnData, sample: Sample) -> Image.Image:
     if data.task == "boxes":
         _draw_boxes(picture, sample, picture.width / whole[0])
     return annotate(picture, [*names, sample.path.name[-24:]], [*colours, *[(128, 128, 128)] * (len(names) - len(colours) + 1)])
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    red, green, blue = map(int, COLOURS[label % len(COLOURS)])
+    return red, green, blue
 
 
 def _covered(picture: Image.Image, labels: np.ndarray) -> Image.Image:
@@ -69,7 +74,7 @@ def _slice(data: OwnData, sample: Sample) -> Image.Image:
 def _draw_boxes(picture: Image.Image, sample: Sample, scale: float) -> None:
     pen = ImageDraw.Draw(picture)
     for box in sample.boxes:
-        colour = tuple(map(int, COLOURS[box["category_id"] % len(COLOURS)]))
+        colour = _colour(box["category_id"])
         outline = box.get("segmentation")
         for polygon in outline if isinstance(outline, list) else ():
             pen.line([edge * scale for edge in (*polygon, *polygon[:2])], fill=colour)
