@@ -172,7 +172,8 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
         "optim_wrapper.optimizer.lr": lr, "param_scheduler.0.end": warmup, "param_scheduler.1.begin": warmup,
         "custom_hooks.0.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
         "custom_hooks.1": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
-        "default_hooks.checkpoint": dict(interval=interval, save_best=monitor), "default_hooks.logger.interval": max(1, min(50, steps))})
+        "default_hooks.checkpoint": dict(interval=interval, save_best=monitor, rule="greater"),
+        "default_hooks.logger.interval": max(1, min(50, steps))})
     if "test" in data.splits and task == "boxes":
         config.test_dataloader.dataset.ann_file = config.test_evaluator.ann_file = "test.json"
     elif "test" in data.splits:

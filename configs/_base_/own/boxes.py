@@ -45,4 +45,3 @@ custom_hooks = [
     dict(type='EarlyStoppingHook', monitor='coco/bbox_mAP', rule='greater', min_delta=0.001, patience=10),
 ]
 report = True
-default_hooks = dict(checkpoint=dict(rule='greater'))
