@@ -223,6 +223,8 @@ def test_what_does_not_fit_is_refused(zoo_refuses, tmp_path):
         (("test_resnet", colours, "--weights", "nowhere.pth"), "there is no file nowhere.pth"),
         (("test_resnet", colours, "--weights", colours / "red/0.png"), "0.png is damaged or no checkpoint at all"),
         (("biformer_nano", colours, "--pretrained"), "there are no weights of biformer_nano to download; --weights takes a file"),
+        (("biformer_nano",), "is a model, and no config is called so; .* zoo train biformer_nano DATA; did you mean biformer_nano_digits"),
+        ((colours, "test_resnet"), "is a folder, and the model comes first: zoo train test_resnet .*colours"),
         (("my_config.py", colours), "my_config.py is a config, which names its data itself"),
         (("biformer_nano_digits", "--epochs", 3), r"--epochs goes with a model and data \(zoo train biformer_nano DATA\)"),
     ]:
