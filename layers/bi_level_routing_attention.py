@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import region_means, region_routes, routing_attention
-from zoo.kernels._regions import region_size
+from zoo.kernels._exporting import is_exporting
+from zoo.kernels._regions import pad_to_grid, region_size
 from zoo.kernels.routing_attention.reference import attention
 
 from ._capture import report
 from ._linear import linear
+from ._spatial import crop
 from ._tracing import notrace_module
 
 KVPool = Literal["identity", "avg", "max", "adaptive_avg", "adaptive_max"]
@@ -44,14 +46,14 @@ class BiLevelRoutingAttention(nn.Module):
         scale: of the scores, default qk_dim^-0.5 as in the authors' code (not per head).
         lepe_kernel: size of the depthwise convolution, odd; 0 leaves it out.
         kv_pool: "identity"; "avg" and "max" pool the keys and values of every region by `kv_pool_size` (kernel and stride;
-            the remainder is dropped); "adaptive_avg" and "adaptive_max" pool every region to `kv_pool_size`² of them.
+            the remainder is dropped); "adaptive_avg" and "adaptive_max" pool every region to `kv_pool_size`² of them. All but
+            "identity" are exported for fixed sizes only.
         kv_pool_size: see `kv_pool`.
         soft_routing: multiplies routed keys and values by the softmax of their regions' affinity.
         differentiable_routing: lets the gradient into that affinity; needs `soft_routing`, the only way it reaches the output.
         learned_routing: a linear layer over the region means of queries and keys; needs `differentiable_routing` to learn.
         mask_padding: where the grid does not divide the map, True leaves the overhanging part out of routing, pooling and
-            attention; False pads the input with zeros whose projections take part in everything, as the authors do (exported
-            graphs then hold for one size).
+            attention; False pads the input with zeros whose projections take part in everything, as the authors do.
         qkv_bias: bias of the query, key and value projection.
         out_proj: False leaves the output projection out.
         device, dtype: of the parameters, as in torch.
@@ -124,7 +126,7 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"BiLevelRoutingAttention: x must be (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
         height, width = x.shape[1:3]
         if not self.mask_padding:
-            x = F.pad(x, (0, 0, 0, -width % self.regions[1], 0, -height % self.regions[0]))
+            x = pad_to_grid(x, self.regions, region_size(height, width, self.regions))
         q, k, v = linear(self.qkv, x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
         routes, weights = self._route(q, k)
         kv_size = region_size(*k.shape[1:3], regions=self.regions)
@@ -136,7 +138,9 @@ class BiLevelRoutingAttention(nn.Module):
         out = routing_attention(q, k, v, *shared)
         if lepe is not None:
             out = out + lepe
-        return linear(self.proj, out[:, :height, :width])
+        if not self.mask_padding:
+            out = crop(out.permute(0, 3, 1, 2), (height, width), by_index=True).permute(0, 2, 3, 1)
+        return linear(self.proj, out)
 
     def _route(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.differentiable_routing:
@@ -150,11 +154,15 @@ class BiLevelRoutingAttention(nn.Module):
     def _region_map(self, x: Tensor) -> Tensor:
         """Region means as a map of the regions that hold anything, whose own regions are single positions."""
         rows, columns = (_ceil_div(n, _ceil_div(n, r)) for n, r in zip(x.shape[1:3], self.regions, strict=True))
-        return region_means(x, self.regions).unflatten(1, self.regions)[:, :rows, :columns]
+        means = region_means(x, self.regions).unflatten(1, self.regions)
+        return crop(means[:, None], (rows, columns), by_index=True)[:, 0]
 
     def _pool(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pools every region by itself: the map of pooled positions that cover any of `x`, and the size of its full regions."""
         b, height, width, c = x.shape
+        if is_exporting() and not (isinstance(height, int) and isinstance(width, int)):
+            raise ValueError(f"BiLevelRoutingAttention: kv_pool={self.kv_pool!r} can be recorded for a fixed size only, as by torch.export "
+                             "without dynamic_shapes; torch.jit.trace and graphs with free sizes need kv_pool='identity'")
         (rows, columns), pooled = self.regions, self.kv_pool_size
         h, w = _ceil_div(height, rows), _ceil_div(width, columns)
         adaptive, average = self.kv_pool.startswith("adaptive"), self.kv_pool.endswith("avg")

@@ -145,6 +145,6 @@ CLAIMING = [path for folder in ("configs", "docs", "kernels", "layers", "zoo") f
 def test_what_is_said_of_authors_names_where_to_look(path):
     """An address, a file of a repository (OWNER/NAME, PATH), a test of ours, a card or table, or the list of what they released."""
     text = " ".join(path.read_text().split())
-    places = (r"https://github\.com/\w", r"\b[\w-]+/[\w-]+, [\w/-]+\.py\b", r"\btests/[\w/]+\.py\b", r"\bcards/\w*", r"\bdocs/models\.md\b",
+    places = (r"https://github\.com/\w", r"\b[\w-]+/[\w-]+, [\w/-]+\.py\b", r"\btests/[\w/]+\.py\b", r"\bcards/\w*", r"\bmodels\.md\b",
               r"\bzoo\.models\.released\b", r"\btake_authors_names\b")
     assert any(re.search(place, text) for place in places), "it says something of authors and not where that can be seen"

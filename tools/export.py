@@ -62,6 +62,8 @@ def export_one(args: argparse.Namespace) -> int:
     if args.pictures and args.precision == "float32":
         raise InputError("--pictures is for a lower --precision")
     check_pictures(args.precision, args.pictures)
+    if args.output.suffix.lower() != ".onnx" and not args.output.is_dir():
+        raise InputError(f"{args.output} is no name of an ONNX file; it has to end in .onnx")
     model, info = load(args.model)
     try:
         with replacing(args.output) as written:

@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     from zoo import downloads
     from zoo.models.released import Released, names, released
 
+    if args.cache is not None and args.cache.is_file():
+        raise InputError(f"nothing can be kept in {args.cache}: it is a file; choose a folder")
+
     def say(name: str, found: Released) -> None:
         kept = downloads.place(found.url, name, args.cache) if found.url else None
         state = "here" if kept is not None and kept.exists() else "to download" if found.url else "on a page"

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from zoo.predicting.scenes import Scene, SceneInfo
 
 
+# By option: what it is for, and what it is where it is not given.
+OPTIONS = {
+    "top": ("networks that name classes", 5), "batch": ("networks that name classes", 32),
+    "window": ("networks that look at pictures or volumes in windows", None),
+    "overlap": ("networks that look at pictures or volumes in windows", 0.25), "threshold": ("detectors", 0.3),
+}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth seven.png",
                     "work_dirs/digits/epoch_20.pth scans/ --top 3 -o answers.csv",
@@ -35,15 +43,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote, or an ONNX file that `zoo export` wrote")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
-    parser.add_argument("--top", type=int, default=5, help="classes to name for each picture (default: 5)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
+    parser.add_argument("--top", type=int, help="classes to name for each picture (default: 5)")
+    parser.add_argument("--batch", type=int, help="pictures at once (default: 32)")
     parser.add_argument("-o", "--output",
                         help="where to write answers: NAME.csv or NAME.json, of detectors in COCO's form; a picture (several become a "
                              "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask; "
                              "any name without a suffix: a folder with a table and these files")
     parser.add_argument("--window", type=int, nargs="+", metavar="N", help="sizes of sliding windows (default: those of training)")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next one covers too (default: 0.25)")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detector's boxes (default: 0.3)")
+    parser.add_argument("--overlap", type=float, help="share of a window that the next one covers too (default: 0.25)")
+    parser.add_argument("--threshold", type=float, help="lowest score of a detector's boxes (default: 0.3)")
     return parser.parse_args(arguments)
 
 
@@ -72,6 +80,7 @@ def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int
     from zoo.predicting.classification import ClassAnswers, predict_each
     from zoo.reading.pictures import find_pictures
 
+    settle(args, info.name, "top", "batch")
     pictures = unique(find_pictures(args.inputs))
     answers = None if args.output is None else ClassAnswers(pictures, args.output)
     failures = Failures(len(pictures))
@@ -92,6 +101,7 @@ def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
     """Finds the class of every position of pictures or volumes."""
     from zoo.predicting.segmentation import find_inputs, mask_answers, segment_each
 
+    settle(args, info.name, "window", "overlap")
     if args.output is None:
         raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
     files = unique(find_inputs(args.inputs, info))
@@ -124,17 +134,29 @@ def find(args: argparse.Namespace, info: "SceneInfo", predict: "Callable[..., It
     from zoo.predicting.scenes import scene_answers
     from zoo.reading.pictures import find_pictures
 
+    options = ("threshold",) if info.toolbox == "mmdet" else ()
+    settle(args, str(args.checkpoint), *options)
+    given = {option: getattr(args, option) for option in options}
     pictures = unique(find_pictures(args.inputs))
     answers = None if args.output is None else scene_answers(pictures, args.output, info)
     failures = Failures(len(pictures))
 
     def counted() -> "Iterator[Scene]":
-        for done, scene in enumerate(predict(pictures, threshold=args.threshold, failed=failures), 1):
+        for done, scene in enumerate(predict(pictures, failed=failures, **given), 1):
             if len(pictures) > 1:
                 print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
             yield scene
 
     return report(counted(), lambda scene: scene.described(info.classes), answers, failures)
+
+
+def settle(args: argparse.Namespace, name: str, *options: str) -> None:
+    """Fills in what these options are by default. Raises InputError if one that would do nothing was given."""
+    for option, (kind, default) in OPTIONS.items():
+        if option in options:
+            setattr(args, option, default if getattr(args, option) is None else getattr(args, option))
+        elif getattr(args, option) is not None:
+            raise InputError(f"--{option} is for {kind}, and {name} is none of them")
 
 
 def unique(paths: list[Path]) -> list[Path]:

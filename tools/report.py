@@ -3,8 +3,6 @@ if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
 
 import argparse
-import sys
-import time
 
 from zoo.tools._cli import Parser, run
 
@@ -22,15 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from zoo.mm.report import write_report
 
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 2:
-            print(f"batch {done}/{total}", file=sys.stderr, flush=True)
-            last = time.monotonic()
-
-    print(f"wrote {write_report(args.work_dir, args.checkpoint, progress=show)}")
+    print(f"wrote {write_report(args.work_dir, args.checkpoint)}")
 
 
 if __name__ == "__main__":

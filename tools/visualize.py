@@ -80,6 +80,8 @@ def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
+    import timm
+
     from zoo.checkpoints import load_model
     from zoo.predicting.answers import check_keeps_inputs, output_suffix
     from zoo.predicting.segmentation import find_inputs
@@ -88,6 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     from zoo.seeing.page import folder_for_pictures, write
 
     model, info = load_model(args.model)
+    remark = ""
+    if timm.is_model(args.model):
+        remark = (f"The weights of {info.name} are random: the pictures show what an untrained network does, and mean nothing about the "
+                  "inputs. Give a checkpoint that `zoo train` wrote to see a trained one.")
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     if info.task == "segmentation":
         refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target")
         paths, title = find_inputs(args.inputs, info), f"What the gates of {info.name} let through"
@@ -108,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in paths:
             print(f"{path} …", file=sys.stderr, flush=True)
             sections.append((str(path), see(path)))
-        files = write(args.output, title, sections)
+        files = write(args.output, title, sections, remark)
     print(f"wrote {len(files) - 1} pictures and {files[-1]}")
     return 0
 

@@ -91,7 +91,12 @@ class Opened:
 
 def opened(checkpoint: str | Path | Opened) -> Opened:
     """The checkpoint at a path, read once for all that is done with it. Raises InputError for what `read` refuses."""
-    return checkpoint if isinstance(checkpoint, Opened) else Opened(Path(checkpoint), read(checkpoint))
+    if isinstance(checkpoint, Opened):
+        return checkpoint
+    if timm.is_model(str(checkpoint)) and not Path(checkpoint).exists():
+        raise InputError(f"there is no checkpoint {checkpoint}; that is a model's name, whose weights would be random: give a file that "
+                         "`zoo train` wrote")
+    return Opened(Path(checkpoint), read(checkpoint))
 
 
 def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Module, ModelInfo]:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 import contextlib
 import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,9 @@ def check_writable(path: str | Path) -> None:
 
 def make_folder(path: str | Path) -> None:
     """Makes a folder, and those above it, unless it is there. Raises InputError where it cannot be made or written to."""
+    for place in (path, *Path(path).parents):
+        if os.path.isfile(place):
+            raise InputError(f"cannot write to the folder {path}: {place} is a file; choose another folder")
     with explaining(path, UNWRITABLE + IMPOSSIBLE):
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -35,8 +36,11 @@ class AttentionDiversificationLoss(nn.Module):
     Difference from the authors' code (guoyongcs/TAPADL, TAPADL_FAN/main.py): theirs divides by the number of layers plus 1e-6.
 
     Raises:
-        ValueError: a negative threshold, at construction; in `forward`, a network without such a layer, or one that combines
-            gradient checkpointing with timm's attention spelled out.
+        ValueError: a negative threshold, at construction; in `forward`, a network without such a layer, such as BEiT, whose attention
+            has a bias, or one that combines gradient checkpointing with timm's attention spelled out.
+
+    Attention that is nearly uniform, as that of a new network, has no weight above threshold / N for a threshold from about 1: the
+    similarity is 0 then, and has no gradient.
     """
 
     def __init__(self, threshold: float = 2.0):
@@ -48,8 +52,11 @@ class AttentionDiversificationLoss(nn.Module):
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
         """What model(images) returns, and the similarity, a scalar in [0, 1]; images (B, …)."""
         similarities: list[Tensor] = []
-        with _fused(model), _Similarities(images.shape[0], self.threshold, similarities):
+        with _fused(model), _Similarities(images.shape[0], self.threshold, similarities) as seen:
             out = model(images)
+        if not similarities and seen.biased:
+            raise InputError(f"{type(model).__name__} adds a bias or a mask to the attention of all tokens, as BEiT its relative "
+                             "positions, and the attention diversification loss takes attention of queries and keys alone")
         if not similarities:
             raise InputError(f"{type(model).__name__} has no layer in which all tokens of an image attend to one another, "
                              "which the attention diversification loss needs")
@@ -64,7 +71,7 @@ class _Similarities(TorchFunctionMode):
 
     def __init__(self, batch: int, threshold: float, found: list[Tensor]):
         super().__init__()
-        self.batch, self.threshold, self.found = batch, threshold, found
+        self.batch, self.threshold, self.found, self.biased = batch, threshold, found, False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -74,6 +81,7 @@ class _Similarities(TorchFunctionMode):
     def _add(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
         among_all = query.ndim == 4 and query.shape[0] == self.batch and query.shape == key.shape
+        self.biased |= among_all and (attn_mask is not None or is_causal)
         if among_all and attn_mask is None and not is_causal:
             with _kept():
                 self.found.append(attention_similarity(query, key, self.threshold, scale))
@@ -87,14 +95,14 @@ def _kept() -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def _fused(model: nn.Module) -> Iterator[None]:
     """Lets timm's attention run as scaled_dot_product_attention, which computes the same."""
-    spelled_out = [m for m in model.modules() if isinstance(m, (Attention, AttentionRope)) and not m.fused_attn]
+    spelled_out = [m for m in model.modules() if isinstance(m, (Attention, AttentionRope, BeitAttention)) and not m.fused_attn]
     if spelled_out and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "
                          "leave one of checkpointing and fused_attn=False")
     for module in spelled_out:
-        module.fused_attn = True  # pyright: ignore[reportAttributeAccessIssue]  # final for timm's TorchScript only
+        vars(module)["fused_attn"] = True
     try:
         yield
     finally:
         for module in spelled_out:
-            module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]  # as above
+            vars(module)["fused_attn"] = False

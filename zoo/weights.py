@@ -50,6 +50,8 @@ def read(path: str | Path, map_location: str | torch.device = "cpu", allow: Iter
     if not path.exists():
         others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"there is no checkpoint {path}{near_misses(path.name, others)}")
+    if path.suffix.lower() == ".onnx":
+        raise InputError(f"{path} is an ONNX file, which `zoo predict` takes; here a checkpoint is needed, such as `zoo train` writes")
     allow = list(allow)
     try:
         if path.stat().st_size == 0:
@@ -229,4 +231,5 @@ def _why_unreadable(path: Path, error: Exception, allow: list) -> str:
         return f"{path} would run code on loading and is refused: it names {', '.join(sorted(needed))}"
     if "larger than the file" in text:
         return f"{path} is refused: {text}"
-    return f"{path} is damaged or no checkpoint at all ({type(error).__name__} while reading it)"
+    return (f"{path} is damaged or no checkpoint at all ({type(error).__name__} while reading it); give a file that `zoo train` wrote, "
+            "or one with the authors' weights")

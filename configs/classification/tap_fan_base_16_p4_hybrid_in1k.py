@@ -23,4 +23,4 @@ param_scheduler = [dict(type='WarmupCosineLR', warmup_epochs=10, warmup_lr=1e-6,
 train_cfg = dict(max_epochs=310)  # the last ten at the lowest rate
 
 custom_hooks = [dict(type='ModelEMAHook', decay=0.99996, report='both')]
-default_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))
+default_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema'], rule='greater'))

@@ -137,7 +137,7 @@ def test_compiles_whole(name):
     torch.testing.assert_close(torch.compile(m, fullgraph=True)(x), m(x))
 
 
-@pytest.mark.parametrize("name", ["default", "soft"])
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if "kv_pool" not in options])
 def test_exports_with_any_size(name):
     m = layer(**OPTIONS[name]).float().eval()
     dims = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
@@ -146,6 +146,16 @@ def test_exports_with_any_size(name):
     for shape in ((1, 12, 12, 8), (3, 5, 4, 8), (2, 10, 7, 8)):
         x = torch.randn(shape)
         torch.testing.assert_close(exported(x), m(x))
+
+
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if "kv_pool" in options])
+def test_pooled_keys_export_with_one_size(name):
+    m, x = layer(**OPTIONS[name]).float().eval(), torch.randn(2, 10, 7, 8)
+    torch.testing.assert_close(torch.export.export(m, (x,)).module()(x), m(x))
+    with pytest.raises(Exception, match="fixed size only"):
+        torch.export.export(m, (x,), dynamic_shapes=(dict.fromkeys((1, 2), torch.export.Dim.DYNAMIC),))
+    with pytest.raises(ValueError, match="fixed size only"), torch.no_grad():
+        torch.jit.trace(m, x)
 
 
 def test_state_survives_saving(tmp_path):

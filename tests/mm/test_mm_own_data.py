@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from html_pages import Page
 from PIL import Image
 
 from zoo.checkpoints import load_trained
@@ -31,6 +32,9 @@ def zoo_train(capfd, tmp_path) -> Callable[..., tuple[str, Path]]:
             command(["train", *map(str, arguments), "--work-dir", str(tmp_path / work_dir)])
         said = capfd.readouterr()
         assert end.value.code in (None, 0), said.err[-3000:]
+        assert f"report: {tmp_path / work_dir / 'report.html'}" in said.out, said.err[-3000:]
+        page = Page(tmp_path / work_dir / "report.html")
+        assert page.says(f" on {tmp_path}") and not page.says(f" on {tmp_path / work_dir}")
         return said.out, tmp_path / work_dir
 
     return run

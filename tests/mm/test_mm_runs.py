@@ -238,3 +238,12 @@ def test_resumed_runs_say_so(tiny_train, capfd):
     tiny_train("run", "experiment_name=again", "train_cfg.max_epochs=3", resume="auto")
     assert ", going on after epoch 2/3; the whole log" in capfd.readouterr().out
     assert latest_checkpoint(folder) == folder / "epoch_3.pth"
+
+
+@pytest.mark.parametrize(("threshold", "said"), [(2.0, 1), (0.5, 0)])
+def test_a_loss_that_is_nothing_is_said_once(tiny_train, capfd, threshold, said):
+    """As that of attention of a small transformer, none of which is above the threshold."""
+    _, _, folder = tiny_train("run", "model.attention_diversification=1.0", f"model.attention_threshold={threshold}",
+                              "optim_wrapper.optimizer.lr=1e-6")
+    warning = "attention_similarity has been 0 at every step, and nothing is learned from it: no weight of attention is above"
+    assert capfd.readouterr().out.count(warning) == next(folder.rglob("*.log")).read_text().count(warning) == said

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from html_pages import Page
 from mmengine.registry import DATASETS, MODELS
 from monai.inferers import sliding_window_inference
 from PIL import Image
@@ -23,6 +24,7 @@ from zoo.mm.config import load_config
 from zoo.mm.datasets import Sample
 from zoo.mm.mask_datasets import DecathlonDataset, DigitScenesDataset, MNI152Dataset, PictureMaskDataset, VolumeFolderDataset
 from zoo.mm.metrics import MeanDice, MeanIoU
+from zoo.mm.report import write_report
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.training import evaluate_classes
 from zoo.predicting.segmentation import prepare
@@ -171,8 +173,8 @@ def test_datasets_of_files(data):
 
 def test_bad_data_are_one_sentence(data, tmp_path):
     volumes = dict(classes=["background", "ball"], window=(8, 8, 8))
-    with pytest.raises(InputError, match="0.nii.gz has 14×12×10 positions, fewer than a patch of 8×8×16; make patches smaller"):
-        VolumeFolderDataset(str(data), "train", patch=(8, 8, 16), **volumes)[Sample(0, 0)]
+    with pytest.raises(InputError, match=r"patch=\(8, 8\): .*0.nii.gz has 14×12×10 positions"):
+        VolumeFolderDataset(str(data), "train", patch=(8, 8), **volumes)[Sample(0, 0)]
     with pytest.raises(InputError, match="has unknown labels 1; known are 0 to 0"):
         VolumeFolderDataset(str(data), "train", ["background"], (8, 8, 8))[Sample(0, 0)]
     with pytest.raises(InputError, match="has unknown values 1; known are 0 to 0"):
@@ -197,7 +199,7 @@ def test_bad_data_are_one_sentence(data, tmp_path):
     with pytest.raises(InputError, match=r"has labels \[0, 2\], where they have to run from 0"):
         DecathlonDataset(str(tmp_path), "train", (8, 8, 8))
     (tmp_path / "dataset.json").write_text('{"training": []}')
-    with pytest.raises(InputError, match="is not a description of the Decathlon's kind: KeyError"):
+    with pytest.raises(InputError, match="is not a description of the Decathlon's or nnU-Net's kind: KeyError"):
         DecathlonDataset(str(tmp_path), "train", (8, 8, 8))
     (tmp_path / "train" / "labels").mkdir()
     for name, affine, size in (("images", np.eye(4), (9, 9, 9)), ("labels", 2 * np.eye(4), (9, 9, 9))):
@@ -252,7 +254,7 @@ def test_rows_of_volumes_are_in_millimetres(volume_run, data, tmp_path):
     assert float(row["dice"]) == pytest.approx(metrics["dice/ball"])
     item = VolumeFolderDataset(str(data), "val", ["background", "ball"], (8, 8, 8), clip=(0, 100))[Sample(0, 0)]
     with torch.inference_mode():
-        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.25, mode="gaussian")
+        logits = sliding_window_inference(item["inputs"][None], (8, 8, 8), 4, load_trained(checkpoint)[0], overlap=0.5, mode="gaussian")
     found, truth, spacing = logits[0].argmax(0).numpy(), item["targets"].numpy(), (1.0, 1.0, 2.0)
     assert item["spacing"].tolist() == list(spacing)
     assert float(row["hd95"]) == pytest.approx(per_class.overlap(truth, found, 2, spacing).hd95[0]) and float(row["hd95"]) > 0
@@ -278,6 +280,121 @@ def test_exported_networks_give_the_masks_of_their_checkpoints(volume_run, data,
         tool("predict")([str(tmp_path / "x.onnx"), str(path), "-o", str(tmp_path / "m.nii.gz"), "--window", "9", "9", "9"])
 
 
+def test_a_report_of_volumes_has_their_slices_and_distances(volume_run, data):
+    checkpoint, metrics, _ = volume_run
+    page = Page(write_report(checkpoint.parent))
+    head = page.texts.index("class")
+    assert page.texts[head:head + 7] == ["class", "images", "missed", "Dice, %", "HD95, mm", "surface Dice, %", "ball"]
+    assert page.texts.count(f"{metrics['dice/ball']:.1f}%") == 1 and page.says(f"{metrics['dice/ball']:.1f}")
+    assert page.says("0.nii.gz, slice ") and page.says("of 10, where most differs") and len(page.pictures) == 4
+    assert {what.rpartition(": ")[2] for what, _ in page.pictures} == {"picture", "given", "answer", "difference"}
+    assert all(picture.size == (14, 12) for _, picture in page.pictures) and page.says(f"attention_unet3d on {data}")
+
+
+def test_volumes_smaller_than_the_window_are_padded_everywhere(volume_run, data, tmp_path):
+    """As patches, in evaluation and in prediction, which agree."""
+    checkpoint, _, options = volume_run
+    larger = (16, 24, 16)
+    item = VolumeFolderDataset(str(data), "train", ["background", "ball"], larger, clip=(0, 100), patch=larger)[Sample(0, 0)]
+    whole = VolumeFolderDataset(str(data), "train", ["background", "ball"], larger, clip=(0, 100)).read(0)
+    for padded, inner in ((item["inputs"], whole[0]), (item["targets"][None], whole[1])):
+        assert padded.shape[1:] == larger and torch.equal(padded[:, 1:15, 6:18, 3:13], inner)
+        assert padded.sum().item() == pytest.approx(inner.sum().item())
+    options = [*options, f"model.window={larger}", f"train_dataloader.dataset.patch={larger}", "train_cfg.max_epochs=1",
+               "experiment_name=small"]
+    train("attention_unet3d_folders", work_dir=tmp_path / "run", cfg_options=options)
+    metrics = evaluate("attention_unet3d_folders", checkpoint, cfg_options=options)
+    path = data / "val" / "images" / "0.nii.gz"
+    how = ["--window", *map(str, larger), "--overlap", "0.5"]
+    assert tool("predict")([str(checkpoint), str(path), "-o", str(tmp_path / "m.nii"), *how]) == 0
+    truth, found = (np.asarray(nibabel.load(file).dataobj) == 1 for file in (data / "val" / "labels" / "0.nii.gz", tmp_path / "m.nii"))
+    assert 200 * (truth & found).sum() / (truth.sum() + found.sum()) == pytest.approx(metrics["dice/ball"], abs=0.5)
+
+
+@pytest.fixture(scope="module")
+def decathlon(tmp_path_factory):
+    """Two channels, of which the second alone shows the ball, as the Decathlon and as nnU-Net have them."""
+    roots = {kind: tmp_path_factory.mktemp(kind) for kind in ("decathlon", "nnunet")}
+    random, affine = np.random.default_rng(0), np.diag([1.0, 1.0, 2.0, 1.0])
+    for root in roots.values():
+        for folder in ("imagesTr", "labelsTr"):
+            (root / folder).mkdir()
+    for i in range(3):
+        inside = sum((axis - c) ** 2 for axis, c in zip(np.indices((9, 10, 8)), random.uniform(3, 5, 3), strict=True)) < 8
+        volume = np.stack([random.normal(50, 5, inside.shape), 100 * inside + random.normal(0, 5, inside.shape)], -1).astype(np.float32)
+        for root in roots.values():
+            nibabel.save(nibabel.Nifti1Image(inside.astype(np.uint8), affine), root / "labelsTr" / f"c{i}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(volume, affine), roots["decathlon"] / "imagesTr" / f"c{i}.nii.gz")
+        for channel in range(2):
+            nibabel.save(nibabel.Nifti1Image(volume[..., channel], affine), roots["nnunet"] / "imagesTr" / f"c{i}_{channel:04d}.nii.gz")
+    (roots["decathlon"] / "dataset.json").write_text(json.dumps({
+        "labels": {"0": "background", "1": "ball"}, "modality": {"0": "T2", "1": "ADC"},
+        "training": [{"image": f"./imagesTr/c{i}.nii.gz", "label": f"./labelsTr/c{i}.nii.gz"} for i in range(3)]}))
+    (roots["nnunet"] / "dataset.json").write_text(json.dumps({
+        "labels": {"background": 0, "ball": 1}, "channel_names": {"0": "T2", "1": "ADC"}, "file_ending": ".nii.gz", "numTraining": 3}))
+    return roots
+
+
+SEVERAL = [
+    "model.args={'num_classes': 2, 'in_chans': 2, 'widths': (4, 6), 'norm': 'instance'}", "model.window=(8, 8, 8)",
+    "optim_wrapper.type=OptimWrapper", "optim_wrapper.optimizer.lr=0.02", "param_scheduler=[]",
+    "train_cfg.max_epochs=8", "train_cfg.val_interval=8", "train_dataloader.dataset.patch=(8, 8, 8)",
+    *(f"{part}_dataloader.{key}" for part in ("train", "val", "test") for key in (
+        "num_workers=0", "persistent_workers=False", "dataset.window=(8, 8, 8)", "dataset.spacing=None", "dataset.clip=None"))]
+
+
+@pytest.mark.parametrize("kind", ["decathlon", "nnunet"])
+def test_several_channels_are_trained_tested_predicted_and_exported(decathlon, tmp_path, kind):
+    from zoo.exporting.onnx import export_onnx
+
+    options = [f"data_root={decathlon[kind]}", *SEVERAL, f"experiment_name={kind}"]
+    _, metrics = train("attention_unet3d_btcv", work_dir=tmp_path / "run", cfg_options=options)
+    assert metrics["dice/ball"] > 50
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert evaluate("attention_unet3d_btcv", checkpoint, cfg_options=options) == pytest.approx(metrics)
+    name = "c0.nii.gz" if kind == "decathlon" else "c0_0000.nii.gz"
+    assert tool("predict")([str(checkpoint), str(decathlon[kind] / "imagesTr"), "-o", str(tmp_path / "found"), "--overlap", "0.5"]) == 0
+    assert len(list((tmp_path / "found").iterdir())) == 3
+    mask = nibabel.load(tmp_path / "found" / name.replace(".nii.gz", "_mask.nii.gz"))
+    truth, found = (np.asarray(image.dataobj) == 1 for image in (nibabel.load(decathlon[kind] / "labelsTr" / "c0.nii.gz"), mask))
+    dice = 200 * (truth & found).sum() / (truth.sum() + found.sum())
+    assert mask.shape == truth.shape and dice == pytest.approx(metrics["dice/ball"], abs=1)
+    model, info = load_trained(checkpoint)
+    assert info.input_size == (2, 8, 8, 8)
+    export_onnx(model, info, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"the model takes 1 channels, the train data have 2; set model.args.in_chans"):
+        train("attention_unet3d_btcv", work_dir=tmp_path / "no", cfg_options=[*options, "model.args.in_chans=1"])
+    with pytest.raises(InputError, match="is of shape 9×10×8, where 2 channels"):
+        tool("predict")([str(checkpoint), str(decathlon[kind] / "labelsTr" / "c0.nii.gz"), "-o", str(tmp_path / "x.nii")])
+
+
+def test_nan_is_said_once_for_a_file_whoever_reads_it(tmp_path, caplog):
+    """Also where several processes load data, in every epoch anew: what one of them has said, the others do not say."""
+    from torch.utils.data import DataLoader
+
+    for split in ("train", "val"):
+        for folder in ("images", "labels"):
+            (tmp_path / split / folder).mkdir(parents=True)
+            data = np.ones((8, 8, 8), np.float32)
+            data[0] = np.nan if folder == "images" else 0
+            nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / split / folder / "x.nii")
+    described = dict(classes=["background", "a"], window=(4, 4, 4), patches=6)
+    dataset = VolumeFolderDataset(str(tmp_path), "train", **described)
+    loader = DataLoader(dataset, batch_size=1, sampler=[Sample(i, 0) for i in range(6)], num_workers=2)
+    assert all(batch["inputs"].isfinite().all() for batch in loader) and dataset.said.all()
+    dataset[Sample(0, 0)]
+    assert not caplog.records  # of this process
+    other = VolumeFolderDataset(str(tmp_path), "train", **described)
+    for _ in range(2):
+        other[Sample(0, 0)]
+    message, = caplog.messages
+    assert message.endswith("train/images/x.nii has 64 voxels that are NaN; they count as outside, 0")
+    data[0] = np.inf
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / "val" / "images" / "x.nii")
+    with pytest.raises(InputError, match="the volume .*val/images/x.nii has 64 voxels that are infinite"):
+        VolumeFolderDataset(str(tmp_path), "val", **described)[Sample(0, 0)]
+
+
 def test_gates_of_a_volume_are_pictured(volume_run, data, tmp_path):
     path = data / "val" / "images" / "0.nii.gz"
     _, info = load_trained(volume_run[0])
@@ -298,7 +415,6 @@ def test_what_a_network_for_volumes_is_not_given(volume_run, data, tmp_path):
     for arguments, message in [
         ([picture, "-o", tmp_path / "m.nii.gz"], "is a 3-D network and takes volumes .*; .*0.png is a 2-D picture"),
         ([volume], "its masks have to go somewhere: name a file or folder with -o"),
-        ([volume, "-o", tmp_path / "m.nii.gz", "--window", "16", "8", "8"], "0.nii.gz: the input has 14×12×10 positions, fewer than"),
         ([volume, "-o", tmp_path / "m.nii.gz", "--window", "8", "8"], "the window is 8×8, where attention_unet3d needs 3 sizes"),
         ([volume, "-o", tmp_path / "m.nii.gz", "--overlap", "1"], "overlap is 1; it has to be at least 0 and below 1"),
         ([volume, data / "train" / "labels", "-o", tmp_path / "m.nii.gz"], "3 answers are too many for one file"),
@@ -313,8 +429,12 @@ def test_what_a_network_for_volumes_is_not_given(volume_run, data, tmp_path):
 
 def test_trains_on_pictures_and_overlays(data, tmp_path, capsys):
     options = ["model.args={'num_classes': 11, 'in_chans': 1, 'widths': (4, 6, 8)}", "train_dataloader.dataset.scenes=32",
-               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "experiment_name=scenes"]
+               "val_dataloader.dataset.scenes=4", "train_cfg.max_epochs=1", "train_cfg.val_interval=1", "experiment_name=scenes",
+               "report=True"]
     _, metrics = train("attention_unet_digits", work_dir=tmp_path / "run", cfg_options=options)
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.says("HD95, pixels") and f"{metrics['iou/background']:.1f}" in page.texts and len(page.pictures) == 4 * 4
+    assert page.says("scene 3. ") and all(picture.size == (64, 64) for _, picture in page.pictures)
     assert 0 <= metrics["iou/mean"] <= 100 and metrics["iou/background"] > 0
     checkpoint = latest_checkpoint(tmp_path / "run")
     model, info = load_trained(checkpoint)

@@ -31,6 +31,12 @@ def config(request) -> Config:
     return load_config(request.param)
 
 
+def test_the_best_checkpoint_is_kept_and_hooks_of_the_house_are_there(config):
+    checkpoint = config.default_hooks.checkpoint
+    assert checkpoint.save_best == ("coco/bbox_mAP" if config.default_scope == "mmdet" else "mIoU") and checkpoint.rule == "greater"
+    assert {"IterationSeedHook", "FiniteHook", "ScreenHook", "RecordSceneHook"} <= {hook.type for hook in config.custom_hooks}
+
+
 def _strides(backbone: TimmBackbone, neck: dict) -> list[int]:
     """Of the maps that the neck gives: an FPN halves on from the last map of the backbone."""
     strides = list(backbone.strides[neck.get("start_level", 0):])

@@ -117,8 +117,8 @@ def test_weights_are_reported_and_their_average_is_kept_beside(tiny_train, repor
 def test_the_best_by_weights_and_by_average_are_kept(tmp_path):
     base = Path(__file__).parents[2] / "configs" / "classification" / "biformer_nano_digits.py"
     (tmp_path / "both.py").write_text(
-        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema']))\n")
-    options = ["custom_hooks.1.report=both", "custom_hooks.1.decay=0.9", "train_cfg.val_interval=1"]
+        f"_base_ = '{base}'\ndefault_hooks = dict(checkpoint=dict(save_best=['accuracy/top1', 'accuracy/top1_ema'], rule='greater'))\n")
+    options = ["custom_hooks.0.report=both", "custom_hooks.0.decay=0.9", "train_cfg.val_interval=1"]
     train(tmp_path / "both.py", work_dir=tmp_path / "run", cfg_options=[*TINY, f"experiment_name={tmp_path.name}", *options])
     for name in ("top1", "top1_ema"):
         best, = (tmp_path / "run").glob(f"best_accuracy_{name}_epoch_?.pth")
@@ -216,11 +216,12 @@ def test_two_processes_agree_with_one(python, tiny_train, tmp_path):
 def test_the_digits_config_runs_in_two_processes(python, tmp_path):
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "zoo", "train", "biformer_nano_digits",
                   "--work-dir", tmp_path, "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.limit=128",
-                  "train_dataloader.batch_size=16", "val_dataloader.dataset.limit=41")
+                  "train_dataloader.batch_size=16", "val_dataloader.dataset.limit=41", "report=True")
     checkpoint = load_from_local(tmp_path / "epoch_1.pth")
     assert checkpoint["meta"]["iter"] == 4
     single = evaluate("biformer_nano_digits", tmp_path / "epoch_1.pth", cfg_options=["test_dataloader.dataset.limit=41"])
     assert f"accuracy/top1 {single['accuracy/top1']:.2f}" in done.stdout
+    assert done.stdout.count("report: ") == 1 and f">{single['accuracy/top1']:.1f}%<" in (tmp_path / "report.html").read_text()
 
 
 def test_image_folders_train_with_the_imagenet_recipe(tmp_path):

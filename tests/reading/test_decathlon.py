@@ -29,8 +29,8 @@ def files_of(names):
 
 
 def both(path, **args):
-    parts = {split: read_decathlon(path, split, **args) for split in ("train", "val")}
-    return {split: [os.path.realpath(image) for image, _ in task.files] for split, task in parts.items()}
+    task = read_decathlon(path, "train", **args)
+    return {split: [os.path.realpath(image) for image, _ in files] for split, files in (("train", task.training), ("val", task.validation))}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -86,20 +86,20 @@ def test_one_file_listed_twice_is_in_one_part(tmp_path):
 
 def test_nnunet_describes_folders(tmp_path):
     described = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "lesion": 2, "liver": 1}, "numTraining": 2,
-                 "file_ending": ".nii.gz"}
+                 "file_ending": ".nii.gz"}  # the last of which is of the second version
     path = write(tmp_path, described, [f"imagesTr/{case}_{i:04d}.nii.gz" for case in ("case_1", "case_2") for i in (0, 1)])
     write(tmp_path, described, [f"labelsTr/{case}.nii.gz" for case in ("case_1", "case_2")])
     (tmp_path / "labelsTr" / "._case_1.nii.gz").write_text("what macOS leaves")
     task = read_decathlon(path, "val")
     assert (task.classes, task.channels) == (["background", "liver", "lesion"], 2)
-    assert task.files == [(tmp_path / "imagesTr" / "case_1_0000.nii.gz", tmp_path / "labelsTr" / "case_1.nii.gz")]
-    assert [image.name for image, _ in read_decathlon(path, "train").files] == ["case_2_0000.nii.gz"]
+    assert task.validation == [(tmp_path / "imagesTr" / "case_1_0000.nii.gz", tmp_path / "labelsTr" / "case_1.nii.gz")]
+    assert [image.name for image, _ in task.training] == ["case_2_0000.nii.gz"]
 
 
 def test_nnunets_first_version_leaves_out_the_channels_number(tmp_path):
     path = write(tmp_path, {"labels": LABELS, "modality": {"0": "CT"}, "training": pairs("ab")},
                  ["imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz"])
-    assert read_decathlon(path, "val").files == [(tmp_path / "imagesTr" / "a_0000.nii.gz", tmp_path / "labelsTr" / "a.nii.gz")]
+    assert read_decathlon(path, "val").validation == [(tmp_path / "imagesTr" / "a_0000.nii.gz", tmp_path / "labelsTr" / "a.nii.gz")]
 
 
 @pytest.mark.parametrize(("described", "message"), [
@@ -108,7 +108,8 @@ def test_nnunets_first_version_leaves_out_the_channels_number(tmp_path):
     ({"labels": {"background": 0, "a": 2}, "file_ending": ".nii.gz"}, r"has labels \[0, 2\], where they have to run from 0"),
     ({"labels": {"background": 0, "a": 1}, "file_ending": ".tif"}, "has files that end in '.tif'; volumes that are read end in .nii"),
     ({"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}, "names no volumes for train"),
-    ({"labels": {"background": 0, "a": 1}}, "is not a description of the Decathlon's or nnU-Net's kind: KeyError"),
+    ({"labels": {"background": 0, "a": 1}}, "names no volumes for train"),
+    ({"training": []}, "is not a description of the Decathlon's or nnU-Net's kind: KeyError"),
     ({"labels": ["background", "a"], "training": []}, "is not a description of the Decathlon's or nnU-Net's kind: AttributeError"),
 ])
 def test_what_is_no_description_is_one_sentence(tmp_path, described, message):

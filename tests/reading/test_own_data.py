@@ -176,6 +176,30 @@ def test_volumes_in_folders(tmp_path):
     assert found.classes == ("background", "class 1", "class 2") and {k: len(v) for k, v in found.splits.items()} == {"train": 2, "val": 1}
 
 
+def test_scans_of_a_subject_are_on_one_side(tmp_path):
+    for subject, session in itertools.product(range(6), range(3)):
+        volume(tmp_path / "images" / f"sub-{subject}_ses-{session}.nii.gz", 1, subject, 10 + session)
+        volume(tmp_path / "labels" / f"sub-{subject}_ses-{session}.nii.gz", 0, 1)
+    parts = divided(discover(tmp_path), 3).splits
+    subjects = {split: {sample.path.name[:5] for sample in parts[split]} for split in ("train", "val")}
+    assert len(subjects["val"]) == 2 and not subjects["train"] & subjects["val"]
+
+
+def test_masks_of_volumes_with_nan_and_infinite_labels(tmp_path, caplog):
+    for value in (np.nan, np.inf):
+        volume(tmp_path / "images" / "a.nii.gz", 1, 2)
+        labels = np.zeros((4, 4, 4), np.float32)
+        labels[0], labels[1, 1, 1] = 1, value
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "labels" / "a.nii.gz")
+        if np.isnan(value):
+            assert discover(tmp_path).classes == ("background", "class 1")
+            assert "labels/a.nii.gz has 1 voxels that are NaN; they count as outside" in caplog.text
+        else:
+            with pytest.raises(InputError, match="labels/a.nii.gz has 1 voxels that are infinite"):
+                discover(tmp_path)
+
+
 # Tables
 
 @pytest.mark.parametrize("header", [None, "file{0}kind{0}set", "id{0}label"])

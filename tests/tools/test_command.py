@@ -51,7 +51,8 @@ def test_the_command_lists_its_programs(arguments, light):
     assert done.returncode == 0 and done.stderr == ""
     for name, text in PROGRAMS.items():
         assert f"  {name} " in done.stdout and text in done.stdout and text.endswith(".") and len(text) < 120
-    assert {"train", "test", "predict", "export", "visualize", "benchmark", "models", "prepare-digits", "install-mm"} <= set(PROGRAMS)
+    assert {"train", "test", "predict", "export", "visualize", "report", "benchmark", "models", "prepare-digits",
+            "install-mm"} <= set(PROGRAMS)
 
 
 def test_version(light):

@@ -1,10 +1,13 @@
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from zoo.errors import InputError
+from zoo.seeing.mechanism_pictures import COLOURS, PICTURES
+from zoo.seeing.page import LEGEND
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,48 @@ def test_writes_pictures_and_the_page(main, grey, tmp_path, capsys):
     assert "wrote 5 pictures and" in capsys.readouterr().out
     assert len(list((tmp_path / "seen").glob("*.png"))) == 5 and (tmp_path / "seen" / "index.html").stat().st_size > 10_000
     assert len(list((tmp_path / "seen").iterdir())) == 6
+
+
+class _Page(HTMLParser):
+    """Texts of what is shown, by tag, and the alternatives of pictures."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.texts, self.alts, self.meta, self.tag = [], [], {}, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tag, found = tag, dict(attributes)
+        if tag == "img":
+            self.alts.append(found["alt"])
+        if tag == "meta" and "name" in found:
+            self.meta[found["name"]] = found["content"]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_says_what_is_random_what_colours_mean_and_what_pictures_show(main, grey, tmp_path, capsys):
+    assert main(["biformer_nano", grey, "-o", str(tmp_path / "seen"), "--attributions", "gradcam"]) == 0
+    assert "note: The weights of biformer_nano are random" in capsys.readouterr().err
+    page = _Page((tmp_path / "seen" / "index.html").read_text())
+    assert any("weights of biformer_nano are random" in text for text in page.texts) and "width=device-width" in page.meta["viewport"]
+    for colour, (_, meaning) in LEGEND.items():
+        assert (meaning in page.texts) == (colour in ("from", "routes", "heat")), colour
+    assert all(alt.startswith("grey.png, ") for alt in page.alts)
+    assert "the red region attends to" in page.alts[0] and "how much each place speaks for class" in page.alts[-1]
+    assert re.search(r"speaks for class \d+, 0\.\d% probable: no class of 1000 has as much as 1%", page.alts[-1])
+
+
+def test_likely_classes_are_offered_by_name(main, checkpoint, grey, tmp_path, capsys):
+    arguments = [str(checkpoint), grey, "--attributions", "gradcam"]
+    assert main([*arguments, "-o", str(tmp_path / "seen")]) == 0
+    assert "random" not in capsys.readouterr().err
+    page = _Page((tmp_path / "seen" / "index.html").read_text())
+    assert not any("random" in text for text in page.texts)
+    names = re.search(r"speaks for (\w+), ([\d.]+)% probable; other classes: (.*)\.$", page.alts[-1])
+    others = re.findall(r"(\w+) ([\d.]+)%", names[3])
+    assert {names[1], *(name for name, _ in others)} <= {"circle", "square", "star"} and all(float(value) >= 1 for _, value in others)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "fan_tiny_12_p16_224"])
@@ -93,3 +138,8 @@ def test_what_cannot_be_written_is_said_before_the_work(tool, grey, monkeypatch,
     for output in (f"{grey}/sub", f"{grey}/sub/further", "x" * 300, grey + "/../" + "x" * 300):
         with pytest.raises(InputError, match="cannot"):
             tool.main([model, grey, "-o", output])
+
+
+def test_every_mechanism_says_which_colours_it_uses():
+    assert set(COLOURS) == set(PICTURES)
+    assert {colour for colours in COLOURS.values() for colour in colours} == set(LEGEND) - {"gates"}

@@ -7,6 +7,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 import zoo
+from zoo.errors import InputError
 from zoo.kernels.attention_similarity.reference import row_similarity
 from zoo.layers import TokenMixing
 from zoo.measuring.model_benchmark import _peak_memory
@@ -154,3 +155,19 @@ def test_memory_of_a_step_at_1024_tokens_and_12_layers():
     without, with_it = (_peak_memory(run, model, images(1)) for run in (plain, diversified))
     one_attention = 4 * 3 * 1025**2
     assert with_it < 1.3 * without < 12 * one_attention  # less than what keeping all of them would cost
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_with_a_bias_is_refused_as_that(fused):
+    model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=3)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    with pytest.raises(InputError, match="Beit adds a bias or a mask to the attention of all tokens, as BEiT its relative"):
+        zoo.AttentionDiversificationLoss()(model, torch.randn(2, 3, 32, 32))
+
+
+def test_nearly_uniform_attention_has_nothing_above_the_threshold():
+    """What a new transformer's loss is, and stays if its attention stays so."""
+    model = timm.create_model("test_vit", img_size=64)
+    assert zoo.AttentionDiversificationLoss(2.0)(model, images())[1] == 0
+    assert zoo.AttentionDiversificationLoss(0.9)(model, images())[1] > 0.5

@@ -3,12 +3,10 @@
 A row is a dict: `class`, the name, then counts, then numbers in percent but for distances. NaN stands for what there is no number for:
 the recall of a class without samples, the precision of one that is never answered.
 """
-import contextlib
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,7 +20,7 @@ def classification(targets: np.ndarray, answers: np.ndarray, names: Sequence[str
     from sklearn.metrics import precision_recall_fscore_support
 
     counts = [np.bincount(indices, minlength=len(names)) for indices in (targets, answers)]
-    numbers = precision_recall_fscore_support(targets, answers, labels=range(len(names)), zero_division=np.nan)
+    numbers = precision_recall_fscore_support(targets, answers, labels=range(len(names)), zero_division=cast(Any, np.nan))
     precision, recall, f1 = (100 * np.asarray(values) for values in numbers[:3])
     return _rows(names, images=counts[0], answers=counts[1], precision=precision, recall=recall, f1=f1)
 
@@ -101,31 +99,6 @@ class Boxes:
     scores: np.ndarray | None = None
     crowd: np.ndarray | None = None
 
-    def above(self, score: float) -> "Boxes":
-        """Those with at least that score."""
-        assert self.scores is not None  # answers have them
-        kept = self.scores >= score
-        return Boxes(self.boxes[kept], self.labels[kept], self.scores[kept])
-
-
-def detection(targets: Sequence[Boxes], answers: Sequence[Boxes], names: Sequence[str]) -> list[Row]:
-    """COCO's average precision and recall of every class, by pycocotools: over IoU of 0.5 to 0.95, and of the precision at 0.5 and 0.75."""
-    require("measuring boxes", "mm", "pycocotools")
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(*(_coco(boxes, len(names)) for boxes in (targets, answers)), iouType="bbox")
-        evaluation.params.maxDets = [100]
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0, 0]  # (IoU, recall, class), -1 without boxes
-    recall = evaluation.eval["recall"][..., 0, 0]  # (IoU, class)
-    precision, recall = (np.where(values < 0, np.nan, values) for values in (precision, recall))
-    labels = np.concatenate([[], *(each.labels[~_crowd(each)] for each in targets)]).astype(np.int64)
-    ap, ap50, ap75 = (100 * precision[of].mean((0, 1)) for of in (slice(None), slice(0, 1), slice(5, 6)))
-    return _rows(names, boxes=np.bincount(labels, minlength=len(names)), ap=ap, ap50=ap50, ap75=ap75, recall=100 * recall.mean(0))
-
 
 def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """Which boxes of the target no answer finds, and which answers are of no box of the target: two arrays of bool.
@@ -141,8 +114,8 @@ def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarra
     missed, false = ~crowd, np.ones(len(answer.labels), bool)
     if not len(target.labels) or not len(answer.labels):
         return missed, false
-    edges = [np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target)]
-    shared = np.asarray(mask.iou(*edges, crowd.astype(np.uint8).tolist()))
+    found, given = (np.concatenate([each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], 1) for each in (answer, target))
+    shared = np.asarray(mask.iou(found, given, crowd.astype(np.uint8).tolist()))
     shared[answer.labels[:, None] != target.labels] = 0
     for i in np.argsort(-answer.scores, kind="stable"):
         open_to = np.where(missed, shared[i], 0)
@@ -151,23 +124,6 @@ def unmatched(target: Boxes, answer: Boxes, iou: float = 0.5) -> tuple[np.ndarra
         elif (shared[i][crowd] >= iou).any():
             false[i] = False
     return missed, false
-
-
-def _coco(images: Sequence[Boxes], classes: int) -> Any:
-    from pycocotools.coco import COCO
-
-    annotations: list[dict] = []
-    for index, each in enumerate(images):
-        crowd, scores = _crowd(each), each.scores if each.scores is not None else np.ones(len(each.labels))
-        for (left, top, right, bottom), label, score, many in zip(each.boxes.tolist(), each.labels, scores, crowd, strict=True):
-            width, height = right - left, bottom - top
-            annotations.append({"id": len(annotations) + 1, "image_id": index, "category_id": int(label), "score": float(score),
-                                "bbox": [left, top, width, height], "area": width * height, "iscrowd": int(many)})
-    coco = COCO()
-    coco.dataset = {"images": [{"id": index} for index in range(len(images))], "annotations": annotations,
-                    "categories": [{"id": index} for index in range(classes)]}
-    coco.createIndex()
-    return coco
 
 
 def _crowd(boxes: Boxes) -> np.ndarray:

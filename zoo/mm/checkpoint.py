@@ -162,7 +162,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().after_val_epoch(runner, metrics)
         step = runner.epoch if self.by_epoch else runner.iter
         if self.last_ckpt and Path(self.last_ckpt).name == self.filename_tmpl.format(step) and any(
-                getattr(scheduler, "need_val_args", False) for scheduler in runner.param_schedulers or ()):
+                getattr(scheduler, "need_val_args", False) for scheduler in cast(list, runner.param_schedulers or [])):
             self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
@@ -172,7 +172,8 @@ class AtomicCheckpointHook(CheckpointHook):
             raise InputError(f"default_hooks.checkpoint.save_best={unknown.pop()!r}: the evaluation gives {', '.join(metrics)}")
         before = self._best_paths()
         self._set_best_paths({})  # so that the engine does not remove them before there are others
-        super()._save_best_checkpoint(runner, metrics)
+        plain = {name: value.item() if isinstance(value, np.generic | Tensor) else value for name, value in metrics.items()}
+        super()._save_best_checkpoint(runner, plain)  # which records the best, and only plain numbers are read again
         written = self._best_paths()
         self._set_best_paths({**before, **written})
         for path in written.values():

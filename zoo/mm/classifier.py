@@ -36,8 +36,8 @@ class ImageClassifier(BaseModel):
         attention_diversification: weight of the loss `zoo.AttentionDiversificationLoss`, 0 for none. Its value before weighting
             is logged as `attention_similarity`.
         attention_threshold: that loss's threshold.
-        weights: a file whose weights training starts from, but for the head's: the authors', timm's, or a checkpoint of `zoo train`.
-            Read when training starts; what evaluates or resumes does not need it.
+        weights: a file whose weights training starts from, but for the head's: the authors' (`zoo.models.released`), timm's, or a
+            checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         freeze: the head alone learns.
 
     Raises InputError for an unknown name, loss, or argument.

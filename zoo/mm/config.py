@@ -44,6 +44,11 @@ TOP_LEVEL = set(inspect.signature(Runner).parameters) - {"cfg"} | {
     "activation_checkpointing", "efficient_conv_bn_eval",
 } | {"report"}  # whether training leaves a report.html
 PARTS = ("train", "val", "test")
+HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
+BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
+# Of metrics, the prefix and name of the number that says which checkpoint is the best.
+BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
+        "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
 # Keys of the config that arguments of training and testing say, and how.
 ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
 # By toolbox, what takes the place of its own parts, and of those that are only replaced if no other argument is given, what is kept.
@@ -51,12 +56,8 @@ HOUSE_PARTS = {
     "mmdet": {"LoadImageFromFile": "LoadPicture", "CocoDataset": "CheckedCocoDataset", "CocoMetric": "CheckedCocoMetric"},
     "mmseg": {"LoadImageFromFile": "LoadPicture", "LoadAnnotations": "LoadLabels"},
 }
+COCO_METRICS = ("CocoMetric", HOUSE_PARTS["mmdet"]["CocoMetric"])
 KEPT_ARGUMENTS = {"LoadImageFromFile": ("to_float32",), "LoadAnnotations": ("mask_values", "reduce_zero_label")}
-HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
-BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
-# Of metrics, the prefix and name of the number that says which checkpoint is the best.
-BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
-        "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
 
 
 def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
@@ -166,7 +167,7 @@ def _best_metric(config: Config) -> str | None:
     """What the first of the metrics calls the number by which checkpoints are compared; None of a metric that is not known here."""
     for _, metric in _numbered("", config.get("val_evaluator")):
         kind = _kind(metric)
-        if kind == "CocoMetric":
+        if kind in COCO_METRICS:
             measured = metric.get("metric", "bbox")
             measured = [measured] if isinstance(measured, str) else measured
             return f"{metric.get('prefix') or 'coco'}/{'bbox' if 'bbox' in measured else measured[0]}_mAP"
@@ -198,6 +199,8 @@ def change_texts(config: Config, change: Callable[[str], str]) -> None:
 def find_config(name: str) -> Path:
     """The path of a config named by path, or by bare name among the configs of the package."""
     if Path(name).is_file():
+        if Path(name).suffix not in (".py", ".json", ".yaml", ".yml"):
+            raise InputError(f"{name} is no config, which is a .py file or the name of an installed one; the config comes first")
         return Path(name)
     installed = {path.stem: path for path in Path(str(files("zoo.configs"))).rglob("*.py")
                  if "_base_" not in path.parts and path.stem != "__init__"}

@@ -66,6 +66,14 @@ def check_channels(model: nn.Module) -> None:
                              f"{taken}; set model.{name}.in_channels={str(expected).replace(' ', '')}")
 
 
+def check_channels_of_data(model: nn.Module, part: str, dataset: Any) -> None:
+    """Raises InputError unless a network that says how many channels it takes gets as many."""
+    taken = getattr(getattr(model, "model", None), "in_chans", None)
+    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
+    if None not in (taken, given) and taken != given:
+        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
+
+
 def _settle_masks(part: str, config: Any, dataset: Any) -> None:
     items = [dataset.get_data_info(index) for index in range(len(dataset))]
     masks = [Path(item["seg_map_path"]) for item in items if item.get("seg_map_path")]

@@ -11,6 +11,7 @@ import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, ValLoop
 from mmengine.structures import BaseDataElement
@@ -21,6 +22,7 @@ from zoo.errors import InputError
 
 Reported = Literal["average", "weights", "both"]
 NAMED = 5  # classes that are said to be learned
+UNSEEN = 5e-5  # what the log shows as 0.0000
 
 
 @HOOKS.register_module()
@@ -182,6 +184,7 @@ class ScreenHook(Hook):
         self.bar: tqdm | None = None
         self.line: list[str] = []
         self.losses: list[float] = []
+        self.silent: set[str] | None = None
         self.steps = 0
 
     def before_train(self, runner: Runner) -> None:
@@ -210,14 +213,16 @@ class ScreenHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._say_line(runner)
-        self.rate = next(iter(runner.optim_wrapper.get_lr().values()))[0]
+        self.rate = next(iter(cast(OptimWrapper, runner.optim_wrapper).get_lr().values()))[0]
         if self.bar is None:
             here = f"epoch {runner.epoch + 1}/{runner.max_epochs}" if self.by_epoch else f"to step {runner.max_iters}"
             self._begin(here, self.length)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
         self.steps += 1
-        self.losses.append(torch.as_tensor((outputs or {}).get("loss", math.nan)).item())
+        values = {name: torch.as_tensor(value).item() for name, value in (outputs or {}).items()}
+        self.losses.append(values.get("loss", math.nan))
+        self.silent = {name for name, value in values.items() if abs(value) < UNSEEN and (self.silent is None or name in self.silent)}
         self._step(f"loss {self.losses[-1]:.4f}")
         if not self.by_epoch and (self.every_n_train_iters(runner, self.length) or self.is_last_train_iter(runner)):
             self._finish(runner)
@@ -251,10 +256,15 @@ class ScreenHook(Hook):
         self._say_line(runner)
         key, path = self._best(runner)
         if path is not None:
-            self._say(f"best {key}: {runner.message_hub.get_info('best_score'):.4g}, {path}")
+            info = runner.message_hub.runtime_info
+            self._say(f"best {key}: {info.get('best_score', info.get(f'best_score_{key}')):.4g}, {path}")
 
     def _finish(self, runner: Runner) -> None:
         self._end()
+        if self.steps == len(self.losses):  # the first that is finished
+            for name in sorted(name for name in self.silent or () if "loss" in name or "similarity" in name):
+                why = ": no weight of attention is above attention_threshold / tokens; lower it" if "attention" in name else ""
+                runner.logger.warning(f"{name} has been 0 at every step, and nothing is learned from it{why}")
         here = self._place(runner, 1)
         self.line = [here, f"loss {sum(self.losses) / max(1, len(self.losses)):.4f}", f"rate {self.rate:.3g}"]
         self.losses = []
@@ -267,9 +277,10 @@ class ScreenHook(Hook):
     def _best(self, runner: Runner) -> tuple[str | None, str | None]:
         """The name of the metric by which the best checkpoint is chosen, and that checkpoint, as far as there are any."""
         hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best), None)
-        if hook is None or len(hook.key_indicators) > 1 or hook.key_indicators[0] == "auto":
+        if hook is None or hook.key_indicators[0] == "auto":
             return None, None
-        return hook.key_indicators[0], hook.best_ckpt_path
+        key = hook.key_indicators[0]
+        return key, hook.best_ckpt_path if len(hook.key_indicators) == 1 else hook.best_ckpt_path_dict.get(key)
 
     def _say_line(self, runner: Runner) -> None:
         if self.line:

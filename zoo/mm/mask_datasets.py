@@ -3,7 +3,6 @@
 Items are dicts of `inputs`, a float tensor (C, *sizes), and `targets`, class indices (*sizes). Random transforms are MONAI's,
 drawn under the sample's seed (see `zoo.mm.datasets`). Items of whole volumes also have `spacing` (3,), millimetres per voxel.
 """
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.masks import MaskValues, paired_files, read_masked_picture
 from zoo.reading.own_data import read_samples
 from zoo.reading.pictures import PICTURE_SUFFIXES, picture_tensor
-from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, MissingVoxelsWarning, open_volume
+from zoo.reading.say import say_once
+from zoo.reading.volumes import VOLUME_SUFFIXES, Grid, open_volume
 
 KEYS = ("inputs", "targets")
 
@@ -139,11 +139,9 @@ class Volumes(MaskedImages):
         return [str(image) for image, _ in self.files]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        with warnings.catch_warnings():
-            if self.said[index]:
-                warnings.simplefilter("ignore", MissingVoxelsWarning)
-            self.said[index] = True
-            return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0])
+        say = (lambda *text: None) if self.said[index] else say_once
+        self.said[index] = True
+        return self.grid.prepare_pair(*self.files[index], len(self.metainfo["classes"]), self.data_config["input_size"][0], say)
 
     def spacing(self, index: int) -> tuple[float, ...]:
         return self.grid.voxel_sizes(open_volume(self.files[index][0], self.data_config["input_size"][0]))
@@ -197,7 +195,8 @@ class DecathlonDataset(Volumes):
 
     def __init__(self, root: str, split: str, window: Sequence[int], folds: int = 5, file: str = "dataset.json", **args):
         task = read_decathlon(Path(root) / file, split, folds)
-        super().__init__(task.classes, task.files, window, channels=task.channels, **args)
+        files = task.training if split == "train" else task.validation
+        super().__init__(task.classes, files, window, channels=task.channels, **args)
 
 
 @DATASETS.register_module()

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from mmdet.datasets import CocoDataset
@@ -99,7 +99,7 @@ class BoxTable(CheckedCocoMetric):
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         truth: Any = self._coco_api
-        self.cat_ids = truth.get_cat_ids(cat_names=self.dataset_meta["classes"])
+        self.cat_ids = truth.get_cat_ids(cat_names=cast(dict, self.dataset_meta)["classes"])
         counts = dict.fromkeys(self.cat_ids, 0)
         for annotation in truth.dataset["annotations"]:
             if annotation["category_id"] in counts and not annotation.get("iscrowd"):
@@ -108,12 +108,13 @@ class BoxTable(CheckedCocoMetric):
         self.rows = [{"class": names[number], "boxes": counts[number]} for number in self.cat_ids]
         with tempfile.TemporaryDirectory() as folder:
             files = self.results2json([found for _, found in results], str(Path(folder) / "found"))
-            for kind, name in (("bbox", ""), ("segm", "mask_")):
+            kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", ""), ("segm", "mask_"))
+            for kind, name in kinds:
                 if kind in self.metrics:
                     self._add(f"{name}ap", self._precision(truth, json.loads(Path(files[kind]).read_text()), kind))
         return {}
 
-    def _precision(self, truth: Any, found: list[dict], kind: str) -> np.ndarray:
+    def _precision(self, truth: Any, found: list[dict], kind: Literal["bbox", "segm"]) -> np.ndarray:
         """(IoU, recall, class), NaN for a class without objects."""
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(truth, truth.loadRes(found) if found else _nothing(truth), kind)
@@ -131,7 +132,7 @@ class BoxTable(CheckedCocoMetric):
 
 
 def _nothing(truth: Any) -> coco.COCO:
-    empty = coco.COCO()
+    empty: Any = coco.COCO()
     empty.dataset = {**copy.copy(truth.dataset), "annotations": []}
     empty.createIndex()
     return empty

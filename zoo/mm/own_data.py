@@ -22,7 +22,7 @@ from zoo.mm.training import check_model
 from zoo.models import unet
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
-from zoo.reading.volumes import Grid, open_volume, spacing_of
+from zoo.reading.volumes import Grid, open_volume
 from zoo.toolboxes import INSTALL, TOOLBOXES
 
 FITTING = {
@@ -267,7 +267,7 @@ def inner_side(length: int, most: int, multiple: int) -> int:
 def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To say of every voxel its class, by a U-Net in 3-D. Volumes are brought to the spacing that half of them exceed, if they differ."""
     images = [open_volume(sample.path, data.channels) for sample in data.splits["train"]]
-    spacings = np.array([spacing_of(image) for image in images])
+    spacings = np.array([Grid().voxel_sizes(image) for image in images])
     spacing = None if (spacings.max(0) < 1.01 * spacings.min(0)).all() else np.median(spacings, 0).round(3).tolist()
     clip = intensities(data.splits["train"]) if data.channels == 1 else None
     grid = Grid.of({"spacing": spacing})
@@ -294,9 +294,9 @@ def intensities(samples: Sequence[Sample]) -> list[float] | None:
     shown = []
     for sample in samples[::-(-len(samples) // LOOKED_AT)]:
         voxels, labels = (np.asanyarray(open_volume(path).dataobj) for path in (sample.path, cast(Path, sample.mask)))
-        if voxels.min() > AIR:
+        if np.nanmin(voxels) > AIR:
             return None
-        shown.append(voxels[labels > 0])
+        shown.append(voxels[(labels > 0) & np.isfinite(voxels)])
     found = np.concatenate(shown)
     low, high = np.percentile(found, (0.5, 99.5)).round().tolist() if found.size else (0.0, 0.0)
     return [low, high] if low < high else None

@@ -10,6 +10,7 @@ from mmengine.evaluator import BaseMetric
 from zoo.errors import InputError
 from zoo.measuring import class_tables, per_class
 from zoo.measuring.per_class import Row
+from zoo.mm.config import COCO_METRICS
 
 
 class ClassTable(BaseMetric):
@@ -67,14 +68,15 @@ class LabelTable(ClassTable):
             if target.ndim == 2:
                 self.results.append(per_class.confusion(target, answer, len(self.names)))
             else:
-                spacing = spacing.tolist()
+                spacing = cast(Any, spacing).tolist()
                 self.results.append((per_class.overlap(target, answer, len(self.names), spacing),
                                      class_tables.surface_dice(target, answer, len(self.names), spacing)))
 
     def fill(self, results: list) -> tuple[list[Row], dict[str, float]]:
         if isinstance(results[0], tuple):
-            return class_tables.volumes(*zip(*results, strict=True), self.names), {}
-        return class_tables.areas(sum(results), self.names), {}
+            overlaps, surfaces = zip(*results, strict=True)
+            return class_tables.volumes(overlaps, surfaces, self.names), {}
+        return class_tables.areas(np.sum(results, axis=0), self.names), {}
 
 
 def class_table(config: Config) -> BaseMetric:
@@ -84,7 +86,7 @@ def class_table(config: Config) -> BaseMetric:
         from zoo.mm.mmdet_parts import BoxTable
 
         evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-        described = next((dict(each) for each in evaluators if each.get("type") == "CocoMetric" and each.get("ann_file")), None)
+        described = next((dict(each) for each in evaluators if each.get("type") in COCO_METRICS and each.get("ann_file")), None)
         if described is None:
             raise InputError(f"numbers of every class need a CocoMetric with an ann_file as test_evaluator; {config.filename} has none")
         return BoxTable(**{key: value for key, value in described.items() if key not in ("type", "_scope_")})

@@ -13,20 +13,25 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from PIL import Image
+from tqdm import tqdm
 
 import zoo
 from zoo import checkpoints
 from zoo.errors import InputError, near_misses
 from zoo.files import check_writable, replacing
 from zoo.measuring import per_class
-from zoo.measuring.per_class import Boxes
+from zoo.measuring.per_class import Boxes, Row
 from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, load_from_local, safe_files
 from zoo.mm.config import change_texts, load_config, scope
+from zoo.mm.data_checks import build_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.networks import plain
+from zoo.mm.per_class import class_table
+from zoo.mm.runner import unlogged
+from zoo.mm.training import in_one_sentence
 from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
 from zoo.reading.pictures import open_picture
@@ -41,18 +46,17 @@ NAME = "report.html"
 WORST = {"classes": 24, "masks": 8, "boxes": 12}  # mistakes that are pictured
 NUMBERS = 4  # metrics in the page's head
 THRESHOLD = 0.3  # score of boxes that are drawn
+LEGEND = 30  # classes in the legend of masks
 NAMED = 5  # of more, some are named and the others counted
-Progress = Callable[[int, int], None]
 
 
 @safe_files()
-def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, progress: Progress = lambda done, total: None) -> Path:
+def write_report(work_dir: str | Path, checkpoint: str | Path | None = None) -> Path:
     """Evaluates a checkpoint on the validation data of the training in `work_dir` and writes report.html there; its path.
 
     Args:
         work_dir: where `zoo train` wrote.
         checkpoint: default: the best that it kept, or else the newest.
-        progress: called with the numbers of batches done and in all.
 
     Raises InputError for a folder that no training wrote, a checkpoint that does not fit, and data that are not there any more.
     """
@@ -61,12 +65,12 @@ def write_report(work_dir: str | Path, checkpoint: str | Path | None = None, *, 
     check_writable(target)
     config = load_config(paths.config)
     change_texts(config, lambda text: "BN" if text == "SyncBN" else text)
-    with scope(config):
-        model = _model(config, paths.checkpoint)
-        evaluated = _evaluate(config, model, progress) if config.get("val_dataloader") else {}
-        trained_on = DATASETS.build(config.train_dataloader.dataset)
+    with scope(config), unlogged():
+        trained_on = build_dataset("train", config.train_dataloader.dataset)
         if hasattr(trained_on, "full_init"):
             trained_on.full_init()
+        model = _model(config, paths.checkpoint, trained_on.metainfo["classes"])
+        evaluated = in_one_sentence(lambda: _evaluate(config, model)) if config.get("val_dataloader") else {}
         report = _report(config, paths, read_scalars(paths.work_dir), model, trained_on, evaluated)
     with replacing(target) as written:
         written.write_text(render(report), encoding="utf-8", errors="replace")  # names of files can be bytes that are no text
@@ -95,41 +99,49 @@ class _Paths(NamedTuple):
         return cls(work_dir, configs[-1], newest, Path(checkpoint) if checkpoint else best)
 
 
-def _model(config: Config, checkpoint: Path) -> Any:
-    """The model with the weights of the checkpoint; those that training began with are not read."""
+def _model(config: Config, checkpoint: Path, classes: Sequence[str]) -> Any:
+    """The model with the weights of the checkpoint, which knows these classes; those that training began with are not read."""
     described = ConfigDict(checkpoints.without(plain(config.model), SOURCES))
     if preprocessor := config.get("data_preprocessor"):
         described.setdefault("data_preprocessor", preprocessor)
     model = MODELS.build(described)
-    model.load_state_dict(check_fits(checkpoint, model, whole=True), strict=False)
+    model.load_state_dict(check_fits(checkpoint, model, whole=True, classes=classes), strict=False)
     return model.to(get_device()).eval()
 
 
-def _evaluate(config: Config, model: Any, progress: Progress) -> dict:
+def _evaluate(config: Config, model: Any) -> dict:
     """The metrics of the config, and what `Report` says of classes and mistakes, from one pass over the validation data."""
     loader: Any = Runner.build_dataloader(config.val_dataloader, seed=0)
     dataset = loader.dataset
-    evaluator = Evaluator(config.val_evaluator)
-    evaluator.dataset_meta = dataset.metainfo
+    metrics = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
     answers = (kind or (_Classes if model.task == "classification" else _Masks))(dataset)
+    config.test_evaluator = config.val_evaluator  # what the next reads
+    table: list[Any] = []
+    try:
+        table.append(class_table(config))
+    except InputError as error:
+        answers.notes.append(f"There is no table of classes: {error}.")
+    evaluator = Evaluator([*metrics, *table])
+    evaluator.dataset_meta = dataset.metainfo
     with torch.no_grad():
-        for i, batch in enumerate(loader):
+        for batch in tqdm(loader, desc="report", leave=False, disable=None):  # None: off a terminal
             samples = model.val_step(batch)
             evaluator.process(data_samples=samples, data_batch=batch)
             answers.add(batch, samples)
-            progress(i + 1, len(loader))
     if not answers.count:
         raise InputError("the validation data hold no sample")
-    said = answers.said()
-    metrics = evaluator.evaluate(answers.count)
-    return {"metrics": metrics, "samples": answers.count, "notes": answers.notes, "classes": answers.names, **said}
+    measured = evaluator.evaluate(answers.count)
+    rows = table[0].rows if table else []
+    said = answers.said(rows)
+    return {"metrics": measured, "samples": answers.count, "notes": answers.notes, "classes": answers.names, "table": rows, **said}
 
 
 class _Answers:
     """Base of what is gathered from batches and answers.
 
-    Subclasses give `add`, which counts samples in `count`, and `said`, arguments of `Report`. `notes` are sentences for it.
+    Subclasses give `add`, which counts samples in `count`, and `said`, arguments of `Report`, by the rows of its table. `notes` are
+    sentences for it.
     """
 
     most: int
@@ -142,7 +154,7 @@ class _Answers:
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         raise NotImplementedError
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         raise NotImplementedError
 
     def offer(self, badness: float, picture: Callable[[], Mistake]) -> None:
@@ -193,13 +205,13 @@ class _Classes(_Answers):
                     f"{scores[target]:.1%}", [("what the model saw", mistakes.fitted(_picture(inputs, self.dataset.data_config)))]))
             self.count += 1
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         targets, answers = np.array(self.targets), np.array(self.answers)
         counts = per_class.confusion(targets, answers, len(self.names))
         self.missing(counts.sum(1))
         if self.unsound:
             self.notes.append(f"The scores of {self.unsound} of {self.count} samples are no finite numbers: the answers mean nothing.")
-        return {"table": per_class.classification(targets, answers, self.names), "by": "f1", "confusion": counts,
+        return {"by": "f1", "confusion": counts,
                 "mistakes": self.worst("Wrong answers with the highest scores, the answer first.", "No answer is wrong.")}
 
 
@@ -233,7 +245,7 @@ class _Areas(_Answers):
 
     def worst_masks(self) -> Mistakes:
         shown = [i for i in np.flatnonzero(self.confusion.sum(0) + self.confusion.sum(1)).tolist() if i >= int(self.background)]
-        classes = {self.names[i]: tuple(self.colours[i].tolist()) for i in shown[:mistakes.LIMIT // 10]}
+        classes = {self.names[i]: tuple(self.colours[i].tolist()) for i in shown[:LEGEND]}
         return self.worst("The lowest Dice, the mean over the classes that are given or answered.", "No mask differs from its answer.",
                           {**classes, **(DIFFERENCES if self.background else {"answered as another class": CONFUSED})})
 
@@ -247,11 +259,11 @@ class _Masks(_Areas):
         self.overlaps, self.volumes = [], False
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
-        spacing = self.dataset.data_config.get("spacing")
         for inputs, sample in zip(batch["inputs"], samples, strict=True):
             target, answer = (sample[name].cpu().numpy() for name in ("target", "labels"))
             self.volumes = target.ndim == 3
-            self.overlaps.append(per_class.overlap(target, answer, len(self.names), spacing if self.volumes else None))
+            if not self.volumes:  # whose distances the table has
+                self.overlaps.append(per_class.overlap(target, answer, len(self.names)))
             self.compare(target, answer, lambda inputs=inputs, target=target, answer=answer: self._pictured(inputs, target, answer))
             self.count += 1
 
@@ -263,15 +275,13 @@ class _Masks(_Areas):
         what = f"{self.name()}, slice {at} of {inputs.shape[-1]}, where most differs"
         return what, mistakes.masks(grey(image), target, answer, self.colours)
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         self.missing(self.confusion.sum(1))
-        areas = per_class.areas(self.confusion, self.names)
-        overlaps = [dict.fromkeys(("images", "missed", "dice", "hd95"), math.nan), *per_class.overlaps(self.overlaps, self.names)]
-        table = [{"class": area["class"], "images": each["images"], "missed": each["missed"], "dice": each["dice"], "hd95": each["hd95"],
-                  **{name: area[name] for name in ("iou", "precision", "recall")},
-                  "voxels" if self.volumes else "pixels": area["pixels"]} for area, each in zip(areas, overlaps, strict=True)]
-        distance = "pixels" if not self.volumes else "mm" if self.dataset.data_config.get("spacing") else "voxels"
-        return {"table": table, "by": "dice", "distance": distance, "mistakes": self.worst_masks()}
+        if self.volumes:
+            return {"by": "dice", "distance": "mm", "mistakes": self.worst_masks()}
+        distances = [math.nan, *(row["hd95"] for row in per_class.overlaps(self.overlaps, self.names))]
+        table = [{**row, "hd95": distance} for row, distance in zip(rows, distances, strict=True)]
+        return {"table": table, "by": "iou", "distance": "pixels", "mistakes": self.worst_masks()}
 
 
 class _Scenes(_Areas):
@@ -290,9 +300,9 @@ class _Scenes(_Areas):
                 Path(path).name, mistakes.masks(open_picture(path), target, answer, self.colours, background=False)))
             self.count += 1
 
-    def said(self) -> dict:
+    def said(self, rows: Sequence[Row]) -> dict:
         self.missing(self.confusion.sum(1))
-        return {"table": per_class.areas(self.confusion, self.names), "by": "iou", "mistakes": self.worst_masks()}
+        return {"by": "iou", "mistakes": self.worst_masks()}
 
 
 class _Detections(_Answers):
@@ -302,7 +312,7 @@ class _Detections(_Answers):
 
     def __init__(self, dataset: Any):
         super().__init__(dataset)
-        self.targets, self.answers = [], []
+        self.given = np.zeros(len(self.names), np.int64)
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         for sample in samples:
@@ -310,11 +320,10 @@ class _Detections(_Answers):
             target = Boxes(np.array([each["bbox"] for each in given], np.float64).reshape(-1, 4),
                            np.array([each["bbox_label"] for each in given], np.int64),
                            crowd=np.array([each.get("ignore_flag", 0) for each in given], bool))
-            found = sample.pred_instances.cpu().numpy()
-            answer = Boxes(found.bboxes.astype(np.float64), found.labels.astype(np.int64), found.scores)
-            self.targets.append(target)
-            self.answers.append(answer)
-            sure = answer.above(THRESHOLD)
+            found = sample.pred_instances
+            found = found[found.scores >= THRESHOLD].cpu().numpy()
+            sure = Boxes(found.bboxes.astype(np.float64), found.labels.astype(np.int64), found.scores)
+            self.given += np.bincount(target.labels[~cast(np.ndarray, target.crowd)], minlength=len(self.names))
             missed, false = per_class.unmatched(target, sure)
             self.offer(int(missed.sum() + false.sum()), lambda path=sample.img_path, target=target, sure=sure, missed=missed, false=false:
                        self._pictured(path, target, sure, missed, false))
@@ -329,10 +338,9 @@ class _Detections(_Answers):
         return Mistake(f"{missed.sum()} missed, {false.sum()} false", f"{Path(path).name}; {len(target.labels)} objects are given",
                        [("boxes", mistakes.boxes(open_picture(path), drawn))])
 
-    def said(self) -> dict:
-        table = per_class.detection(self.targets, self.answers, self.names)
-        self.missing(np.array([row["boxes"] for row in table]))
-        return {"table": table, "by": "ap", "mistakes": self.worst(
+    def said(self, rows: Sequence[Row]) -> dict:
+        self.missing(self.given)
+        return {"by": "ap", "mistakes": self.worst(
             f"The pictures with most boxes that are missed or false, at scores from {THRESHOLD:.0%} and an overlap (IoU) from 50%.",
             "No box is missed or false.", mistakes.BOXES)}
 
@@ -359,6 +367,7 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
 
     by_class = {f"{prefix}/{name}" for prefix in ("iou", "dice") for name in evaluated.get("classes", ())}
     means = ("iou/mean", "dice/mean")
+    metrics = {name: value for name, value in metrics.items() if not (name.startswith("coco/") and value == -1)}  # of sizes that none has
     heads = sorted((name for name in metrics if name in means or name not in by_class), key=lambda name: (name != best, name not in means))
     numbers = {f"best {unit}" if is_best else unit: f"{at} of {planned}",
                **{name: _number(name, metrics[name]) for name in heads[:NUMBERS]}}
@@ -366,8 +375,6 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
     if held_out is None:
         notes.append("The config has no validation data: nothing is known of how well the model answers.")
     for name in heads:
-        if name.startswith("coco/") and metrics[name] == -1:
-            continue  # of sizes that no object has
         logged = dict(scalars.held_out.get(name, ())).get(at, math.nan)
         if not math.isfinite(metrics[name]):
             notes.append(f"{name} is not a finite number.")
@@ -408,6 +415,8 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
 def _source(config: Config, dataset: Any) -> str:
     """Where the data lie: the folder of all files, if the dataset names them, or what the config says; or else the dataset's type."""
     files = [path for path, _ in getattr(dataset, "samples", ())] or getattr(dataset, "names", ())
+    if hasattr(dataset, "get_data_info"):  # of a toolbox
+        files = [dataset.get_data_info(index)["img_path"] for index in range(len(dataset))]
     if files and Path(files[0]).is_file():
         return os.path.commonpath([Path(path).parent for path in files])
     described = config.train_dataloader.dataset

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 OF_THE_CONFIG = ("lr", "weight_decay", "momentum", "betas")
 OF_SCHEDULES = ("initial_", "max_", "min_")
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Runner(EngineRunner):
@@ -56,7 +57,7 @@ class Runner(EngineRunner):
         super().resume(filename, resume_optimizer, False, map_location)
         for group, values in zip(wrapper.param_groups, begun, strict=True):
             group.update(values)
-        loop = self.train_loop
+        loop = cast(Any, self.train_loop)
         by_epoch, steps = isinstance(loop, EpochBasedTrainLoop), len(self.train_dataloader)
         if by_epoch:
             loop._iter = loop._epoch * steps  # of this config, whose batches may have another size
@@ -81,9 +82,9 @@ class Runner(EngineRunner):
 
     def _measured(self, scheduler: _ParamScheduler) -> list[dict[str, float]]:
         """What a scheduler that looks at a metric has seen."""
-        name = f"val/{getattr(scheduler, 'monitor', None)}"
-        return [{scheduler.monitor: value} for value in self.message_hub.log_scalars[name].data[0].tolist()
-                ] if name in self.message_hub.log_scalars else []
+        monitor = getattr(scheduler, "monitor", "")
+        history = self.message_hub.log_scalars.get(f"val/{monitor}")
+        return [{monitor: value} for value in history.data[0].tolist()] if history else []
 
 
 class _Log(io.TextIOBase):

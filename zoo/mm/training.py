@@ -34,7 +34,7 @@ from zoo.mm.checkpoint import (
 )
 from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
-from zoo.mm.data_checks import build_dataset, check_channels, check_dataset
+from zoo.mm.data_checks import build_dataset, check_channels, check_channels_of_data, check_dataset
 from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
@@ -84,6 +84,9 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     settings, work_dir = _prepare(config, work_dir, cfg_options)
     if settings.get("train_dataloader") is None:
         raise InputError(f"the config {settings.filename} has no train_dataloader")
+    for key in ("max_epochs", "max_iters"):
+        if settings.train_cfg.get(key, 1) < 1:
+            raise InputError(f"train_cfg.{key} is {settings.train_cfg[key]}; it has to be at least 1")
     if amp:
         settings.optim_wrapper.type = "AutocastOptimWrapper"
     if seed is not None:
@@ -116,7 +119,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         last = LastMetricsHook()
         for hook in filter(None, (last, others)):
             runner.register_hook(hook)
-        _run(runner.train)
+        in_one_sentence(runner.train)
         if last.metrics is None and runner.val_loop is not None:  # resumed after the last epoch
             runner.val_loop.run()
     first = is_main_process()
@@ -127,11 +130,11 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
 
 
 def _report(work_dir: Path) -> None:
-    """Writes report.html. Whatever goes wrong with it is a sentence in the log: the training is done, and stays."""
-    from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
-
+    """Writes report.html. Whatever goes wrong with it is a sentence: the training is done, and stays."""
     try:
-        print_log(f"report: {write_report(work_dir)}", "current")
+        from zoo.mm.report import write_report  # with what it draws and measures with, which other runs do not wait for
+
+        print(f"report: {write_report(work_dir)}", flush=True)
     except Exception as error:
         print_log(f"the training is complete, but its report could not be written: {one_line(error)}; `zoo report {work_dir}` tries again",
                   "current", logging.ERROR)
@@ -209,7 +212,7 @@ def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
-        metrics = _run(GivenModelRunner.from_cfg(config).test)
+        metrics = in_one_sentence(GivenModelRunner.from_cfg(config).test)
     vars(model).pop("test_step", None)  # where the config asks to compile, the engine leaves the compiled one
     return metrics
 
@@ -265,7 +268,7 @@ def _telling_classes_apart(config: Config, model: nn.Module) -> set[str]:
     described = without(plain(config.model), SOURCES)
     if "name" in described:  # of a network that may have as many classes as it has by default
         described["args"] = {"num_classes": model.num_classes, **(described.get("args") or {})}
-    with scope(config):
+    with scope(config), unlogged():
         other = MODELS.build(ConfigDict(cast(dict, more(described))))
     shapes = {name: value.shape for name, value in other.state_dict().items()}
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
@@ -288,7 +291,7 @@ def _check_data(config: Config, parts: Sequence[str], model: nn.Module) -> list[
                     check_same_classes(classes, f"the {part} data", known[1], f"the {known[0]} data")
                 known = known or (part, classes)
                 _check_classes(model, part, len(classes))
-                _check_channels(model, part, dataset)
+                check_channels_of_data(model, part, dataset)
             for metric in evaluators:
                 _build(f"{part}_evaluator", lambda metric=metric: METRICS.build(metric))
     return known[1] if known else []
@@ -303,14 +306,6 @@ def _check_classes(model: nn.Module, part: str, classes: int) -> None:
             raise InputError(f"the model has {found} classes, the {part} data {classes}; set model.{setting}.num_classes")
 
 
-def _check_channels(model: nn.Module, part: str, dataset: Any) -> None:
-    """Raises InputError unless a network that says how many channels it takes gets as many."""
-    taken = getattr(getattr(model, "model", None), "in_chans", None)
-    given = (getattr(dataset, "data_config", None) or {}).get("input_size", [None])[0]
-    if None not in (taken, given) and taken != given:
-        raise InputError(f"the model takes {taken} channels, the {part} data have {given}; set model.args.in_chans")
-
-
 def _build(place: str, build: Callable[[], Built]) -> Built:
     try:
         return build()
@@ -320,10 +315,11 @@ def _build(place: str, build: Callable[[], Built]) -> Built:
         raise InputError(f"{place} of the config cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _run(work: Callable[[], Built]) -> Built:
+def in_one_sentence(work: Callable[[], Built]) -> Built:
+    """What `work` gives. An InputError of a process that loads data comes with a traceback in its text; only the sentence is left."""
     try:
         return work()
-    except InputError as error:  # from a worker process it comes with a traceback in its text
+    except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("zoo.errors.InputError: ")) from error
 
 

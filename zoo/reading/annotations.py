@@ -1,6 +1,6 @@
 """COCO's annotation files: what their tools need is filled in where it follows from the rest, and what is wrong is said."""
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def compressed(segmentation: Any, width: int, height: int) -> Any:
     return masks.merge(segmentation) if isinstance(segmentation, list) else segmentation
 
 
-def check_categories(names: Sequence[str], categories: Sequence[dict], path: str | Path) -> None:
+def check_categories(names: Sequence[str], categories: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Raises InputError unless the categories of the file at `path` have these `names` among them, in the same order.
 
     The order counts because the tools number classes by it.

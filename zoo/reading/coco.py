@@ -1,4 +1,6 @@
 """Boxes and masks as COCO's annotations have them."""
+from typing import cast
+
 import numpy as np
 
 from zoo.errors import require
@@ -23,4 +25,4 @@ def compressed_run_lengths(mask: np.ndarray) -> dict:
     require("masks in COCO's form", "mm", "pycocotools")
     from pycocotools import mask as masks
     encoded = masks.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+    return {"size": list(mask.shape), "counts": cast(bytes, encoded["counts"]).decode()}

@@ -13,12 +13,12 @@ import numpy as np
 
 from zoo.errors import InputError, near_misses
 from zoo.reading.annotations import complete
-from zoo.reading.decathlon import read_decathlon
+from zoo.reading.decathlon import read_task
 from zoo.reading.masks import read_picture_mask
 from zoo.reading.own_data import OwnData, Sample, named, picture_sizes
 from zoo.reading.pairs import pair
 from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
-from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, open_volume
+from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
 
 FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
          "COCO's JSON with its pictures, NIfTI volumes and masks (images and labels, or a dataset.json), or a CSV of paths and labels")
@@ -125,9 +125,13 @@ def pairs(root: Path, files: Sequence[Path]) -> dict[str, list[tuple[Path, Path]
     for which, listed in enumerate((pictures, masks)):
         for path in listed:
             groups.setdefault((places[path].split, places[path].above), ([], []))[which].append(path)
-    for (split, _), (group, group_masks) in groups.items():
+    for (split, _), members in groups.items():
+        group, group_masks = members
         if group_masks or split != "test":
-            bases = [places[listed[0]].base if listed else root for listed in (group, group_masks)]
+            for listed in members:
+                if len(bases := {places[path].base for path in listed}) > 1:
+                    raise InputError(f"{named(sorted(map(str, bases)))} hold files of one kind, and nothing says which of them are meant")
+            bases = [places[listed[0]].base if listed else root for listed in members]
             found.setdefault(split or "train", []).extend(pair(group, group_masks, *bases))
     if "train" not in found:
         raise InputError(f"{root} holds pictures with masks for {named(found)} and none for train")
@@ -196,7 +200,7 @@ def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], n
     if not paired:
         raise InputError(f"nothing says which of the volumes in {root} are masks; their folder is to be called labels, that of the others "
                          "images")
-    present = {mask: np.unique(np.asanyarray(open_volume(mask).dataobj)).tolist() for listed in paired.values() for _, mask in listed}
+    present = {mask: labels_in(mask) for listed in paired.values() for _, mask in listed}
     for mask, values in present.items():
         if bad := [value for value in values if value != int(value) or value < 0 or (names and value >= len(names)) or value >= MANY]:
             raise InputError(f"the mask {mask} has the label {bad[0]:g}, where labels are whole numbers from 0 to "
@@ -210,13 +214,10 @@ def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], n
 
 
 def decathlon(root: Path) -> OwnData:
-    """A task of the Decathlon or nnU-Net, whose dataset.json says which volumes are for validation, or nothing of that."""
-    path = root / "dataset.json"
-    parts = {split: read_decathlon(path, split) for split in ("train", "val")}
-    task, listed = parts["train"], {split: part.files for split, part in parts.items()}
-    if not json.loads(path.read_bytes()).get("validation"):
-        listed = {"train": sorted(listed["train"] + listed["val"])}
-    return volumes_with_masks(root, listed, task.classes, task.channels, "a dataset.json with its volumes")
+    """A task of the Decathlon or nnU-Net, as its dataset.json describes it."""
+    task = read_task(root / "dataset.json")
+    paired = {"train": task.training, **({"val": task.validation} if task.validation else {})}
+    return volumes_with_masks(root, paired, task.classes, task.channels, "a dataset.json with its volumes")
 
 
 def coco_files(root: Path) -> dict[Path, dict]:

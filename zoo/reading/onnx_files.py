@@ -27,7 +27,7 @@ def open_session(path: str | Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"ONNX Runtime does not load {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"ONNX Runtime does not load {path}, which is damaged or no ONNX file: {' '.join(str(error).split())}") from error
 
 
 def read_metadata(session: Any, path: str | Path) -> dict[str, Any]:

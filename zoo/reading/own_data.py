@@ -12,7 +12,7 @@ import numpy as np
 
 from zoo.errors import InputError
 from zoo.files import replacing
-from zoo.reading.decathlon import SUBJECT
+from zoo.reading.decathlon import subject
 from zoo.reading.masks import read_picture_mask
 from zoo.reading.pictures import opening, seen_size
 from zoo.reading.splits import held_out, identical_files
@@ -75,22 +75,22 @@ def mask_labels(data: OwnData, sample: Sample) -> np.ndarray:
 def divided(data: OwnData, folds: int | None = None, fold: int = 0, seed: int = 0) -> OwnData:
     """The data with a part for validation: their own, or, where they have none, one of `folds` (5) parts with equal shares of the classes.
 
-    Copies of a file stay on one side, and so do the volumes of a BIDS subject, sub-…. Raises InputError as `held_out`, and
-    for `folds` where the data bring their own part.
+    Copies of a file stay on one side, and so do volumes of one BIDS subject, sub-…. Raises InputError as `held_out`, and for `folds`
+    where the data bring their own part.
     """
     if "val" in data.splits:
         if folds is not None:
             raise InputError(f"{data.root} has a part for validation of its own; --folds and --fold divide data that have none")
         return dataclasses.replace(data, notes=(*data.notes, *_leaks(data.splits)))
     folds, samples = folds or FOLDS, data.splits["train"]
-    groups = identical_files([sample.path for sample in samples])
-    if data.task == "volumes":
-        groups = [match[1] if (match := SUBJECT.search(sample.path.as_posix())) else group
-                  for sample, group in zip(samples, groups, strict=True)]
+    copied = groups = identical_files([sample.path for sample in samples])
+    if data.task == "volumes":  # scans of one subject stay together
+        firsts: dict[object, int] = {}
+        groups = [firsts.setdefault(subject(data.root, sample.path), group) for sample, group in zip(samples, copied, strict=True)]
     out = held_out([sample.labels for sample in samples], groups, folds, fold, seed)
     notes = [f"there is no part for validation: {sum(out)} of {len(out)} were drawn, fold {fold} of {folds}, seed {seed}"]
-    if copies := len(groups) - len(set(groups)):
-        notes.append(f"{copies} files are copies of others, or of one subject, and stay on their side")
+    if copies := len(copied) - len(set(copied)):
+        notes.append(f"{copies} files are copies of others, and stay on their side")
     parts = {"train": [sample for sample, held in zip(samples, out, strict=True) if not held],
              "val": [sample for sample, held in zip(samples, out, strict=True) if held]}
     return dataclasses.replace(data, splits={**data.splits, **parts}, notes=(*data.notes, *notes))

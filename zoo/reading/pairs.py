@@ -82,13 +82,14 @@ def _partners(pictures: Sequence[Name], masks: Sequence[Name]) -> list[int | Non
     """The place of every picture's mask. The rule that leaves out nothing decides if it finds any, then the one that finds most."""
     candidates = [[(cut, [_left(name, cut) for name in listed], _numbers(listed[0], cut)) for cut in _cuts(listed)]
                   for listed in (pictures, masks)]
-    found, most, rule = [None] * len(pictures), 0, ((0, 0), (0, 0))
+    found: list[int | None] = [None] * len(pictures)
+    most, rule = 0, ((0, 0), (0, 0))
     places = {cut: {key: place for place, key in enumerate(keys) if key is not None} for cut, keys, _ in candidates[1]}
     for mine, theirs in sorted(itertools.product(*candidates), key=lambda two: sum(two[0][0]) + sum(two[1][0])):
         (cut, keys, numbers), (their_cut, _, their_numbers) = mine, theirs
         if numbers and their_numbers and numbers != their_numbers:
             continue
-        partners = [places[their_cut].get(key) for key in keys]
+        partners = [None if key is None else places[their_cut].get(key) for key in keys]
         if (count := sum(partner is not None for partner in partners)) > most:
             found, most, rule = partners, count, (cut, their_cut)
         if most == len(pictures) or (most and not any(cut + their_cut)):

@@ -31,6 +31,8 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
         found += (Path(place, name) for name in names if name.lower().endswith(suffixes) and not name.startswith("."))
     return sorted(found)
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+
 
 def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
     """The files among `inputs` and the pictures below the folders among them. Raises InputError if there are none."""
@@ -41,6 +43,8 @@ def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
             if not below:
                 raise InputError(f"the folder {given} holds no picture ({' '.join(PICTURE_SUFFIXES)})")
             found += below
+        elif given.name.lower().endswith(ARCHIVES) and given.exists():
+            raise InputError(f"{given} is an archive; unpack it, and give the folder")
         elif given.exists():
             found.append(given)
         else:
@@ -114,7 +118,7 @@ def orientation(picture: Image.Image) -> int:
 def seen_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of a picture, as it is stored, when it is turned upright."""
     aside = orientation(picture) in TURNED_ASIDE and picture.format != "TIFF"  # Pillow says of TIFF how large it is to be seen
-    return picture.size[::-1] if aside else picture.size
+    return (picture.height, picture.width) if aside else picture.size
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:

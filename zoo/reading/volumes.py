@@ -1,6 +1,5 @@
 """Volumes in files: read, brought to what a network was trained on, and masks written back onto the file's own grid."""
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from zoo.errors import InputError, near_misses, require, times
 from zoo.files import replacing
 from zoo.reading.masks import check_labels, label_dtype
 from zoo.reading.pictures import files_below
+from zoo.reading.say import say_once
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".mgz", ".mgh", ".hdr")  # an .hdr has its voxels in the .img beside it
@@ -23,10 +23,7 @@ FIRST_CHANNEL = re.compile(r"(.+)_0000(\.nii\.gz|\.\w+)")  # as nnU-Net names fi
 
 
 Read = TypeVar("Read")
-
-
-class MissingVoxelsWarning(UserWarning):
-    """Some voxels of a file are not numbers, and count as outside."""
+Say = Callable[..., object]
 
 
 def is_volume(path: str | Path) -> bool:
@@ -126,9 +123,12 @@ class Grid:
     def of(cls, config: Mapping) -> Self:
         return cls(*(tuple(value) if (value := config.get(name)) is not None else None for name in ("spacing", "clip")))
 
-    def prepare(self, image: Any) -> Tensor:
-        """(C, X, Y, Z) float32. Raises InputError if the file's data are damaged, or infinite somewhere."""
-        volume = self.normalize(_voxels(image, 0.0 if self.clip is None else self.clip[0]))
+    def prepare(self, image: Any, say: Say = say_once) -> Tensor:
+        """(C, X, Y, Z) float32. Raises InputError if the file's data are damaged, or infinite somewhere.
+
+        `say` gets what there is to say of NaN, as a logger's `warning` does.
+        """
+        volume = self.normalize(_voxels(image, 0.0 if self.clip is None else self.clip[0], say))
         if self.spacing is not None:
             volume = F.interpolate(volume[None], self.size(image), mode="trilinear")[0]
         return volume
@@ -143,18 +143,19 @@ class Grid:
             channel.sub_(mean).div_(std.clamp(min=1e-8))
         return volume
 
-    def prepare_mask(self, image: Any, classes: int, path: str | Path) -> Tensor:
+    def prepare_mask(self, image: Any, classes: int, path: str | Path, say: Say = say_once) -> Tensor:
         """(1, X, Y, Z) of `label_dtype`. Raises InputError for damaged data and for labels that are not whole numbers below `classes`."""
-        labels = _voxels(image)
+        labels = _voxels(image, 0.0, say)
         check_labels(labels, classes, path)
         labels = labels.to(label_dtype(classes))
         return labels if self.spacing is None else _nearest(labels, self.size(image))
 
-    def prepare_pair(self, image_path: str | Path, mask_path: str | Path, classes: int, channels: int = 1) -> tuple[Tensor, Tensor]:
+    def prepare_pair(self, image_path: str | Path, mask_path: str | Path, classes: int, channels: int = 1, say: Say = say_once,
+                     ) -> tuple[Tensor, Tensor]:
         """A volume and its mask in files, as `prepare` and `prepare_mask` give them. Raises InputError unless they share one grid."""
         image, mask = open_volume(image_path, channels), open_volume(mask_path)
         check_same_grid(image_path, image, mask_path, mask)
-        return self.prepare(image), self.prepare_mask(mask, classes, mask_path)
+        return self.prepare(image, say), self.prepare_mask(mask, classes, mask_path, say)
 
     def size(self, image: Any) -> list[int]:
         """Voxels along each axis after resampling."""
@@ -183,6 +184,11 @@ class Grid:
             nibabel.save(mask, written)
 
 
+def labels_in(path: str | Path) -> list[float]:
+    """The values that occur in the mask at `path`, in ascending order; those that are NaN count as 0, which is said."""
+    return _voxels(open_volume(path), 0.0, say_once).unique().tolist()
+
+
 def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     """As interpolation with "nearest-exact", of whole numbers of any type."""
     for axis, (old, new) in enumerate(zip(labels.shape[1:], size, strict=True), 1):
@@ -190,7 +196,7 @@ def _nearest(labels: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     return labels
 
 
-def _voxels(image: Any, outside: float = 0.0) -> Tensor:
+def _voxels(image: Any, outside: float, say: Say) -> Tensor:
     """(C, X, Y, Z) float32 with `outside` for NaN: only here the file is read beyond its header."""
     path = image.get_filename()
     array = _reading(path, lambda: np.asanyarray(_canonical(image).dataobj))
@@ -203,8 +209,7 @@ def _voxels(image: Any, outside: float = 0.0) -> Tensor:
         if infinite := int(voxels.isinf().sum()):
             raise InputError(f"the volume {path} has {infinite} voxels that are infinite; give them values, or NaN if they lie outside")
         missing = voxels.isnan()
-        warnings.warn(f"the volume {path} has {int(missing.sum())} voxels that are NaN; they count as outside, {outside:g}",
-                      MissingVoxelsWarning)
+        say("the volume %s has %d voxels that are NaN; they count as outside, %g", path, int(missing.sum()), outside)
         voxels[missing] = outside
     return voxels
 
@@ -213,11 +218,6 @@ def _zooms(image: Any) -> list[float]:
     """Millimetres per voxel along the axes, as the affine has them, whatever else the header says."""
     units = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
     return [float(size) * MILLIMETRES.get(units, 1.0) for size in _nibabel().affines.voxel_sizes(image.affine)]
-
-
-def spacing_of(image: Any) -> list[float]:
-    """Millimetres per voxel along right, anterior, superior."""
-    return _zooms(_canonical(image))
 
 
 def _canonical(image: Any) -> Any:

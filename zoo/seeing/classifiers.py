@@ -14,9 +14,10 @@ from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
 from zoo.seeing.attributions import heat, undisturbed
 from zoo.seeing.figures import new_figure, overlay, render
-from zoo.seeing.mechanism_pictures import PICTURES, Captured, Point
+from zoo.seeing.mechanism_pictures import COLOURS, PICTURES, Captured, Point
 from zoo.seeing.page import Seen
 
+LIKELY = 0.01  # probability of a class that is worth naming
 CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HiLoAttention, zoo.layers.TokenAwareAvgPool}
 
 
@@ -46,7 +47,8 @@ def mechanisms(model: nn.Module, info: ModelInfo, picture: Image.Image, query: P
         captured = Captured(name, modules[name], {key: value[0] for key, value in drawn[name].items()},
                             sizes.get(name, shown.shape[:2]), shown)
         figure, caption = PICTURES[type(modules[name])](captured, query)
-        seen.append(Seen(name.replace(".", "-"), f"{name}: {type(modules[name]).__name__}", caption, render(figure)))
+        kind = type(modules[name])
+        seen.append(Seen(name.replace(".", "-"), f"{name}: {kind.__name__}", caption, render(figure), COLOURS[kind]))
     return seen
 
 
@@ -66,8 +68,19 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     figure, (left, right) = new_figure(2)
     left.imshow(shown)
     overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
-    caption = f"For {info.class_name(target)}, predicted with probability {logits.softmax(0)[target]:.2f}."
-    return Seen(method, method.replace("_", " "), caption, render(figure))
+    caption = f"The picture, and how much each place speaks for {_answer(info, logits.softmax(0), target)}."
+    return Seen(method, method.replace("_", " "), caption, render(figure), ("heat",))
+
+
+def _answer(info: ModelInfo, probabilities: Tensor, target: int) -> str:
+    """The class with its probability, and the likeliest others."""
+    best = probabilities.topk(min(4, len(probabilities)))
+    others = [f"{info.class_name(index)} {value:.1%}" for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+              if index != target and value >= LIKELY][:3]
+    said = f"{info.class_name(target)}, {probabilities[target]:.1%} probable"
+    if best.values[0] < LIKELY:
+        return f"{said}: no class of {len(probabilities)} has as much as {LIKELY:.0%}"
+    return f"{said}; other classes: {', '.join(others)}" if others else said
 
 
 def check_target(target: int, classes: int) -> None:

@@ -41,7 +41,7 @@ class Chart:
     marked: str = ""
 
 
-PERCENT = ("accuracy/", "iou/", "dice/", "aAcc", "mIoU", "mAcc", "mDice")  # how names of metrics in percent begin
+PERCENT = ("accuracy/", "iou/", "dice/", "calibration/", "aAcc", "mIoU", "mAcc", "mDice")  # how names of metrics in percent begin
 
 
 def training_charts(scalars: Scalars, best: float | None) -> list[Chart]:

@@ -26,9 +26,10 @@ def new_figure(count: int):
 
 
 def overlay(axes, image: np.ndarray, heat: Tensor, extent: tuple[float, ...]) -> None:
-    """The image (H, W, 3) under the map `heat` (h, w), both stretched over `extent`."""
+    """The image (H, W, 3) under the map `heat` (h, w), both stretched over `extent`, and a bar of the map's numbers."""
     axes.imshow(image, extent=extent)
-    axes.imshow(heat.float().cpu().numpy(), extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
+    drawn = axes.imshow(heat.float().cpu().numpy(), extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
+    axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
 
 
 def rectangle(box: tuple[int, int, int, int], **style):

@@ -56,8 +56,9 @@ def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_inde
     seen = [Seen("image", Path(path).name, what, grey(image))]
     for name, gate in gates.items():
         whole = crop(resize(gate[None], padded), x.shape[1:])[0]
-        caption = f"{' x '.join(map(str, gate.shape[1:]))}, mean {gate.mean():.2f}"
-        seen.append(Seen(name.replace(".", "-"), name, caption, _heat(image, _shown(whole, at))))
+        size, shares = " x ".join(map(str, gate.shape[1:])), f"{gate.min():.2f} to {gate.max():.2f}, mean {gate.mean():.2f}"
+        caption = f"what it lets through, {shares}; {size}"
+        seen.append(Seen(name.replace(".", "-"), name, caption, _heat(image, _shown(whole, at)), ("gates",)))
     return seen
 
 

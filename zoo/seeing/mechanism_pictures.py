@@ -138,7 +138,8 @@ def _halo(seen: Captured, query: Point):
     window = block + 2 * halo
     figure, (axes,) = new_figure(1)
     axes.imshow(seen.image, extent=seen.extent)
-    axes.imshow(own, extent=(first - 0.5, first + window - 0.5, top + window - 0.5, top - 0.5), cmap="inferno", alpha=0.6)
+    drawn = axes.imshow(own, extent=(first - 0.5, first + window - 0.5, top + window - 0.5, top - 0.5), cmap="inferno", alpha=0.6)
+    figure.colorbar(drawn, ax=axes, shrink=0.8)
     axes.add_patch(rectangle((top + halo, first + halo, block, block), fill=False, edgecolor="white", linewidth=1.5))
     axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
     axes.set_xlim(min(seen.extent[0], first - 0.5), max(seen.extent[1], first + window - 0.5))
@@ -174,6 +175,18 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.SelectiveKernelUnit: _selective,
     zoo.layers.TokenAwareAvgPool: _token_aware,
+}
+COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEND`, in those pictures
+    zoo.layers.ATConv: ("signs",),
+    zoo.layers.AttentionGate: ("heat",),
+    zoo.layers.BiLevelRoutingAttention: ("from", "routes"),
+    zoo.layers.ContextBroadcast: ("heat",),
+    zoo.layers.DAS: ("from", "samples", "heat"),
+    zoo.layers.HaloAttention: ("from", "block", "heat"),
+    zoo.layers.HiLoAttention: ("from", "routes", "heat"),
+    zoo.layers.PolarizedSelfAttention: ("heat",),
+    zoo.layers.SelectiveKernelUnit: (),
+    zoo.layers.TokenAwareAvgPool: ("heat",),
 }
 WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention}  # whose pictures depend on it
 

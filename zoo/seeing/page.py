@@ -4,6 +4,7 @@ import contextlib
 import html
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,25 @@ from zoo.files import check_writable, explaining, make_folder
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture, the name of its file, and what it shows."""
+    """A picture, the name of its file, what it shows, and which colours of `LEGEND` are in it."""
 
     name: str
     title: str
     caption: str
     picture: Image.Image
+    colours: tuple[str, ...] = ()
+
+
+# What colours mean: how they look, as CSS has it, and a sentence.
+LEGEND = {
+    "heat": ("linear-gradient(90deg,#000004,#57106e,#bc3754,#f98e09,#fcffa4)", "over the picture: dark is little, bright much"),
+    "gates": ("linear-gradient(90deg,#000,#f00,#ff0,#fff)", "over the image: from what a gate lets through least to most"),
+    "from": ("#f00", "the place, or the region, that is asked from"),
+    "routes": ("linear-gradient(90deg,#ffc,#fd0)", "what it attends to: the stronger the colour, the more"),
+    "block": ("#fff", "the block that it lies in"),
+    "samples": ("linear-gradient(90deg,#1f77b4,#ff7f0e,#2ca02c)", "dots: where the convolution samples for the cross nearby"),
+    "signs": ("linear-gradient(90deg,#b2182b,#f7f7f7,#2166ac)", "weights of kernels: red above 0, blue below"),
+}
 
 
 STYLE = """
@@ -33,6 +47,13 @@ h1{font-size:1.6rem;line-height:1.2;overflow-wrap:anywhere}h2{font-size:1.25rem;
 h3{font-size:1rem;margin:0;overflow-wrap:anywhere}
 section.pictures{display:flex;flex-wrap:wrap;gap:1.5rem}section.pictures>figure{max-width:34rem}section.pictures img{min-width:16rem}
 figure{margin:0}img{max-width:100%;height:auto}figcaption{color:var(--soft);overflow-wrap:anywhere}
+"""
+
+
+LEGEND_STYLE = """
+.remark{border-left:.25rem solid rgb(var(--accent));background:var(--card);padding:.6rem .9rem}
+.legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.3rem 1.5rem;color:var(--soft);font-size:.9rem}
+.legend li{display:flex;align-items:center;gap:.5rem}.legend span{flex:none;width:3rem;height:.9rem;border:1px solid var(--line)}
 """
 
 
@@ -53,15 +74,21 @@ def image(picture: Image.Image, alt: str, kind: str = "PNG") -> str:
             f'src="data:image/{kind.lower()};base64,{data}">')
 
 
-def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> str:
-    """One HTML document with all pictures inside: it needs no other file and no server."""
-    parts = []
+def page(title: str, sections: Sequence[tuple[str, Sequence[Seen]]], remark: str = "") -> str:
+    """One HTML document with all pictures inside: it needs no other file and no server. `remark` stands above them."""
+    used = {colour for _, seen in sections for shown in seen for colour in shown.colours}
+    parts = ['<p class="remark">' + re.sub("`(.*?)`", r"<code>\1</code>", html.escape(remark)) + "</p>"] if remark else []
+    if used:
+        items = (f'<li><span style="background:{look}"></span>{html.escape(meaning)}</li>'
+                 for colour, (look, meaning) in LEGEND.items() if colour in used)
+        parts.append(f'<ul class="legend" aria-label="What the colours mean">{"".join(items)}</ul>')
     for heading, seen in sections:
         parts.append(f'<section class="pictures"><h2>{html.escape(heading)}</h2>')
-        parts += [f"<figure><h3>{html.escape(shown.title)}</h3>{image(shown.picture, shown.title)}"
+        parts += [f"<figure><h3>{html.escape(shown.title)}</h3>"
+                  f"{image(shown.picture, f'{Path(heading).name}, {shown.title}: {shown.caption}')}"
                   f"<figcaption>{html.escape(shown.caption)}</figcaption></figure>" for shown in seen]
         parts.append("</section>")
-    return document(title, "".join(parts))
+    return document(title, "".join(parts), LEGEND_STYLE)
 
 
 @contextlib.contextmanager
@@ -82,8 +109,8 @@ def folder_for_pictures(folder: str | Path) -> Iterator[None]:
         raise
 
 
-def write(folder: str | Path, title: str, sections: Sequence[tuple[str, Sequence[Seen]]]) -> list[Path]:
-    """Writes every picture as a PNG file and the page `index.html` into `folder`, which is made; returns the files.
+def write(folder: str | Path, title: str, sections: Sequence[tuple[str, Sequence[Seen]]], remark: str = "") -> list[Path]:
+    """Writes every picture as a PNG file and the page `index.html`, see `page`, into `folder`, which is made; returns the files.
 
     They are there all or, with an InputError, none: if the disk is full, or the folder cannot be written to.
     """
@@ -93,7 +120,7 @@ def write(folder: str | Path, title: str, sections: Sequence[tuple[str, Sequence
     with folder_for_pictures(folder), explaining(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pictures.") as made:
         for name, picture in pictures.items():
             picture.save(Path(made) / name)
-        (Path(made) / "index.html").write_text(page(title, sections), encoding="utf-8")
+        (Path(made) / "index.html").write_text(page(title, sections, remark), encoding="utf-8")
         for path in files:
             check_writable(path)
         for path in files:

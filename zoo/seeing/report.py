@@ -27,12 +27,17 @@ COLUMNS = {
     "voxels": ("voxels", "", "voxels of the class"),
     "iou": ("IoU", "%", "intersection over union, over all images together"),
     "missed": ("missed", "", "images that hold the class and where none of it was found"),
-    "dice": ("Dice", "%", "mean over the images that hold the class"),
+    "dice": ("Dice", "%", "twice the intersection over the sum of both; of volumes the mean over those that hold the class"),
+    "surface_dice": ("surface Dice", "%", "share of the surfaces within 1 mm of each other"),
+    "accuracy": ("accuracy", "%", "share of all images that are rightly said to be, or not, of the class"),
     "hd95": ("HD95", "", "95th percentile of the distances between outlines, mean over the images where both have the class"),
     "boxes": ("boxes", "", "objects of the class"),
     "ap": ("AP", "%", "average precision, mean over IoU of 0.50 to 0.95, as COCO has it"),
     "ap50": ("AP50", "%", "at IoU 0.50"),
     "ap75": ("AP75", "%", "at IoU 0.75"),
+    "mask_ap": ("mask AP", "%", "the same of masks"),
+    "mask_ap50": ("mask AP50", "%", "at IoU 0.50"),
+    "mask_ap75": ("mask AP75", "%", "at IoU 0.75"),
 }
 STYLE = """
 .soft{color:var(--soft)}.wide{overflow-x:auto}
@@ -96,7 +101,7 @@ class Report:
         notes: sentences on what is not as it should be, or is not there.
         commands: what to run next, by what it is for.
         charts: curves.
-        table: rows of `zoo.measuring.per_class`; of more than `ROWS`, those with the lowest `by`.
+        table: rows of `zoo.measuring.per_class` or `class_tables`; of more than `ROWS`, those with the lowest `by`.
         by: the column that counts most.
         distance: unit of distances in the table.
         confusion: (classes, classes) counts of given classes (rows) by answers.
@@ -185,7 +190,7 @@ def _confusions(counts: np.ndarray, names: Sequence[str]) -> str:
                 f'<div class="wide" tabindex="0"><table class="matrix"><thead><tr><th scope="col">given \\ answer</th>{head}</tr></thead>'
                 f'<tbody>{"".join(body)}</tbody></table></div>')
     order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+    pairs: list[tuple[int, int]] = [divmod(int(place), len(names)) for place in order if wrong.flat[place]]
     body = "".join(f'<tr><th scope="row">{html.escape(names[i])}</th><td>{html.escape(names[j])}</td><td>{counts[i, j]:,}</td>'
                    f"<td>{100 * counts[i, j] / counts[i].sum():.1f}</td></tr>" for i, j in pairs)
     return (f'<p>The {len(pairs)} most frequent ones between {len(names)} classes.</p>'
