@@ -45,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+# Arguments that go with a model and data only.
 OWN = ("epochs", "batch", "lr", "size", "weights", "pretrained", "freeze", "folds", "fold")
 
 
@@ -71,6 +72,8 @@ def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     from zoo.reading.discovery import discover
     from zoo.reading.own_data import divided
 
+    if Path(args.config).is_dir():
+        raise InputError(f"{args.config} is a folder, and the model comes first: zoo train {args.data} {args.config}")
     if Path(args.config).suffix == ".py":
         raise InputError(f"{args.config} is a config, which names its data itself; before data there is a model's name")
     if "RANK" in os.environ:

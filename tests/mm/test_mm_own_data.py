@@ -19,7 +19,6 @@ from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.downstream import load_scene_model
 from zoo.mm.own_data import mirrors
 from zoo.predicting.classification import predict
-from zoo.predicting.segmentation import write_masks
 from zoo.reading.digits import write_digit_scenes
 from zoo.tools._cli import command
 
@@ -112,11 +111,11 @@ def test_weights_start_a_training_and_only_the_head_learns(zoo_train, tmp_path):
 
 
 def write_stripes(folder: Path, mask_folder: Path, count: int = 8, side: int = 32) -> None:
-    """Pictures of a bright stripe, and masks of it."""
+    """Pictures of a bright stripe, and masks of it, 0 and 255."""
     for i in range(count):
         labels = np.zeros((side, side), np.uint8)
         labels[:, 3 * i % 24:3 * i % 24 + 8] = 1
-        for path, pixels in ((folder / f"{i}.png", 60 + 120 * labels), (mask_folder / f"{i}.png", labels)):
+        for path, pixels in ((folder / f"{i}.png", 60 + 120 * labels), (mask_folder / f"{i}_mask.png", 255 * labels)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
 
@@ -125,10 +124,13 @@ def write_stripes(folder: Path, mask_folder: Path, count: int = 8, side: int = 3
 def test_pictures_and_masks_train(zoo_train, tmp_path, model):
     write_stripes(tmp_path / "data/images", tmp_path / "data/masks")
     said, work_dir = zoo_train(model, tmp_path / "data", "--epochs", 2, "--batch", 2)
-    assert "pictures and masks, 6 for train, 2 for val" in said and "of pictures of 32×32 pixels windows of 32×32 are seen" in said
+    assert "pictures and masks, 6 for train, 2 for val" in said
+    assert "of pictures of 32×32 pixels windows of 32×32 are seen" in said and "255 is object" in said
     best, = work_dir.glob("best_iou_mean_*.pth")
     assert load_trained(best)[1].classes == ("background", "object")
-    write_masks(*load_trained(best), [tmp_path / "data/images/0.png"], tmp_path / "answer.png")
+    with pytest.raises(SystemExit) as end:
+        command(["predict", str(best), str(tmp_path / "data/images"), "-o", str(tmp_path / "answers")])
+    assert not end.value.code and len(list((tmp_path / "answers").glob("0*"))) >= 1
     assert set(evaluate(work_dir / "config.py", best)) == {"iou/background", "iou/object", "iou/mean"}
 
 
@@ -225,6 +227,8 @@ def test_what_does_not_fit_is_refused(zoo_refuses, tmp_path):
         (("test_resnet", colours, "--weights", "nowhere.pth"), "there is no file nowhere.pth"),
         (("test_resnet", colours, "--weights", colours / "red/0.png"), "0.png is damaged or no checkpoint at all"),
         (("biformer_nano", colours, "--pretrained"), "there are no weights of biformer_nano to download; --weights takes a file"),
+        (("biformer_nano",), "is a model, and no config is called so; .* zoo train biformer_nano DATA; did you mean biformer_nano_digits"),
+        ((colours, "test_resnet"), "is a folder, and the model comes first: zoo train test_resnet .*colours"),
         (("my_config.py", colours), "my_config.py is a config, which names its data itself"),
         (("biformer_nano_digits", "--epochs", 3), r"--epochs goes with a model and data \(zoo train biformer_nano DATA\)"),
     ]:

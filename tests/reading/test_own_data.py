@@ -161,7 +161,7 @@ def test_decathlon_and_nnunet(tmp_path, labels, listed):
         volume(tmp_path / "labelsTr" / f"ct_{i}.nii.gz", 0, i % 2)
         training.append({"image": f"./imagesTr/ct_{i}.nii.gz", "label": f"./labelsTr/ct_{i}.nii.gz"})
     volume(tmp_path / "imagesTs" / "ct_9.nii.gz", 1)
-    described = {"labels": labels, "channel_names": {"0": "CT"}, **({"training": training} if listed else {"numTraining": 3})}
+    described = {"labels": labels, "channel_names": {"0": "CT"}, **({"training": training} if listed else {"file_ending": ".nii.gz"})}
     (tmp_path / "dataset.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(described).encode())
     found = discover(tmp_path)
     assert (found.task, found.classes, found.channels) == ("volumes", ("background", "liver", "tumour"), 1)
@@ -267,7 +267,7 @@ def _lonely(root):
 
 
 def _grey_jpegs(root):
-    picture(root / "images/1.png")
+    picture(root / "images/1.png", size=(10, 10))
     mask(root / "masks/1.png", *range(0, 200, 3), size=(10, 10))
 
 
@@ -277,9 +277,10 @@ def _unmarked_volumes(root):
 
 
 def _label_beyond(root):
-    volume(root / "imagesTr/a.nii.gz", 1)
-    volume(root / "labelsTr/a.nii.gz", 0, 5)
-    (root / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "x"}}))
+    for name in "ab":
+        volume(root / f"imagesTr/{name}_0000.nii.gz", 1)
+        volume(root / f"labelsTr/{name}.nii.gz", 0, 5)
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}))
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -292,7 +293,7 @@ def _label_beyond(root):
     (_two_of_a_split, "holds both val and valid"),
     (_no_train, "holds val and no train"),
     (_new_class, "val has the classes bird, which .*train lacks"),
-    (_lonely, "have no partner, such as .*masks/img_3.png"),
+    (_lonely, "img_0.png of the 3 pictures below .*images has no mask below .*masks; img_3.png of the 3 masks"),
     (_grey_jpegs, "have 67 different values, where there is one for each class"),
     (_unmarked_volumes, "nothing says which of the volumes in .* are masks"),
     (_label_beyond, "labelsTr/a.nii.gz has the label 5, where labels are whole numbers from 0 to 1"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import timm
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import (
@@ -209,7 +210,10 @@ def find_config(name: str) -> Path:
                  if "_base_" not in path.parts and path.stem != "__init__"}
     if name in installed:
         return installed[name]
-    raise InputError(f"there is no config {name}{near_misses(Path(name).stem, installed)}")
+    near = near_misses(Path(name).stem, installed)
+    if timm.is_model(name):
+        raise InputError(f"{name} is a model, and no config is called so; on data of your own it is trained by zoo train {name} DATA{near}")
+    raise InputError(f"there is no config {name}{near}")
 
 
 def _check_read(config: Config, option: str) -> None:

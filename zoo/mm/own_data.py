@@ -37,7 +37,7 @@ STEPS = 1000  # of a training by default, if there are epochs enough
 EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
-RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (4e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4)}
+RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
@@ -92,7 +92,6 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
                          "folder with --work-dir")
     config, told = BUILDERS[data.task](model, data, wishes)
     check_model(config)
-    config.report = True
     config.data_root = root = str(work_dir.absolute())
     for part in PARTS if data.task == "boxes" else ():
         config[f"{part}_dataloader"].dataset.data_root = root
@@ -171,9 +170,10 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
         "train_dataloader.batch_size": batch, "train_cfg.max_epochs": epochs, "train_cfg.val_interval": interval,
         **{f"{part}_dataloader.num_workers": workers for part in PARTS},
         "optim_wrapper.optimizer.lr": lr, "param_scheduler.0.end": warmup, "param_scheduler.1.begin": warmup,
-        "custom_hooks.1.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
-        "custom_hooks.2": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
-        "default_hooks.checkpoint": dict(interval=interval, save_best=monitor), "default_hooks.logger.interval": max(1, min(50, steps))})
+        "custom_hooks.0.decay": 1 - 1 / max(2.0, AVERAGED * epochs * steps),
+        "custom_hooks.1": dict(monitor=monitor, patience=max(5, epochs // interval // 6)),
+        "default_hooks.checkpoint": dict(interval=interval, save_best=monitor, rule="greater"),
+        "default_hooks.logger.interval": max(1, min(50, steps))})
     if "test" in data.splits and task == "boxes":
         config.test_dataloader.dataset.ann_file = config.test_evaluator.ann_file = "test.json"
     elif "test" in data.splits:
@@ -266,7 +266,7 @@ def inner_side(length: int, most: int, multiple: int) -> int:
 
 def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
     """To say of every voxel its class, by a U-Net in 3-D. Volumes are brought to the spacing that half of them exceed, if they differ."""
-    images = [open_volume(sample.path, *([data.channels] if data.channels > 1 else [])) for sample in data.splits["train"]]
+    images = [open_volume(sample.path, data.channels) for sample in data.splits["train"]]
     spacings = np.array([Grid().voxel_sizes(image) for image in images])
     spacing = None if (spacings.max(0) < 1.01 * spacings.min(0)).all() else np.median(spacings, 0).round(3).tolist()
     clip = intensities(data.splits["train"]) if data.channels == 1 else None
@@ -276,12 +276,9 @@ def volumes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     patches = max(4, min(32, round(float(np.median(sizes.prod(1))) / math.prod(window))))
     mirrored = mirrors(data.classes)
     config, told = started("volumes", data, wishes, "dice/mean", patches)
-    seen = dict(classes=list(data.classes), window=window, spacing=spacing, clip=clip)
-    if data.channels > 1:
-        seen["channels"] = data.channels
-        merge(config, {"model.args.in_chans": data.channels})
+    seen = dict(classes=list(data.classes), window=window, spacing=spacing, clip=clip, channels=data.channels)
     merge(config, {
-        "model.name": model, "model.args.num_classes": len(data.classes), "model.window": window,
+        "model.name": model, "model.args": dict(num_classes=len(data.classes), in_chans=data.channels), "model.window": window,
         **{f"{part}_dataloader.dataset": seen for part in PARTS},
         "train_dataloader.dataset.patch": window, "train_dataloader.dataset.patches": patches,
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored, **of_network(wishes, "model.args")})
@@ -311,7 +308,7 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         import_toolbox("mmdet")
     except ImportError as error:
         raise InputError(f"boxes are learned with {TOOLBOXES['mmdet']}; {INSTALL}") from error
-    sizes = picture_sizes(sample.path for sample in data.splits["train"])
+    sizes = [sample.size for sample in data.splits["train"]]
     size = wishes.size or min(LONGEST, -(-int(statistics.median(map(max, sizes))) // STRIDE) * STRIDE)
     sides = [math.sqrt(box["bbox"][2] * box["bbox"][3]) * size / max(width, height)
              for sample, (width, height) in zip(data.splits["train"], sizes, strict=True) for box in sample.boxes]

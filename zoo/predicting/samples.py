@@ -2,13 +2,14 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from zoo.predicting.scenes import COLOURS
 from zoo.predicting.sheets import TILE, annotate, contact_sheet
+from zoo.reading.annotations import compressed
 from zoo.reading.own_data import OwnData, Sample, mask_labels
 from zoo.reading.pictures import open_picture
 from zoo.reading.volumes import open_volume
@@ -38,10 +39,12 @@ def _in_turn(data: OwnData) -> Iterator[Sample]:
 def _tile(data: OwnData, sample: Sample) -> Image.Image:
     there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
     names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
-    colours: list[Any] = [
-        tuple(map(int, COLOURS[label % len(COLOURS)])) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
-    picture = _slice(sample) if data.task == "volumes" else _covered(open_picture(sample.path), mask_labels(data, sample)) \
-        if data.task == "masks" else open_picture(sample.path)
+    colours = [_colour(label) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
+    picture = _slice(data, sample) if data.task == "volumes" else open_picture(sample.path)
+    if data.task == "masks":
+        picture = _covered(picture, mask_labels(data, sample), COLOURS)
+    elif data.outlined:
+        picture = _covered(picture, _instances(sample), np.insert(COLOURS[:len(data.classes)], 0, 0, 0))
     whole = picture.size
     picture.thumbnail((TILE, TILE))
     if data.task == "boxes":
@@ -49,30 +52,42 @@ def _tile(data: OwnData, sample: Sample) -> Image.Image:
     return annotate(picture, [*names, sample.path.name[-24:]], [*colours, *[(128, 128, 128)] * (len(names) - len(colours) + 1)])
 
 
-def _covered(picture: Image.Image, labels: np.ndarray) -> Image.Image:
-    """`picture` half covered by the colours of all classes but the first."""
+def _colour(label: int) -> tuple[int, int, int]:
+    red, green, blue = map(int, COLOURS[label % len(COLOURS)])
+    return red, green, blue
+
+
+def _covered(picture: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """`picture` half covered by the colours of all labels but 0."""
     pixels = np.asarray(picture.convert("RGB"), np.float32)
-    mixed = np.where((labels > 0)[..., None], (pixels + COLOURS[labels % len(COLOURS)]) / 2, pixels)
+    mixed = np.where((labels > 0)[..., None], (pixels + colours[labels % len(colours)]) / 2, pixels)
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def _slice(sample: Sample) -> Image.Image:
+def _instances(sample: Sample) -> np.ndarray:
+    """(H, W): 0, or in the masks of instances 1 + their class."""
+    from pycocotools import mask as masks
+
+    labels = np.zeros(sample.size[::-1], np.int64)
+    for box in sample.boxes:
+        labels[masks.decode(compressed(box["segmentation"], *sample.size)).astype(bool)] = 1 + box["category_id"]
+    return labels
+
+
+def _slice(data: OwnData, sample: Sample) -> Image.Image:
     """The slice across the last axis that shows most of the classes but the first, of the first channel."""
-    voxels, labels = (np.asanyarray(open_volume(path).dataobj).astype(kind)
-                      for path, kind in ((sample.path, np.float32), (cast(Path, sample.mask), np.int64)))
+    voxels, labels = (np.asanyarray(open_volume(path, channels).dataobj).astype(kind)
+                      for path, channels, kind in ((sample.path, data.channels, np.float32), (cast(Path, sample.mask), 1, np.int64)))
     place = int((labels > 0).sum((0, 1)).argmax())
     shown = voxels[:, :, place].reshape(*labels.shape[:2], -1)[..., 0]
     low, high = np.percentile(shown, (1, 99))
     grey = Image.fromarray((np.clip((shown - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
-    return _covered(grey, labels[:, :, place]).transpose(Image.Transpose.ROTATE_90)
+    return _covered(grey, labels[:, :, place], COLOURS).transpose(Image.Transpose.ROTATE_90)
 
 
 def _draw_boxes(picture: Image.Image, sample: Sample, scale: float) -> None:
     pen = ImageDraw.Draw(picture)
     for box in sample.boxes:
-        colour = tuple(map(int, COLOURS[box["category_id"] % len(COLOURS)]))
-        outline = box.get("segmentation")
-        for polygon in outline if isinstance(outline, list) else ():
-            pen.line([edge * scale for edge in (*polygon, *polygon[:2])], fill=colour)
+        colour = _colour(box["category_id"])
         left, top, width, height = box["bbox"]
         pen.rectangle([edge * scale for edge in (left, top, left + width, top + height)], outline=colour)

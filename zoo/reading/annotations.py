@@ -61,16 +61,22 @@ def _fill_in(annotation: dict, image: dict, path: str | Path) -> None:
     if "segmentation" in annotation:
         from pycocotools import mask as masks
 
-        encoded = annotation["segmentation"]
-        if isinstance(encoded, list) or isinstance(encoded["counts"], list):
-            encoded = masks.frPyObjects(encoded, image["height"], image["width"])
-        encoded = masks.merge(encoded) if isinstance(encoded, list) else encoded
+        encoded = compressed(annotation["segmentation"], image["width"], image["height"])
         annotation.setdefault("bbox", masks.toBbox(encoded).tolist())
         annotation.setdefault("area", float(masks.area(encoded)))
     elif "bbox" in annotation:
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     else:
         raise InputError(f"annotation {annotation['id']} in {path} has neither a bbox nor a segmentation")
+
+
+def compressed(segmentation: Any, width: int, height: int) -> Any:
+    """A segmentation in any of COCO's forms as compressed run lengths, which pycocotools decodes."""
+    from pycocotools import mask as masks
+
+    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+        segmentation = masks.frPyObjects(segmentation, height, width)
+    return masks.merge(segmentation) if isinstance(segmentation, list) else segmentation
 
 
 def check_categories(names: Sequence[str], categories: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -7,14 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from zoo.errors import InputError, near_misses
+from zoo.reading.annotations import complete
 from zoo.reading.decathlon import read_task
-from zoo.reading.own_data import OwnData, Sample, mask_values, named, visible
-from zoo.reading.pictures import PICTURE_SUFFIXES
+from zoo.reading.masks import read_picture_mask
+from zoo.reading.own_data import OwnData, Sample, named, picture_sizes
+from zoo.reading.pairs import pair
+from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
 from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
 
 FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
@@ -53,12 +56,12 @@ def _folder(root: Path) -> OwnData | None:
         return coco(root, described)
     if (root / "dataset.json").is_file():
         return decathlon(root)
-    if volumes := visible(root, VOLUME_SUFFIXES):
+    if volumes := files_below(root, VOLUME_SUFFIXES):
         return volumes_with_masks(root, pairs(root, volumes))
-    pictures = visible(root, PICTURE_SUFFIXES)
+    pictures = files_below(root, PICTURE_SUFFIXES)
     if paired := pairs(root, pictures):
         return pictures_with_masks(root, paired)
-    tables = [path for path in visible(root, TABLE_SUFFIXES) if path.parent == root]
+    tables = [path for path in files_below(root, TABLE_SUFFIXES) if path.parent == root]
     if pictures and len(tables) == 1 and any(path.parent == root for path in pictures):
         return table(tables[0])
     return class_folders(root, pictures) if pictures else None
@@ -67,7 +70,8 @@ def _folder(root: Path) -> OwnData | None:
 def _aside(root: Path, data: OwnData) -> list[str]:
     """Says what is in the folder beside what was taken, as somebody may have meant that."""
     taken = {path for samples in data.splits.values() for sample in samples for path in (sample.path, sample.mask)}
-    left = [path for path in visible(root, PICTURE_SUFFIXES + VOLUME_SUFFIXES + TABLE_SUFFIXES) if path not in taken and path != data.root]
+    files = files_below(root, PICTURE_SUFFIXES + VOLUME_SUFFIXES + TABLE_SUFFIXES)
+    left = [path for path in files if path not in taken and path != data.root]
     return [f"{len(left)} files are left aside, such as {left[0]}"] if left else []
 
 
@@ -100,68 +104,72 @@ def class_folders(root: Path, pictures: Sequence[Path]) -> OwnData:
 def pairs(root: Path, files: Sequence[Path]) -> dict[str, list[tuple[Path, Path]]]:
     """Pictures or volumes with their masks, by split, where names of folders, or of files, say which are masks; empty where none do.
 
-    A mask has its picture's name, in a folder that is the same but for what says that it is of masks; or that name and `_mask`, `_label`
-    or the like beside the picture. Raises InputError for files without a partner, and for two of one name.
+    Masks are in a folder that says so in the place of the one that says that it is of pictures, or beside the pictures, called as they
+    are and `_mask`, `_label` or the like. Raises InputError as `zoo.reading.pairs.pair`, which pairs them.
     """
-    placed = [(path, *_place(path.relative_to(root).parts[:-1])) for path in files]
-    masks = [(path, split, rest) for path, role, split, rest in placed if role == "mask"]
-    pictures = [(path, split, rest) for path, role, split, rest in placed if role == "picture"]
+    places = {path: _Place.of(root, path) for path in files}
+    masks = [path for path, place in places.items() if place.role == "mask"]
+    pictures = [path for path, place in places.items() if place.role == "picture"]
     if masks and not pictures:  # as in train/ and train_masks/
-        pictures = [(path, split, rest) for path, role, split, rest in placed if role is None and (split or not rest)]
+        pictures = [path for path, place in places.items() if place.role is None and not place.above and path.parent in (place.base, root)]
     if not masks:
         stems = {(path.parent, _stem(path)) for path in files}
-        marked = {path for path in files if (match := MARK.fullmatch(_stem(path))) and (path.parent, match[1]) in stems}
-        masks = [(path, split, rest) for path, _, split, rest in placed if path in marked]
-        pictures = [(path, split, rest) for path, _, split, rest in placed if path not in marked]
+        masks = [path for path in files if (match := MARK.fullmatch(_stem(path))) and (path.parent, match[1]) in stems]
+        marked = {*masks}
+        pictures = [path for path in files if path not in marked]
+        places = {path: place._replace(base=path.parent, above=(str(path.parent),)) for path, place in places.items()}
     if not masks or not pictures:
         return {}
-    by_name: dict[tuple, Path] = {}
-    for path, split, rest in pictures:
-        key = split, rest, _stem(path)
-        if key in by_name:
-            raise InputError(f"{by_name[key]} and {path} have one name, and nothing says which of them a mask belongs to")
-        by_name[key] = path
     found: dict[str, list[tuple[Path, Path]]] = {}
-    lonely, taken = [], set()
-    for path, split, rest in masks:
-        names = [_stem(path), *(match[1] for match in [MARK.fullmatch(_stem(path))] if match)]
-        key = next((key for name in names if (key := (split, rest, name)) in by_name), None)
-        if key is None or key in taken:
-            lonely.append(path)
-        else:
-            taken.add(key)
-            found.setdefault(split or "train", []).append((by_name[key], path))
-    lonely += [path for key, path in by_name.items() if key not in taken and key[0] != "test"]
-    if lonely:
-        raise InputError(f"{len(lonely)} of the {len(files)} files in {root} have no partner, such as {lonely[0]}: a mask has the name of "
-                         "its picture, or that name and _mask")
+    groups: dict[tuple, tuple[list[Path], list[Path]]] = {}
+    for which, listed in enumerate((pictures, masks)):
+        for path in listed:
+            groups.setdefault((places[path].split, places[path].above), ([], []))[which].append(path)
+    for (split, _), members in groups.items():
+        group, group_masks = members
+        if group_masks or split != "test":
+            for listed in members:
+                if len(bases := {places[path].base for path in listed}) > 1:
+                    raise InputError(f"{named(sorted(map(str, bases)))} hold files of one kind, and nothing says which of them are meant")
+            bases = [places[listed[0]].base if listed else root for listed in members]
+            found.setdefault(split or "train", []).extend(pair(group, group_masks, *bases))
     if "train" not in found:
         raise InputError(f"{root} holds pictures with masks for {named(found)} and none for train")
     return found
 
 
-def _place(folders: Sequence[str]) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """What the folders above a file say: whether it is a "picture" or a "mask", its split, and what remains."""
-    role, split, rest = None, None, []
-    for name in folders:
-        words = [name] if name.casefold() in ROLES else re.findall(r"(?:images|labels)(?=tr|ts|val)|[^\W_]+", name, re.IGNORECASE)
-        roles, splits = [ROLES.get(word.casefold()) for word in words], [split_of(word) for word in words]
-        if all(map(any, zip(roles, splits, strict=True))) and not (role and any(roles)) and not (split and any(splits)):
-            role, split = role or next(filter(None, roles), None), split or next(filter(None, splits), None)
-        else:
-            rest.append(name)
-    return role, split, tuple(rest)
+class _Place(NamedTuple):
+    """What the folders of a file say: whether it is a "picture" or a "mask", its split, the folder that says the last of that, and
+    those above it that say nothing."""
+
+    role: str | None
+    split: str | None
+    base: Path
+    above: tuple[str, ...]
+
+    @classmethod
+    def of(cls, root: Path, path: Path) -> Self:
+        place = cls(None, None, root, ())
+        above: list[str] = []
+        for depth, name in enumerate(folders := path.relative_to(root).parts[:-1], 1):
+            words = [name] if name.casefold() in ROLES else re.findall(r"(?:images|labels)(?=tr|ts|val)|[^\W_]+", name, re.IGNORECASE)
+            roles, splits = [ROLES.get(word.casefold()) for word in words], [split_of(word) for word in words]
+            known = all(map(any, zip(roles, splits, strict=True)))
+            if known and not (place.role and any(roles)) and not (place.split and any(splits)):
+                place = cls(place.role or next(filter(None, roles), None), place.split or next(filter(None, splits), None),
+                            root.joinpath(*folders[:depth]), tuple(above))
+            else:
+                above.append(name)
+        return place
 
 
 def _stem(path: Path) -> str:
-    """The name without what nnU-Net adds for the first channel of a volume."""
-    stem = path.name.lower().removesuffix(".gz").rpartition(".")[0]
-    return stem.removesuffix("_0000") if is_volume(path) else stem
+    return path.name.lower().removesuffix(".gz").rpartition(".")[0]
 
 
 def pictures_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]]) -> OwnData:
     """Classes are the values in the masks, by the names in classes.txt, if there is one."""
-    present = {mask: np.unique(mask_values(mask)).tolist() for listed in paired.values() for _, mask in listed}
+    present = {mask: np.unique(read_picture_mask(mask, picture)).tolist() for listed in paired.values() for picture, mask in listed}
     values = sorted(set(itertools.chain.from_iterable(present.values())))
     if len(values) > MANY:
         raise InputError(f"the masks in {root} have {len(values)} different values, where there is one for each class; masks that were "
@@ -249,74 +257,61 @@ def coco(root: Path, files: dict[Path, dict]) -> OwnData:
     if "train" not in by_split:
         raise InputError(f"{root} has descriptions for {named(by_split)} and none for train")
     folder = root if root.is_dir() else root.parent.parent if root.parent.name == "annotations" else root.parent
-    read = {split: _Coco(path, files[path]) for split, path in by_split.items()}
-    used = {name for described in read.values() for name in described.used()}
-    names = [name for name in read["train"].names.values() if name in used]
-    if unknown := [name for name in used if name not in names]:
-        raise InputError(f"{root} has annotations of {named(unknown)}, which the description for train, {by_split['train']}, does not name")
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f"{by_split['train']} names {len(names)} categories that have annotations, {named(names)}; there has to be "
-                         "one, and no name twice")
+    for split, path in by_split.items():
+        _locate(files[path], path, split, folder)
+        complete(files[path], path)
+    names = {split: {entry["id"]: str(entry["name"]) for entry in sorted(files[path]["categories"], key=lambda entry: entry["id"])}
+             for split, path in by_split.items()}
+    used = {names[split][box["category_id"]] for split, path in by_split.items() for box in files[path]["annotations"]}
+    classes = [name for name in names["train"].values() if name in used]
+    if unknown := used.difference(classes):
+        raise InputError(f"{root} has annotations of {named(sorted(unknown))}, which the description for train, {by_split['train']}, does "
+                         "not name")
+    if not classes:
+        raise InputError(f"{by_split['train']} has no annotations")
+    places = {name: place for place, name in enumerate(classes)}
+    splits: dict[str, list[Sample]] = {}
+    for split, path in by_split.items():
+        boxes: dict[Any, list[dict]] = {image["id"]: [] for image in files[path]["images"]}
+        for box in files[path]["annotations"]:
+            boxes[box["image_id"]].append({**box, "category_id": places[names[split][box["category_id"]]]})
+        splits[split] = [Sample(Path(image["file_name"]), tuple(box["category_id"] for box in boxes[image["id"]]),
+                                size=(image["width"], image["height"]), boxes=tuple(boxes[image["id"]]))
+                         for image in files[path]["images"]]
     notes = [f"nothing is of {named(left)}, which are left out"] if (left := [
-        name for name in read["train"].names.values() if name not in used]) else []
-    samples = {split: described.samples(names, split, folder) for split, described in read.items()}
-    if empty := sum(not sample.boxes for sample in samples["train"]):
-        notes.append(f"{empty} of {len(samples['train'])} pictures for training have no boxes, and are left out there")
-    outlined = all(box.get("segmentation") for listed in samples.values() for sample in listed for box in sample.boxes)
+        name for name in names["train"].values() if name not in used]) else []
+    if empty := sum(not sample.boxes for sample in splits["train"]):
+        notes.append(f"{empty} of {len(splits['train'])} pictures for training have no boxes, and are left out there")
+    outlined = all(box.get("segmentation") for listed in splits.values() for sample in listed for box in sample.boxes)
     form = f"COCO's boxes {'and masks' if outlined else 'without masks'}"
-    return OwnData(root, "boxes", form, tuple(names), samples, tuple(notes), outlined=outlined)
+    return OwnData(root, "boxes", form, tuple(classes), splits, tuple(notes), outlined=outlined)
 
 
-class _Coco:
-    """A description that has been read."""
+def _locate(content: dict, path: Path, split: str, folder: Path) -> None:
+    """Puts whole paths, and sizes where they are missing, into the images of the description at `path`.
 
-    def __init__(self, path: Path, content: dict):
-        self.path = path
-        try:
-            self.names = {category["id"]: str(category["name"]) for category in sorted(content["categories"], key=lambda one: one["id"])}
-            self.pictures = {picture["id"]: picture["file_name"] for picture in content["images"]}
-            self.boxes: dict[Any, list[dict]] = {key: [] for key in self.pictures}
-            for box in content["annotations"]:
-                left, top, width, height = map(float, box["bbox"])
-                if box["category_id"] not in self.names:
-                    raise InputError(f"{path} has an annotation of the category {box['category_id']}, which it does not name")
-                self.boxes[box["image_id"]].append({
-                    "iscrowd": 0, "area": width * height, **box, "bbox": [left, top, width, height]})
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is not COCO's description of objects: {error!r} in an image, category or annotation") from error
-        if not self.pictures:
-            raise InputError(f"{path} lists no images")
-
-    def used(self) -> set[str]:
-        return {self.names[box["category_id"]] for boxes in self.boxes.values() for box in boxes}
-
-    def samples(self, names: Sequence[str], split: str, folder: Path) -> list[Sample]:
-        where, places = self._folder(split, folder), {name: place for place, name in enumerate(names)}
-        found = []
-        for key, name in self.pictures.items():
-            boxes = tuple({**box, "category_id": places[self.names[box["category_id"]]]} for box in self.boxes[key])
-            found.append(Sample(where / name, tuple(box["category_id"] for box in boxes), boxes=boxes))
-        return found
-
-    def _folder(self, split: str, folder: Path) -> Path:
-        """Where the pictures are: the one folder below `folder`, not one of masks, that has all of them, of several that of the split."""
-        names = list(self.pictures.values())
-        folders = [folder, *sorted(path for path in folder.rglob("*")
-                                    if path.is_dir() and _place(path.relative_to(folder).parts)[0] != "mask")]
-        holding = [path for path in folders if (path / names[0]).is_file()]
-        whole = [path for path in holding if all((path / name).is_file() for name in names)]
-        if len(whole) > 1:
-            whole = [path for path in whole if split in map(split_of, path.relative_to(folder).parts)] or whole
-        if len(whole) == 1:
-            return whole[0]
-        if whole:
-            raise InputError(f"the pictures of {self.path} are in {named(map(str, whole))}, and nothing says which of them are meant")
-        if holding:
-            missing = next(name for name in names if not (holding[0] / name).is_file())
-            raise InputError(f"{self.path} lists a picture {missing}, which is not in {holding[0]}, where others are")
-        raise InputError(f"{self.path} lists a picture {names[0]}, which is in no folder below {folder}")
+    They are in the one folder below `folder`, not one of masks, that has all of them, of several in that of the split.
+    """
+    images = content["images"]
+    if not images or not all(isinstance(image, dict) and isinstance(image.get("file_name"), str) for image in images):
+        raise InputError(f"{path} is not COCO's description of objects: it lists no images, or one without file_name")
+    first = images[0]["file_name"]
+    folders = [folder, *sorted(below for below in folder.rglob("*") if below.is_dir())]
+    holding = [below for below in folders if (below / first).is_file() and _Place.of(folder, below / "x").role != "mask"]
+    whole = [below for below in holding if all((below / image["file_name"]).is_file() for image in images)]
+    if len(whole) > 1:
+        whole = [below for below in whole if _Place.of(folder, below / "x").split == split] or whole
+    if len(whole) > 1:
+        raise InputError(f"the pictures of {path} are in {named(map(str, whole))}, and nothing says which of them are meant")
+    if not holding:
+        raise InputError(f"{path} lists a picture {first}, which is in no folder below {folder}")
+    if not whole:
+        missing = next(image["file_name"] for image in images if not (holding[0] / image["file_name"]).is_file())
+        raise InputError(f"{path} lists a picture {missing}, which is not in {holding[0]}, where others are")
+    for image in images:
+        image["file_name"] = str(whole[0] / image["file_name"])
+        if not {"width", "height"} <= image.keys():
+            (image["width"], image["height"]), = picture_sizes([Path(image["file_name"])])
 
 
 def table(path: Path) -> OwnData:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.reading.decathlon import subject
 from zoo.reading.masks import read_picture_mask
+from zoo.reading.pictures import opening, seen_size
 from zoo.reading.splits import held_out, identical_files
 
 Task = Literal["classes", "masks", "boxes", "volumes"]
@@ -29,12 +29,14 @@ SHOWN = 4  # names in a sentence
 class Sample:
     """A file to learn from. `labels` are the classes in it: of a picture its one, of a mask those that occur, of boxes one for each.
 
-    `mask` is the file of its mask, `boxes` are COCO's annotations, with the place of the class among all in `category_id`.
+    `mask` is the file of its mask. `boxes` are COCO's annotations, with the place of the class among all in `category_id`, of a picture
+    of `size`, its width and height.
     """
 
     path: Path
     labels: tuple[int, ...]
     mask: Path | None = None
+    size: tuple[int, int] = (0, 0)
     boxes: tuple[dict, ...] = ()
 
 
@@ -65,16 +67,9 @@ class OwnData:
         return [found[label] for label in range(len(self.classes))]
 
 
-def mask_values(path: Path) -> np.ndarray:
-    values = np.asarray(read_picture_mask(path))
-    if values.ndim != 2:
-        raise InputError(f"the mask {path} is in colours, where the number of its class is needed in every pixel")
-    return values
-
-
 def mask_labels(data: OwnData, sample: Sample) -> np.ndarray:
     """The places of the classes, (H, W), in the mask of a picture."""
-    return np.searchsorted(data.values, mask_values(cast(Path, sample.mask)))
+    return np.searchsorted(data.values, read_picture_mask(cast(Path, sample.mask), sample.path))
 
 
 def divided(data: OwnData, folds: int | None = None, fold: int = 0, seed: int = 0) -> OwnData:
@@ -110,21 +105,12 @@ def _leaks(splits: Mapping[str, Sequence[Sample]]) -> list[str]:
             "is too good"] if leaked else []
 
 
-def visible(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files below `root` that end in `suffixes`, sorted; not those in or under a name that begins with a dot."""
-    return sorted(path for path in root.rglob("*") if path.name.lower().endswith(suffixes) and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
-
-
 def picture_sizes(paths: Iterable[Path]) -> list[tuple[int, int]]:
-    """Width and height of pictures, of which only the beginning is read. Raises InputError for a file that is none."""
+    """Width and height of pictures as they are seen; only their beginning is read. Raises InputError for a file that is none."""
     sizes = []
     for path in paths:
-        try:
-            with Image.open(path) as picture:
-                sizes.append(picture.size)
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{path} is not a picture that can be read: {error}") from None
+        with opening(path) as picture:
+            sizes.append(seen_size(picture))
     return sizes
 
 
@@ -151,11 +137,10 @@ def write_samples(data: OwnData, folder: Path) -> None:
 
 
 def _described(samples: Sequence[Sample], classes: Sequence[str]) -> dict:
-    sizes = picture_sizes(sample.path for sample in samples)
     boxes = [{**box, "image_id": place} for place, sample in enumerate(samples) for box in sample.boxes]
     return {
-        "images": [{"id": place, "file_name": str(sample.path.absolute()), "width": width, "height": height}
-                   for place, (sample, (width, height)) in enumerate(zip(samples, sizes, strict=True))],
+        "images": [{"id": place, "file_name": str(sample.path.absolute()), "width": sample.size[0], "height": sample.size[1]}
+                   for place, sample in enumerate(samples)],
         "annotations": [{**box, "id": number} for number, box in enumerate(boxes, 1)],
         "categories": [{"id": place, "name": name} for place, name in enumerate(classes)]}
 

@@ -1,7 +1,7 @@
 """Samples divided for training and validation: with equal shares of the classes, and never a file on both sides of its copy."""
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,14 @@ def identical_files(paths: Sequence[Path]) -> list[int]:
     return [numbers.setdefault(content, len(numbers)) for content in contents]
 
 
-def held_out(labels: Sequence[Iterable[int]], groups: Sequence[int], folds: int, fold: int, seed: int = 0) -> list[bool]:
+def held_out(labels: Sequence[Iterable[int]], groups: Sequence[Hashable], folds: int, fold: int, seed: int = 0) -> list[bool]:
     """Which samples are the validation part of one of `folds` divisions, in each of which every sample is held out once.
 
     A function of the arguments alone.
 
     Args:
         labels: of each sample the classes that are in it. The rarest of them is the one whose shares are kept equal.
-        groups: a number for each sample; samples of one number stay together.
+        groups: something for each sample; samples of the same stay together.
         folds: 2 or more; the held-out part is about 1 / folds of the samples.
         fold: which of them is held out, from 0.
 

@@ -41,8 +41,7 @@ param_scheduler = [  # the cosine ends with the last epoch
 ]
 train_cfg = dict(max_epochs=30)
 custom_hooks = [
-    dict(type='IterationSeedHook'),
     dict(type='ModelEMAHook', decay=0.99),
     dict(type='EarlyStoppingHook', monitor='coco/bbox_mAP', rule='greater', min_delta=0.001, patience=10),
 ]
-default_hooks = dict(checkpoint=dict(rule='greater'))
+report = True

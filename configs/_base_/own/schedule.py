@@ -14,9 +14,8 @@ train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 
+report = True
 custom_hooks = [
-    dict(type='IterationSeedHook'),
     dict(type='ModelEMAHook', decay=0.99),
     dict(type='EarlyStoppingHook', monitor='accuracy/top1', rule='greater', min_delta=0.01, patience=10),
-    dict(type='RecordHook'),
 ]
