@@ -2,7 +2,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
 from timm.models.xcit import LPI
 from torch import Tensor, nn
@@ -12,16 +11,6 @@ from ._initialization import fan_out_normal_
 from ._linear import linear
 from ._tracing import notrace_module
 from .token_aware_avg_pool import TokenAwareAvgPool
-
-
-class CancelledBiasLinear(nn.Linear):
-    """x Wᵀ: a linear layer whose bias a softmax over tokens would cancel, and that leaves it out.
-
-    The bias is there for checkpoints; its gradient, otherwise what rounding leaves, is 0.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, 0 * self.bias)
 
 
 @notrace_module
@@ -93,7 +82,7 @@ class ChannelProcessing(nn.Module):
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
-        self.q = CancelledBiasLinear(dim, dim, **dd)
+        self.q = nn.Linear(dim, dim, **dd)
         self.mlp = DepthwiseMlp(dim, hidden, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
         self.reset_parameters()

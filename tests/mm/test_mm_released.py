@@ -139,7 +139,7 @@ def test_tools_take_the_file_as_it_is(tmp_path):
             sum(value.double().sum() for value in state.values()).item())
     del state["backbone.layers.2.blocks.0.mlp.fc1.weight"]
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "incomplete.pth")
-    with pytest.raises(InputError, match="of another model: 1 of"):
+    with pytest.raises(InputError, match="of another model: 1 missing"):
         check_fits(tmp_path / "incomplete.pth", model, whole=True)
 
 

@@ -124,7 +124,7 @@ def test_a_report_shows_boxes_that_are_missed_or_false_and_no_others(scenes):
             given = info["instances"][1:] if len(shown) == 1 and index == 1 else info["instances"]
             sample = DetDataSample(metainfo={"img_path": info["img_path"]})
             sample.pred_instances = InstanceData(
-                bboxes=torch.tensor([each["bbox"] for each in given]) + shift, scores=torch.linspace(0.9, 0.5, len(given)),
+                bboxes=torch.tensor([each["bbox"] for each in given]).reshape(-1, 4) + shift, scores=torch.linspace(0.9, 0.5, len(given)),
                 labels=torch.tensor([each["bbox_label"] for each in given]))
             answers.add({}, [sample])
         shown.append(answers.said([])["mistakes"].shown)

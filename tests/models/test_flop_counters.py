@@ -2,7 +2,7 @@
 
 torch's own counter sees everything; fvcore the operators of the trace that it makes, among which torchvision's deformable convolution
 and timm's `scaled_dot_product_attention` (TIMM_FUSED_ATTN=0 leaves it out) are none that it knows. thop and torchinfo see modules of
-torch's own types, which all convolutions and linear layers but `CancelledBiasLinear` are; products that are functions (attention's,
+torch's own types, which all convolutions and linear layers are; products that are functions (attention's,
 and the operators of `zoo.kernels`) they see in no formulation, and torchinfo counts a linear layer once for each image, at however
 many positions it works. ptflops sees `torch.matmul` and its like beside modules, but neither the operator @ nor those of the zoo nor
 `scaled_dot_product_attention`.
@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.measuring import model_table
 from zoo.models import unet
 
@@ -50,11 +49,6 @@ def products(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return found
-
-
-def visible(model: nn.Module, found: dict[str, int]) -> dict[str, int]:
-    """To what asks for torch's own types."""
-    return {path: 0 if isinstance(model.get_submodule(path), CancelledBiasLinear) else count for path, count in found.items()}
 
 
 def counted_by_torch(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
@@ -86,7 +80,7 @@ def test_thop_sees_every_convolution_and_linear_layer(name):
             walk(below, f"{path}{child}.")
 
     walk(layers, "")
-    assert {path: seen[path] for path in expected} == pytest.approx(visible(model, expected))
+    assert {path: seen[path] for path in expected} == pytest.approx(expected)
 
 
 @models
@@ -105,7 +99,7 @@ def test_torchinfo_sees_every_convolution_and_linear_layer(name):
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("deit")])
 def test_ptflops_sees_every_convolution_and_linear_layer(name):
     model, x = make(name)
-    everything, least = counted_by_torch(model, x)[0], sum(visible(model, products(model, x)).values())
+    everything, least = counted_by_torch(model, x)[0], sum(products(model, x).values())
     with contextlib.redirect_stdout(io.StringIO()):
         count, _ = ptflops.get_model_complexity_info(
             model, tuple(x.shape[1:]), as_strings=False, print_per_layer_stat=False, backend="pytorch")

@@ -4,6 +4,7 @@ Rows are those of `zoo.measuring.per_class`: numbers in percent but for counts a
 """
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def surface_dice(target: np.ndarray, answer: np.ndarray, classes: int, spacing: 
     for i in range(1, classes):
         right, answered = (torch.from_numpy(labels == i)[None, None] for labels in (target, answer))
         if right.any():
-            found[i - 1] = compute_surface_dice(answered, right, [tolerance], include_background=True, spacing=list(spacing)).item()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of MONAI about arguments that it passes itself
+                found[i - 1] = compute_surface_dice(answered, right, [tolerance], include_background=True, spacing=list(spacing)).item()
     return found
 
 

@@ -41,10 +41,11 @@ def _history_method(owner: type, name: str) -> Callable:
     return getattr(HistoryBuffer, name)
 
 
-# What the engine writes beside tensors: the histories of logged numbers, NumPy arrays and scalars of int64 and float64.
+# What the engine writes beside tensors: the histories of logged numbers, NumPy arrays and scalars of int64, float32 (mmsegmentation's
+# metrics, of which the best is kept) and float64.
 ENGINE_CLASSES = (
     HistoryBuffer, (_history_method, "builtins.getattr"), np.ndarray, np.dtype, multiarray._reconstruct,
-    multiarray.scalar, type(np.dtype(np.int64)), type(np.dtype(np.float64)),
+    multiarray.scalar, *(type(np.dtype(kind)) for kind in (np.int64, np.float32, np.float64)),
 )
 
 

@@ -20,6 +20,7 @@ class ClassTable(BaseMetric):
     """
 
     rows: list[Row]
+    default_prefix = ""  # names are whole
 
     def evaluate(self, size: int) -> dict[str, float]:
         """What there is to say of all classes together. `size` is the number of images in the dataset."""

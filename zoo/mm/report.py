@@ -186,19 +186,20 @@ class _Classes(_Answers):
 
     def __init__(self, dataset: Any):
         super().__init__(dataset)
-        self.targets, self.answers, self.unsound = [], [], 0
+        self.targets, self.answers = [], []
 
     def add(self, batch: dict, samples: Sequence[Any]) -> None:
         scored = self.dataset.metainfo.get("scored")
         for inputs, sample in zip(batch["inputs"], samples, strict=True):
             scores, target = sample["scores"].float().cpu().numpy(), int(sample["target"])
+            if not np.isfinite(scores).all():
+                raise InputError(f"the scores of {self.name()} are not finite numbers: the weights have diverged, or the data are not")
             if scored:  # as the metric has it
                 scores = np.where(np.isin(np.arange(len(scores)), scored), scores, -np.inf)
             answer = int(scores.argmax())
-            self.unsound += not np.isfinite(scores[answer])
             self.targets.append(target)
             self.answers.append(answer)
-            if answer != target and np.isfinite(scores[answer]):
+            if answer != target:
                 self.offer(float(scores[answer]), lambda inputs=inputs, scores=scores, target=target, answer=answer: Mistake(
                     f"{self.names[answer]}, not {self.names[target]}",
                     f"{self.name()}: answered {self.names[answer]} with {scores[answer]:.1%}; given is {self.names[target]}, with "
@@ -209,8 +210,6 @@ class _Classes(_Answers):
         targets, answers = np.array(self.targets), np.array(self.answers)
         counts = per_class.confusion(targets, answers, len(self.names))
         self.missing(counts.sum(1))
-        if self.unsound:
-            self.notes.append(f"The scores of {self.unsound} of {self.count} samples are no finite numbers: the answers mean nothing.")
         return {"by": "f1", "confusion": counts,
                 "mistakes": self.worst("Wrong answers with the highest scores, the answer first.", "No answer is wrong.")}
 
@@ -398,7 +397,7 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
     facts = {
         "Model": f"{network}, {parameters / 1e6:.2f} million parameters",
         "Data": f"{data}: {len(trained_on):,} samples to train on" + (f", {held_out:,} held out" if held_out else ""),
-        "Classes": _listed(evaluated["classes"]) if evaluated else "not known",
+        "Classes": _listed(list(map(str, trained_on.metainfo["classes"]))),
         "Checkpoint": f"{paths.checkpoint.name}, of {unit} {at}" + (f", the best by {best}" if is_best and best else ""),
         "Trained": f"{begun:%Y-%m-%d %H:%M} to {ended:{'%H:%M' if ended.date() == begun.date() else '%Y-%m-%d %H:%M'}}{runs}",
     }

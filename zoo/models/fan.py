@@ -25,7 +25,6 @@ from timm.models.xcit import ClassAttentionBlock, PositionalEncodingFourier
 from torch import Tensor, nn
 
 from zoo.layers import FullyAttentionalBlock
-from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import StagedNetwork, named, truncated_normal_
@@ -92,10 +91,7 @@ class ClassAttentionHead(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd))
         make = partial(ClassAttentionBlock, dim, num_heads, mlp_ratio, qkv_bias=True, tokens_norm=True,
                        norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
-        blocks = make(), make()
-        self.blocks = nn.Sequential(*blocks)
-        for block in blocks:
-            block.attn.k = CancelledBiasLinear(dim, dim, **dd)
+        self.blocks = nn.Sequential(make(), make())
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type, **dd)

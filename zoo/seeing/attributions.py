@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses, require
-from zoo.layers.fully_attentional import CancelledBiasLinear
 from zoo.seeing import ATTRIBUTIONS
 
 STEPS = 32  # of integrated gradients
@@ -243,6 +242,6 @@ def _bias(layer: nn.Module) -> Tensor | None:
     if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
         scale = (cast(Tensor, layer.running_var) + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
         return ((0 if layer.bias is None else layer.bias) - layer.running_mean * scale).detach()
-    if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear)) and not isinstance(layer, CancelledBiasLinear):
+    if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear)):
         return None if layer.bias is None or layer.bias.ndim != 1 else layer.bias.detach()
     return None
