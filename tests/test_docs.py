@@ -38,7 +38,17 @@ def test_commands_name_programs_and_options_that_exist(line, load_tool_help):
             assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said), f"zoo {program} has no {word}"
 
 
-@pytest.mark.parametrize("name", sorted({match[1] for line in COMMANDS if (match := re.search(r"zoo t(?:rain|est) (\S+)", line))}))
+def named(pattern: str) -> list[str]:
+    """What stands in commands where the pattern has a group."""
+    return sorted({match[1] for line in COMMANDS if (match := re.search(pattern, line))})
+
+
+@pytest.mark.parametrize("name", named(r"zoo train (\S+) [^-\s]"))
+def test_models_that_are_trained_on_data_of_ones_own_exist(name):
+    assert timm.is_model(name)
+
+
+@pytest.mark.parametrize("name", named(r"zoo (?:train(?= \S+(?: -|$))|test) (\S+)"))
 def test_configs_exist(name):
     path = find_config(name)
     if "::" in path.read_text():  # it inherits from a toolbox's
