@@ -50,9 +50,8 @@ def paste(x: Tensor, regions: Sequence[int], size: Sequence[int]) -> Tensor:
 def positions(height: int, width: int, regions: Sequence[int], size: Sequence[int], device: torch.device) -> Tensor:
     """Where every position of the regions lies on the flattened map: (rows·columns, h·w), −1 off the map."""
     (rows, columns), (h, w) = regions, size
-    place = torch.arange(rows * h * columns * w, device=device)  # without dimensions of h and w, which graphs would take for more than 1
-    region, inside = place // (h * w), place % (h * w)
-    row, column = region // columns * h + inside // w, region % columns * w + inside % w
+    row = torch.arange(rows, device=device)[:, None, None, None] * h + torch.arange(h, device=device)[:, None]
+    column = torch.arange(columns, device=device)[:, None, None] * w + torch.arange(w, device=device)
     index = (row * width + column).masked_fill((row >= height) | (column >= width), -1)
     return index.reshape(rows * columns, h * w)
 

@@ -176,8 +176,8 @@ def test_curves_are_drawn_for_every_corruption(tmp_path):
     (["--corruptions", "out", "--baseline", "nowhere.json"], "cannot read the baseline nowhere.json: No such file or directory"),
     (["--corruptions", "out", "--baseline", "list.json"], "list.json is not a corruptions.json"),
     (["--corruptions", "out", "--baseline", "part.json"], "the baseline has no error for gaussian_noise"),
-    (["--corruptions", "list.json"], "cannot write list.json: File exists"),
-    (["--corruptions", "list.json/out"], "cannot write list.json/out: Not a directory"),
+    (["--corruptions", "list.json"], "cannot write to the folder list.json: list.json is a file; choose another"),
+    (["--corruptions", "list.json/out"], "cannot write to the folder list.json/out: list.json is a file"),
     (["--corruptions", "out", "--imagenet-c", "."], "ImageNet-C is read in the place of image folders"),
 ])
 def test_what_the_tool_refuses(tool, tmp_path, monkeypatch, capsys, arguments, message):

@@ -247,3 +247,19 @@ def test_a_loss_that_is_nothing_is_said_once(tiny_train, capfd, threshold, said)
                               "optim_wrapper.optimizer.lr=1e-6")
     warning = "attention_similarity has been 0 at every step, and nothing is learned from it: no weight of attention is above"
     assert capfd.readouterr().out.count(warning) == next(folder.rglob("*.log")).read_text().count(warning) == said
+
+
+def test_warnings_are_lines_of_the_log_and_said_once(tiny_train, monkeypatch, capfd):
+    import warnings
+
+    forward = ImageClassifier.forward
+
+    def warning(self, *args, **kwargs):
+        warnings.warn("something is odd,\n and this is why")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ImageClassifier, "forward", warning)
+    _, _, folder = tiny_train("run")
+    said = capfd.readouterr()
+    assert said.out.count("WARNING: something is odd, and this is why\n") == 1 and not said.err
+    assert next(folder.rglob("*.log")).read_text().count("something is odd, and this is why") == 1

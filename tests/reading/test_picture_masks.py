@@ -139,7 +139,7 @@ def test_a_mask_is_turned_as_its_picture(tmp_path, turn, suffix):
     Image.fromarray(np.ascontiguousarray(seen)).save(tmp_path / "seen.png")
     for mask in ("with.png", "stored.png", "seen.png"):
         if turn in (2, 3, 4) and mask != "with.png":
-            with pytest.raises(InputError, match=f"p.{suffix} is turned by its EXIF orientation {turn}, and nothing says whether its mask"):
+            with pytest.raises(InputError, match=f"p.{suffix} is turned by its EXIF orientation {turn}, and nothing says whether the mask"):
                 read_masked_picture(path, tmp_path / mask, values=MaskValues((0, 1)), **PLAIN)
             continue
         inputs, labels = read_masked_picture(path, tmp_path / mask, values=MaskValues((0, 1)), **PLAIN)

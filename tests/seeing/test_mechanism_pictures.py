@@ -123,7 +123,7 @@ def test_what_cannot_be_shown_is_one_sentence(biformer, call, message):
 
 def test_a_file_in_the_folders_place(tmp_path, biformer):
     (tmp_path / "taken").touch()
-    with pytest.raises(InputError, match="cannot write .*: File exists"):
+    with pytest.raises(InputError, match="cannot write to the folder .*taken: .*taken is a file; choose another"):
         pages.write(tmp_path / "taken", "x", [])
 
 

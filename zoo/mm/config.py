@@ -3,6 +3,8 @@ import ast
 import contextlib
 import importlib
 import inspect
+import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -111,10 +113,12 @@ def load_config(name: str | Path, options: Sequence[str] = ()) -> Config:
 
 
 def import_toolbox(name: str) -> None:
-    """Registers what the toolbox has, and what it lacks and the configs here name."""
-    importlib.import_module(name)
-    if name in HOUSE_PARTS:
-        importlib.import_module(f"zoo.mm.{name}_parts")
+    """Registers what the toolbox has, and what it lacks and the configs here name; without a word of what else could be installed."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module(name)
+        if name in HOUSE_PARTS:
+            importlib.import_module(f"zoo.mm.{name}_parts")
 
 
 def _read_by_house_parts(config: Config) -> None:

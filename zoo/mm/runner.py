@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -41,7 +42,7 @@ class Runner(EngineRunner):
         return _printing_to_the_log(EngineRunner.build_dataloader)(*args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
-        built = super().build_evaluator(evaluator)
+        built = _printing_to_the_log(super().build_evaluator)(evaluator)
         vars(built)["evaluate"] = _printing_to_the_log(built.evaluate)
         return built
 
@@ -107,8 +108,17 @@ def _printing_to_the_log(function: Callable[Arguments, Result]) -> Callable[Argu
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """Inside, what is logged below warnings, and what is printed, is lost: for what a run does, and says, once more."""
+    """Inside, what is printed, logged and warned of is lost: for what a run does, and says, once more."""
     if not MMLogger.check_instance_created("zoo"):
-        MMLogger.get_instance("zoo", log_level="WARNING")
-    with contextlib.redirect_stdout(io.StringIO()):
+        MMLogger.get_instance("zoo", log_level="ERROR")
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def warnings_in_the_log() -> Iterator[None]:
+    """Inside, Python's warnings are lines of the log of the run, each of them once."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **more: print_log(" ".join(str(message).split()), "current", logging.WARNING)
         yield

@@ -39,7 +39,7 @@ from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
-from zoo.mm.runner import Runner, unlogged
+from zoo.mm.runner import Runner, unlogged, warnings_in_the_log
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
 from zoo.reading.class_names import check_same_classes
@@ -114,7 +114,8 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     _start_processes(settings, launcher)
     remove_unfinished(work_dir)
     toolbox = settings.get("default_scope")
-    with torch_threads(_threads(settings)), operators_in_float32(toolbox) if toolbox in TOOLBOXES else contextlib.nullcontext():
+    operators = operators_in_float32(toolbox) if toolbox in TOOLBOXES else contextlib.nullcontext()
+    with torch_threads(_threads(settings)), operators, warnings_in_the_log():
         runner = Runner.from_cfg(settings)
         last = LastMetricsHook()
         for hook in filter(None, (last, others)):
@@ -212,7 +213,8 @@ def _test(config: Config, model: nn.Module, also: Sequence[BaseMetric]) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir = folder
         config.experiment_name = Path(folder).name  # of its own: the engine would tell runs apart by the second
-        metrics = in_one_sentence(GivenModelRunner.from_cfg(config).test)
+        with warnings_in_the_log():
+            metrics = in_one_sentence(GivenModelRunner.from_cfg(config).test)
     vars(model).pop("test_step", None)  # where the config asks to compile, the engine leaves the compiled one
     return metrics
 
