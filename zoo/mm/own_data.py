@@ -33,7 +33,8 @@ FITTING = {
 }
 # What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
 HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
-STEPS = 1000  # of a training by default, if there are epochs enough
+# Of a training by default, if there are epochs enough. U-Nets in 2-D stay at the background for some hundred steps.
+STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000}
 EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
@@ -160,7 +161,7 @@ def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: in
     if batch > samples * patches:
         raise InputError(f"--batch {batch}: {data.root} has {samples} samples to train on")
     steps = samples * patches // batch
-    wanted, (fewest, most) = (FINE_STEPS, FINE_EPOCHS) if wishes.fine else (STEPS, EPOCHS)
+    wanted, (fewest, most) = (FINE_STEPS, FINE_EPOCHS) if wishes.fine else (STEPS[data.task], EPOCHS)
     epochs = wishes.epochs or min(most, max(fewest, math.ceil(wanted / steps)))
     interval = max(1, epochs // 40)
     lr = wishes.lr or RATES[data.task][wishes.fine] * math.sqrt(batch / 32)
