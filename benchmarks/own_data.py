@@ -100,7 +100,7 @@ def write_spheres(root: Path, count: int = 20, side: int = 32) -> None:
 GOALS = {
     "crops": Goal("200 crops of each of 3 photographs", "biformer_nano", write_crops, "accuracy/top1", 95.0),
     "digits": Goal("1437 digits in class folders", "biformer_nano", write_digits, "accuracy/top1", 97.0),
-    "masks": Goal("400 scenes of digits, pictures and masks", "biformer_nano", write_masks, "iou/mean", 80.0),
+    "masks": Goal("400 scenes of digits, pictures and masks", "attention_unet_nano", write_masks, "iou/mean", 80.0),
     "boxes": Goal("600 scenes of digits, COCO's JSON", "biformer_nano", write_boxes, "coco/bbox_mAP_50", 0.80),
     "volumes": Goal("20 volumes of spheres, dataset.json", "attention_unet3d_nano", write_spheres, "dice/mean", 90.0),
 }
