@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from zoo.checkpoints import load_trained
 from zoo.mm import evaluate, train
 from zoo.mm.checkpoint import latest_checkpoint
+from zoo.mm.config import load_config
 from zoo.mm.downstream import load_scene_model
 from zoo.mm.own_data import mirrors
 from zoo.predicting.classification import predict
@@ -206,7 +208,10 @@ def test_boxes_train(zoo_train, tmp_path, outlined):
     metrics = evaluate(work_dir / "config.py", latest_checkpoint(work_dir))
     assert ("coco/segm_mAP" in metrics) == outlined and "coco/bbox_mAP" in metrics
     model, info = load_scene_model(latest_checkpoint(work_dir))
-    assert info.classes == tuple(entry["name"] for entry in json.loads((work_dir / "train.json").read_text())["categories"])
+    described = json.loads((work_dir / "train.json").read_text())
+    assert info.classes == tuple(entry["name"] for entry in described["categories"])
+    most = max(Counter(box["image_id"] for box in described["annotations"]).values())
+    assert load_config(work_dir / "config.py").model.train_cfg.rpn_proposal.max_per_img == max(50, 16 * most)
     train(work_dir / "config.py", work_dir=work_dir, resume="auto", cfg_options=["train_cfg.max_epochs=2"])
 
 

@@ -320,6 +320,9 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
     widths = list(backbone.channels)
     narrow = NARROW if max(widths) <= 256 else 256
     head = dict(in_channels=narrow, num_classes=len(data.classes))
+    objects = max(len(sample.boxes) for sample in data.splits["train"])
+    kept = min(1000, max(50, 16 * objects))  # proposals of a picture; the usual thousands are for pictures of COCO's, and as slow
+    proposals = dict(nms_pre=2 * kept, max_per_img=kept)
     levels = {"out_channels": narrow, "finest_scale": min(56, max(12, round(2 * small)))}
     strides = [4 * 2**level for level in range(len(widths) + 1)]
     mirrored = mirrors(data.classes)
@@ -330,7 +333,10 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         "model.rpn_head.anchor_generator": dict(scales=[min(8, max(2, round(small / 4)))], strides=strides),
         "model.roi_head.bbox_roi_extractor": levels, "model.roi_head.mask_roi_extractor": levels,
         "model.roi_head.bbox_head": {**head, "fc_out_channels": 4 * narrow},
-        "model.roi_head.mask_head": {**head, "conv_out_channels": narrow},
+        "model.roi_head.mask_head": {**head, "conv_out_channels": narrow, "num_convs": 2 if narrow == NARROW else 4},
+        "model.train_cfg.rpn.sampler.num": min(256, max(64, 8 * objects)),
+        "model.train_cfg.rcnn.sampler.num": min(512, max(32, 8 * objects)),
+        "model.train_cfg.rpn_proposal": proposals, "model.test_cfg.rpn": proposals,
         **{f"{part}_dataloader.dataset.metainfo.classes": tuple(data.classes) for part in PARTS},
         **{f"{part}_dataloader.dataset.pipeline.{step}.scale": (size, size) for part, step in zip(PARTS, (2, 1, 1), strict=True)},
         "train_dataloader.dataset.pipeline.3.prob": 0.5 * mirrored})
