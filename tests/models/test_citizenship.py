@@ -189,8 +189,9 @@ def test_channels_last(name):
     expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
     model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     grads = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    rounding = torch.finfo(x.dtype).eps * max(theirs.norm() for theirs in expected)  # all that a bias has that a softmax cancels, as FAN's
     for ours, theirs in zip(grads, expected, strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        assert (ours - theirs).norm() <= max(1e-4 * theirs.norm(), rounding)
 
 
 @models_for_long_tests

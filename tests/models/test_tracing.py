@@ -75,12 +75,17 @@ def test_torch_export_with_free_sizes(name, size):
 
 @families
 def test_torch_export_with_named_and_bounded_sizes(name):
-    """Where maps hold more than one position, and HaloNet's more than one block: torch takes lengths of one for constants."""
+    """Where maps hold more than one position, HaloNet's more than one block and BiFormer's regions more than one: torch takes lengths of one for constants.
+
+    Of networks that cut their maps torch cannot prove for all sizes what holds for each, and is told to ask as they come.
+    """
+    cuts = name.startswith(("biformer", "halonet", "litv2", "attention_unet_litv2"))
     model = make(name, **SHALLOW.get(name, {}))
     x = images(model, (250, 203), 2)
-    sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=65, max=1024) for dim in range(2, x.ndim)}
+    sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=113, max=1024) for dim in range(2, x.ndim)}
     with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)} | sizes,))
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)} | sizes,),
+                                      prefer_deferred_runtime_asserts_over_guards=cuts)
         check(program.module(), model, ((192, 256), (201, 133), (163, 224)))
 
 
