@@ -77,7 +77,8 @@ def test_torch_export_with_free_sizes(name, size):
 def test_torch_export_with_named_and_bounded_sizes(name):
     """Where maps hold more than one position, HaloNet's more than one block and BiFormer's regions more than one.
 
-    torch takes lengths of one for constants. Of networks that cut their maps torch cannot prove for all sizes what holds for each, and is told to ask as they come.
+    torch takes lengths of one for constants. Of networks that cut their maps it cannot prove for all sizes what holds for each, and is told
+    to ask as they come.
     """
     cuts = name.startswith(("biformer", "halonet", "litv2", "attention_unet_litv2"))
     model = make(name, **SHALLOW.get(name, {}))
