@@ -96,9 +96,10 @@ def test_the_guides_lines_and_the_tool_answer_as_the_toolbox(name, tmp_path, run
             assert labels.shape == (40, 60) and (labels == scene.classes).mean() > 0.999
         return
     assert len(scene.scores) > 3
-    kept = found["kept"]
-    edges = np.hstack([found["boxes"][kept][:, :2], found["boxes"][kept][:, :2] + found["boxes"][kept][:, 2:]])
-    for labels, scores, boxes in ((found["labels"][kept], found["scores"][kept], edges), (again.labels, again.scores, again.boxes)):
+    kept = found["kept"][:found["said"]["test_cfg"]["max_per_img"]]
+    at, named = found["anchors"][kept], found["labels"][kept]
+    edges = np.hstack([found["boxes"][at][:, :2], found["boxes"][at][:, :2] + found["boxes"][at][:, 2:]])
+    for labels, scores, boxes in ((named, found["found"][at, 4 + named], edges), (again.labels, again.scores, again.boxes)):
         ours, theirs = np.lexsort((-scores, labels)), np.lexsort((-scene.scores, scene.labels))
         np.testing.assert_array_equal(labels[ours], scene.labels[theirs])
         np.testing.assert_allclose(scores[ours], scene.scores[theirs], rtol=1e-4)
