@@ -21,7 +21,7 @@ test: $(MM_READY)
 check: $(MM_READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --check
 
-# timm's own tests of models on every classification network here, but for TorchScript: half an hour with two cores.
+# timm's own tests of models on every classification network here, but for TorchScript: a quarter of an hour with two cores.
 # TIMM_OPTIONS="-k nano" takes half a minute.
 timm-tests: $(READY)
 	$(BIN)/python tests/timm_contract.py $(TIMM_OPTIONS)
