@@ -1,5 +1,6 @@
 """Somebody's own pictures for the toolboxes: what they may lack, and what is refused before the first step instead of being learnt."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,15 @@ def test_binary_masks_are_learnt_in_batches_of_one(tmp_path, caplog):
     assert metrics["mIoU"] < 100
     again = evaluate(SEGMENTOR, latest_checkpoint(tmp_path / "run"), cfg_options=two_classes(tmp_path))
     assert again == pytest.approx(metrics, nan_ok=True)
+
+
+def test_the_last_batch_of_an_epoch_may_be_one_picture(tmp_path):
+    masks(tmp_path)
+    for folder in ("images", "annotations"):
+        shutil.copy(tmp_path / folder / "train" / "0.png", tmp_path / folder / "train" / "2.png")
+    train(SEGMENTOR, work_dir=tmp_path / "run", cfg_options=[
+        *two_classes(tmp_path), "train_dataloader.batch_size=2", "train_dataloader.sampler.type=DefaultSampler",
+        "train_cfg.max_iters=2", "train_cfg.val_interval=2"])
 
 
 def settled(root: Path, *options: str):

@@ -336,8 +336,7 @@ def _choose_launcher(config: Config, launcher: str | None) -> None:
         launcher = "pytorch" if "RANK" in os.environ else "none"
     config.launcher = launcher
     if launcher == "none" or not torch.cuda.is_available():  # batch norms over processes need GPUs
-        one_picture = (config.get("train_dataloader") or {}).get("batch_size") == 1
-        alone = launcher == "none" and one_picture and config.get("default_scope") in TOOLBOXES
+        alone = launcher == "none" and config.get("default_scope") in TOOLBOXES  # the last batch of an epoch may be one picture
         norm = {"SyncBN": "SteadyBN", "BN": "SteadyBN"} if alone else {"SyncBN": "BN"}
         change_texts(config, lambda text: norm.get(text, text))
         config.pop("sync_bn", None)
