@@ -36,11 +36,10 @@ def areas(counts: np.ndarray, names: Sequence[str]) -> list[Row]:
              "recall": row["recall"]} for row, value in zip(per_class.areas(counts, names), dice.tolist(), strict=True)]
 
 
-def surface_dice(target: np.ndarray, answer: np.ndarray, classes: int, spacing: Sequence[float],
-                 tolerance: float = TOLERANCE) -> np.ndarray:
+def surface_dice(target: np.ndarray, answer: np.ndarray, classes: int, spacing: Sequence[float]) -> np.ndarray:
     """MONAI's surface Dice of one volume by class without the background, (classes - 1,), NaN where the volume does not hold the class.
 
-    The share of either surface that is within `tolerance` millimetres of the other; `spacing` is millimetres per voxel.
+    The share of either surface that is within `TOLERANCE` millimetres of the other; `spacing` is millimetres per voxel.
     """
     require("measuring masks", "volumes", "monai")
     import torch
@@ -52,7 +51,7 @@ def surface_dice(target: np.ndarray, answer: np.ndarray, classes: int, spacing: 
         if right.any():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of MONAI about arguments that it passes itself
-                found[i - 1] = compute_surface_dice(answered, right, [tolerance], include_background=True, spacing=list(spacing)).item()
+                found[i - 1] = compute_surface_dice(answered, right, [TOLERANCE], include_background=True, spacing=list(spacing)).item()
     return found
 
 

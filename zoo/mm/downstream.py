@@ -22,8 +22,7 @@ from zoo.mm import toolbox_operators  # noqa: F401  whose norm checkpoints may n
 from zoo.mm.config import import_toolbox
 from zoo.mm.networks import plain
 from zoo.predicting.answers import Failed, stop
-from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
-from zoo.reading.pictures import open_picture
+from zoo.predicting.scenes import COLOURS, Scene, SceneInfo, readable_pictures
 from zoo.toolboxes import INSTALL, TOOLBOXES
 
 READERS = ("LoadImageFromFile", "LoadAnnotations", "LoadPicture", "LoadLabels")  # what a picture that is already read does not need
@@ -200,14 +199,7 @@ def predict_scenes(model: nn.Module, info: SceneInfo, paths: Iterable[str | Path
 
     What `failed` is called with, the path of a picture that cannot be read and why, is left out.
     """
-    if not 0 <= threshold <= 1:
-        raise InputError(f"the threshold {threshold:g} is not between 0 and 1")
-    for path in map(Path, paths):
-        try:
-            picture = open_picture(path)
-        except InputError as error:
-            failed(path, error)
-            continue
+    for path, picture in readable_pictures(paths, threshold, failed):
         with torch.inference_mode():
             sample = cast(BaseModel, model).test_step(prepare(info, picture))[0]
         if info.toolbox == "mmseg":

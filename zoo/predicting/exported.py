@@ -13,9 +13,8 @@ from zoo.checkpoints import ModelInfo, check_record
 from zoo.errors import InputError, require, times
 from zoo.predicting.answers import Failed, stop
 from zoo.predicting.detections import detections
-from zoo.predicting.scenes import COLOURS, Scene, SceneInfo
+from zoo.predicting.scenes import COLOURS, Scene, SceneInfo, readable_pictures
 from zoo.reading.onnx_files import open_session, read_metadata
-from zoo.reading.pictures import open_picture
 
 TOOLBOXES = {"segmentation": "mmseg", "detection": "mmdet"}
 
@@ -72,14 +71,7 @@ def exported_scene_info(network: ExportedNetwork) -> SceneInfo:
 def predict_exported(network: ExportedNetwork, paths: Iterable[str | Path], *, threshold: float = 0.3,
                      failed: Failed = stop) -> Iterator[Scene]:
     """As `zoo.mm.downstream.predict_scenes`, of a file, and without the toolboxes."""
-    if not 0 <= threshold <= 1:
-        raise InputError(f"the threshold {threshold:g} is not between 0 and 1")
-    for path in map(Path, paths):
-        try:
-            picture = open_picture(path)
-        except InputError as error:
-            failed(path, error)
-            continue
+    for path, picture in readable_pictures(paths, threshold, failed):
         image = prepare(network.said, picture)
         size = (picture.height, picture.width)
         if network.said["task"] == "segmentation":

@@ -1,17 +1,31 @@
 """What detectors and segmentors of the toolboxes find in pictures: described in text, drawn, and in COCO's form."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zoo.predicting.answers import Answers
+from zoo.errors import InputError
+from zoo.predicting.answers import Answers, Failed
 from zoo.predicting.label_maps import Labelled, LabelMaps, overlay
 from zoo.reading.coco import compressed_run_lengths
 from zoo.reading.pictures import open_picture
 
 COLOURS = np.random.default_rng(3).integers(40, 256, (256, 3), dtype=np.uint8)  # of classes that bring none
+
+
+def readable_pictures(paths: Iterable[str | Path], threshold: float, failed: Failed) -> Iterator[tuple[Path, Image.Image]]:
+    """Each path with its picture; `failed` is called with the others. Raises InputError for a threshold of scores that is none."""
+    if not 0 <= threshold <= 1:
+        raise InputError(f"the threshold {threshold:g} is not between 0 and 1")
+    for path in map(Path, paths):
+        try:
+            picture = open_picture(path)
+        except InputError as error:
+            failed(path, error)
+            continue
+        yield path, picture
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # Pictures of classes, which samples.csv lists
-_base_ = ['./schedule.py', '../default_runtime.py']
+_base_ = ['./schedule.py', './loaders.py', '../default_runtime.py']
 
 data_root = 'work_dirs/own'  # holds the list
 
@@ -8,21 +8,12 @@ model = dict(type='ImageClassifier', name='biformer_nano', args=dict(num_classes
 pictures = dict(type='ListedPicturesDataset', file='samples.csv', classes=[])
 train_dataloader = dict(
     batch_size=32,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(
         split='train',
         transform=dict(is_training=True, interpolation='bicubic', scale=(0.6, 1.0), hflip=0.5, color_jitter=0.2, re_prob=0.1),
         **pictures))
 val_dataloader = dict(
     batch_size=32,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=False),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(split='val', transform=dict(interpolation='bicubic', crop_pct=1.0), **pictures))
 test_dataloader = val_dataloader
 

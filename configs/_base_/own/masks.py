@@ -1,5 +1,5 @@
 # Pictures and masks, which samples.csv lists
-_base_ = ['./schedule.py', '../default_runtime.py']
+_base_ = ['./schedule.py', './loaders.py', '../default_runtime.py']
 
 data_root = 'work_dirs/own'  # holds the list
 
@@ -13,18 +13,9 @@ transforms = [
 
 train_dataloader = dict(
     batch_size=16,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(split='train', patch=(256, 256), transforms=transforms, **pictures))
 val_dataloader = dict(
     batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=False),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(split='val', **pictures))
 test_dataloader = val_dataloader
 

@@ -1,5 +1,5 @@
 # Volumes and masks, which samples.csv lists
-_base_ = ['./schedule.py', '../default_runtime.py']
+_base_ = ['./schedule.py', './loaders.py', '../default_runtime.py']
 
 data_root = 'work_dirs/own'  # holds the list
 
@@ -14,18 +14,9 @@ transforms = [
 
 train_dataloader = dict(
     batch_size=2,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(split='train', patch=(96, 96, 96), patches=4, transforms=transforms, **volumes))
 val_dataloader = dict(
     batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=False),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(split='val', **volumes))
 test_dataloader = val_dataloader
 
