@@ -21,6 +21,12 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def first_few(names: Iterable[object], most: int = 4) -> str:
+    """Names as sentences have them: the first `most`, and how many more there are."""
+    listed = list(map(str, names))
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
 def times(sizes: Iterable[int]) -> str:
     """Sizes as sentences have them: 3×4×5."""
     return "×".join(map(str, sizes))

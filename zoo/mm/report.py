@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import zoo
 from zoo import checkpoints
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, first_few, near_misses
 from zoo.files import check_writable, replacing
 from zoo.measuring import per_class
 from zoo.measuring.per_class import Boxes, Row
@@ -178,7 +178,7 @@ class _Answers:
     def missing(self, counts: np.ndarray) -> None:
         """Says which classes the data do not hold."""
         if absent := [name for name, count in zip(self.names, counts, strict=True) if not count]:
-            self.notes.append(f"The validation data hold nothing of {_listed(absent)}: there are no numbers for that.")
+            self.notes.append(f"The validation data hold nothing of {first_few(absent, NAMED)}: there are no numbers for that.")
 
 
 class _Classes(_Answers):
@@ -397,7 +397,7 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
     facts = {
         "Model": f"{network}, {parameters / 1e6:.2f} million parameters",
         "Data": f"{data}: {len(trained_on):,} samples to train on" + (f", {held_out:,} held out" if held_out else ""),
-        "Classes": _listed(list(map(str, trained_on.metainfo["classes"]))),
+        "Classes": first_few(trained_on.metainfo["classes"], NAMED),
         "Checkpoint": f"{paths.checkpoint.name}, of {unit} {at}" + (f", the best by {best}" if is_best and best else ""),
         "Trained": f"{begun:%Y-%m-%d %H:%M} to {ended:{'%H:%M' if ended.date() == begun.date() else '%Y-%m-%d %H:%M'}}{runs}",
     }
@@ -426,8 +426,3 @@ def _number(name: str, value: float) -> str:
     if not math.isfinite(value):
         return "not a number"
     return f"{value:.1f}%" if name.startswith(PERCENT) else f"{value:.3f}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

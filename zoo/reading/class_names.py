@@ -1,9 +1,7 @@
 """Names of classes in two places: a network knows them by their order only."""
 from collections.abc import Sequence
 
-from zoo.errors import InputError, near_misses
-
-SHOWN = 4  # names in a sentence
+from zoo.errors import InputError, first_few, near_misses
 
 
 def check_same_classes(given: Sequence[object], of: str, known: Sequence[object], of_known: str) -> None:
@@ -24,5 +22,5 @@ def check_same_classes(given: Sequence[object], of: str, known: Sequence[object]
 
 
 def shown(names: Sequence[object]) -> str:
-    """Names as sentences have them, the first few of many."""
-    return ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    """Names in quotes as sentences have them."""
+    return first_few(map(repr, names))

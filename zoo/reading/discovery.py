@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, first_few, near_misses
 from zoo.reading.annotations import complete
 from zoo.reading.decathlon import read_task
 from zoo.reading.masks import read_picture_mask
-from zoo.reading.own_data import OwnData, Sample, named, picture_sizes
+from zoo.reading.own_data import OwnData, Sample, picture_sizes
 from zoo.reading.pairs import pair
 from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
 from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
@@ -92,10 +92,10 @@ def class_folders(root: Path, pictures: Sequence[Path]) -> OwnData:
     for split, files in found.items():
         here = sorted({parts[0] for _, parts in files})
         if unknown := [name for name in here if name not in classes]:
-            raise InputError(f"{folders[split]} has the classes {named(unknown)}, which {folders['train']} lacks"
+            raise InputError(f"{folders[split]} has the classes {first_few(unknown)}, which {folders['train']} lacks"
                              f"{near_misses(unknown[0], classes)}")
         if missing := [name for name in classes if name not in here]:
-            notes.append(f"{split} has nothing of {named(missing)}")
+            notes.append(f"{split} has nothing of {first_few(missing)}")
     places = {name: place for place, name in enumerate(classes)}
     splits = {split: [Sample(path, (places[parts[0]],)) for path, parts in files] for split, files in found.items()}
     return OwnData(root, "classes", "class folders", tuple(classes), splits, tuple(notes))
@@ -130,11 +130,11 @@ def pairs(root: Path, files: Sequence[Path]) -> dict[str, list[tuple[Path, Path]
         if group_masks or split != "test":
             for listed in members:
                 if len(bases := {places[path].base for path in listed}) > 1:
-                    raise InputError(f"{named(sorted(map(str, bases)))} hold files of one kind, and nothing says which of them are meant")
+                    raise InputError(f"{first_few(sorted(map(str, bases)))} hold files of one kind, and nothing says which are meant")
             bases = [places[listed[0]].base if listed else root for listed in members]
             found.setdefault(split or "train", []).extend(pair(group, group_masks, *bases))
     if "train" not in found:
-        raise InputError(f"{root} holds pictures with masks for {named(found)} and none for train")
+        raise InputError(f"{root} holds pictures with masks for {first_few(found)} and none for train")
     return found
 
 
@@ -186,7 +186,7 @@ def pictures_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]]) 
     if (listed := root / "classes.txt").is_file():
         names = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if len(names) != len(values):
-            raise InputError(f"{listed} names {len(names)} classes, and the masks have {len(values)}: {named(map(str, values))}")
+            raise InputError(f"{listed} names {len(names)} classes, and the masks have {len(values)}: {first_few(values)}")
     places = {value: place for place, value in enumerate(values)}
     splits = {split: [Sample(picture, tuple(places[value] for value in present[mask]), mask) for picture, mask in listed]
               for split, listed in paired.items()}
@@ -249,13 +249,13 @@ def coco(root: Path, files: dict[Path, dict]) -> OwnData:
         words = [*re.split(r"[^a-z0-9]+", path.stem.lower()), path.parent.name]
         split = next(filter(None, map(split_of, words)), None) or ("train" if len(files) == 1 else None)
         if split is None or split in by_split:
-            raise InputError(f"{root} has {len(files)} descriptions, {named(str(path.relative_to(root)) for path in files)}, of which the "
-                             "names have to say which is for train, val and test, each once; or name one of them as the data")
+            raise InputError(f"{root} has {len(files)} descriptions, {first_few(str(path.relative_to(root)) for path in files)}, of "
+                             "which the names have to say which is for train, val and test, each once; or name one of them as the data")
         by_split[split] = path
     if len(by_split) == 1:
         by_split = {"train": next(iter(by_split.values()))}
     if "train" not in by_split:
-        raise InputError(f"{root} has descriptions for {named(by_split)} and none for train")
+        raise InputError(f"{root} has descriptions for {first_few(by_split)} and none for train")
     folder = root if root.is_dir() else root.parent.parent if root.parent.name == "annotations" else root.parent
     for split, path in by_split.items():
         _locate(files[path], path, split, folder)
@@ -265,8 +265,8 @@ def coco(root: Path, files: dict[Path, dict]) -> OwnData:
     used = {names[split][box["category_id"]] for split, path in by_split.items() for box in files[path]["annotations"]}
     classes = [name for name in names["train"].values() if name in used]
     if unknown := used.difference(classes):
-        raise InputError(f"{root} has annotations of {named(sorted(unknown))}, which the description for train, {by_split['train']}, does "
-                         "not name")
+        raise InputError(f"{root} has annotations of {first_few(sorted(unknown))}, which the description for train, {by_split['train']}, "
+                         "does not name")
     if not classes:
         raise InputError(f"{by_split['train']} has no annotations")
     places = {name: place for place, name in enumerate(classes)}
@@ -278,7 +278,7 @@ def coco(root: Path, files: dict[Path, dict]) -> OwnData:
         splits[split] = [Sample(Path(image["file_name"]), tuple(box["category_id"] for box in boxes[image["id"]]),
                                 size=(image["width"], image["height"]), boxes=tuple(boxes[image["id"]]))
                          for image in files[path]["images"]]
-    notes = [f"nothing is of {named(left)}, which are left out"] if (left := [
+    notes = [f"nothing is of {first_few(left)}, which are left out"] if (left := [
         name for name in names["train"].values() if name not in used]) else []
     if empty := sum(not sample.boxes for sample in splits["train"]):
         notes.append(f"{empty} of {len(splits['train'])} pictures for training have no boxes, and are left out there")
@@ -302,7 +302,7 @@ def _locate(content: dict, path: Path, split: str, folder: Path) -> None:
     if len(whole) > 1:
         whole = [below for below in whole if _Place.of(folder, below / "x").split == split] or whole
     if len(whole) > 1:
-        raise InputError(f"the pictures of {path} are in {named(map(str, whole))}, and nothing says which of them are meant")
+        raise InputError(f"the pictures of {path} are in {first_few(whole)}, and nothing says which of them are meant")
     if not holding:
         raise InputError(f"{path} lists a picture {first}, which is in no folder below {folder}")
     if not whole:
@@ -333,7 +333,7 @@ def table(path: Path) -> OwnData:
     columns = range(len(rows[0]))
     files = [column for column in columns if located[0][column].is_file()]
     if not files:
-        raise InputError(f"{path} names no files that are there: {named(rows[0])} in its first row are looked for in {path.parent}")
+        raise InputError(f"{path} names no files that are there: {first_few(rows[0])} in its first row are looked for in {path.parent}")
     for column in files:
         if missing := next((place[column] for place in located if not place[column].is_file()), None):
             raise InputError(f"{path} names {missing}, which is not there")
@@ -341,7 +341,7 @@ def table(path: Path) -> OwnData:
     others = [column for column in columns if column not in files and column != split]
     splits = [cast(str, split_of(row[split].strip())) if split is not None else "train" for row in rows]
     if split is not None and "train" not in splits:
-        raise InputError(f"{path} has rows for {named(sorted(set(splits)))} and none for train")
+        raise InputError(f"{path} has rows for {first_few(sorted(set(splits)))} and none for train")
     if len(files) == 2:
         paired: dict[str, list[tuple[Path, Path]]] = {}
         for here, place in zip(splits, located, strict=True):
@@ -352,14 +352,14 @@ def table(path: Path) -> OwnData:
         others = [column for column in others if header[column] in LABEL_COLUMNS] or others
     if len(files) > 2 or len(others) != 1:
         raise InputError(f"{path} has {len(files)} columns of files and {len(others)} others"
-                         f"{f' ({named(header)})' if header else ''}; there have to be files and one column of labels, called label where "
-                         "there are more, or files and their masks")
+                         f"{f' ({first_few(header)})' if header else ''}; there have to be files and one column of labels, called label "
+                         "where there are more, or files and their masks")
     labels = [row[others[0]].strip() for row in rows]
     classes = sorted({label for label, here in zip(labels, splits, strict=True) if here == "train"}, key=_by_number)
     if len(classes) < 2 or "" in labels:
-        raise InputError(f"{path} has the classes {named(classes)}, where there have to be two or more, and one in every row")
+        raise InputError(f"{path} has the classes {first_few(classes)}, where there have to be two or more, and one in every row")
     if unknown := {*labels} - {*classes}:
-        raise InputError(f"{path} has no rows for train of {named(sorted(unknown))}")
+        raise InputError(f"{path} has no rows for train of {first_few(sorted(unknown))}")
     if len(classes) > len(rows) / 2 and all(re.fullmatch(r"-?\d*\.\d+", label) for label in labels):
         raise InputError(f"{path} has {len(classes)} different numbers in the place of classes; values are not learned here, only classes")
     found: dict[str, list[Sample]] = {}
@@ -385,10 +385,10 @@ def split_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
                 raise InputError(f"{root} holds both {found[split].name} and {name}, and nothing says which of them is for {split}")
             found[split] = root / name
     if found and (others := [name for name in names if root / name not in found.values()]):
-        raise InputError(f"{root} holds both folders named after splits ({named(path.name for path in found.values())}) and others "
-                         f"({named(others)}); leave one kind there")
+        raise InputError(f"{root} holds both folders named after splits ({first_few(path.name for path in found.values())}) and others "
+                         f"({first_few(others)}); leave one kind there")
     if found and "train" not in found:
-        raise InputError(f"{root} holds {named(path.name for path in found.values())} and no train")
+        raise InputError(f"{root} holds {first_few(path.name for path in found.values())} and no train")
     return found
 
 
@@ -402,4 +402,4 @@ def _seen(root: Path) -> str:
     if root.is_file():
         return f"is a file ending in {root.suffix}" if root.suffix else "is a file"
     found = Counter(path.suffix.lower() or "nothing" for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return f"holds {named(f'{count} files ending in {suffix}' for suffix, count in found.most_common())}" if found else "is empty"
+    return f"holds {first_few(f'{count} files ending in {suffix}' for suffix, count in found.most_common())}" if found else "is empty"

@@ -22,7 +22,6 @@ Task = Literal["classes", "masks", "boxes", "volumes"]
 SAMPLES = "samples.csv"
 COLUMNS = ("split", "path", "label")  # of the lists that training reads
 FOLDS = 5
-SHOWN = 4  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,6 @@ def picture_sizes(paths: Iterable[Path]) -> list[tuple[int, int]]:
         with opening(path) as picture:
             sizes.append(seen_size(picture))
     return sizes
-
-
-def named(names: Iterable[str]) -> str:
-    """Names as sentences have them, the first few of many."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def write_samples(data: OwnData, folder: Path) -> None:

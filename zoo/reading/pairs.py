@@ -7,7 +7,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.errors import InputError
+from zoo.errors import InputError, first_few
 
 LOG = logging.getLogger("zoo")
 SUFFIX = re.compile(r"\.(bmp|gif|jpe?g|pgm|png|ppm|tiff?|webp|nii|gz|mgz|mgh|hdr|img)$", re.IGNORECASE)
@@ -121,5 +121,4 @@ def _numbers(name: Name, cut: tuple[int, int]) -> list[int]:
 
 
 def _shown(files: Sequence[Path], folder: str | Path) -> str:
-    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return f"{', '.join(str(file.relative_to(folder)) for file in files[:SHOWN])}{more}"
+    return first_few((file.relative_to(folder) for file in files), SHOWN)
