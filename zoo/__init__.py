@@ -6,7 +6,7 @@ __version__ = "0.2.0"
 if not _command.import_is_put_off:
     from .attach import attach
     from .layers import capture
-    from .losses import AttentionDiversificationLoss
+    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
@@ -23,9 +23,11 @@ if not _command.import_is_put_off:
         sknet,
         unet,
     )
+    from .replace_attention import replace_attention
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "sknet", "unet", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attnet", "biformer",
+    "capture", "das", "deit", "fan", "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized",
+    "replace_attention", "sknet", "unet", "weights_in",
 ]
