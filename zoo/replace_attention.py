@@ -98,10 +98,12 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], where: str | Itera
     if where is None:
         return [name for name in attention if not isinstance(modules[name], POOLS)]
     chosen = set()
-    for name in matching(where, modules):
-        inside = [other for other in attention if other == name or other.startswith(f"{name}.")]
+    for pattern in [where] if isinstance(where, str) else where:
+        named = matching(pattern, modules)
+        inside = {other for other in attention for name in named if other == name or other.startswith(f"{name}.")}
         if not inside:
-            raise InputError(f"{name}, {type(modules[name]).__name__}, is no attention and holds none; attention is {first_few(attention)}")
+            what = ", ".join(f"{name} ({type(modules[name]).__name__})" for name in named[:4])
+            raise InputError(f"where={pattern!r} names {what}, which is no attention and holds none; attention is {first_few(attention)}")
         chosen.update(inside)
     return [name for name in attention if name in chosen]
 

@@ -303,7 +303,7 @@ def test_attention_with_timms_fields_is_replaced_if_it_computes_the_same():
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(layer="hedgehg"), "there is no attention 'hedgehg'; softmax, .* are known; did you mean hedgehog"),
     (dict(layer="entmax15", where="blocks.7"), "the model has no module 'blocks.7'; did you mean .*blocks"),
-    (dict(layer="entmax15", where="blocks.0.mlp"), "blocks.0.mlp, Mlp, is no attention and holds none; attention is blocks.0.attn"),
+    (dict(layer="entmax15", where="blocks.0.mlp"), r"where='blocks.0.mlp' names blocks.0.mlp \(Mlp\), which is no attention"),
     (dict(layer="softmax", gate="row"), "gate must be None, 'head' or 'element', got 'row'"),
     (dict(layer="entmax", alpha=2.5), "no attention for blocks.0.attn can be made: alpha is where .* between 1 and 2, got 2.5"),
     (dict(layer="softmax", normaliser="x"), "no attention for blocks.0.attn can be made: .*unexpected keyword argument 'normaliser'"),
