@@ -5,6 +5,7 @@ __version__ = "0.2.0"
 
 if not _command.import_is_put_off:
     from .attach import attach
+    from .heads import head_importance, prune_heads
     from .layers import capture
     from .losses import AttentionDiversificationLoss
     from .models import (
@@ -28,5 +29,6 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "fold", "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "reparametrize", "sknet", "unet", "weights_in",
+    "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads",
+    "reparametrize", "sknet", "unet", "weights_in",
 ]
