@@ -1,33 +1,62 @@
 """What `make gpu` measures: every rival computes what ours does."""
+import functools
+import inspect
 import math
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
-from benchmarks import kernel_cases
+from benchmarks import kernel_cases, kernel_rivals
 from zoo import kernels
 from zoo.kernels import _launch
 from zoo.measuring import kernel_benchmark
 
 
+def results(side, cotangent=None):
+    """What a side computes, and its gradients of its leaves."""
+    out = side.run()
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)) if cotangent is None else cotangent
+    return out, *torch.autograd.grad(out, side.leaves, cotangent)
+
+
 @pytest.mark.parametrize("operator", kernel_cases.CASES)
-def test_rivals_compute_the_same(operator):
+def test_rivals_compute_the_same_with_the_same_gradients(operator):
     torch.manual_seed(0)
-    compared = 0
+    compared = set()
     for case in kernel_cases.CASES[operator]("cpu", torch.float32, True):
-        assert case.operator == operator and case.ours.run().shape
-        for rival in case.rivals.values():
-            if list(map(id, rival.leaves)) == list(map(id, case.ours.leaves)):
-                torch.testing.assert_close(rival.run(), case.ours.run(), atol=1e-5, rtol=1e-4)
-                compared += 1
-    assert compared or operator == "halo_attention"  # timm's takes maps and tables of other shapes
+        ours = results(case.ours)
+        assert case.operator == operator and case.rivals
+        for name, rival in case.rivals.items():
+            torch.testing.assert_close(results(rival), ours, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+            compared.add(name)
+    if operator == "routing_attention":
+        assert compared == {"authors", "gathered sdpa", "varlen flash", "masked sdpa", "FlexAttention, compiled"}
 
 
-def test_flex_attention_computes_the_same():
-    (case,) = kernel_cases.CASES["halo_attention"]("cpu", torch.float32, True)
-    leaves = [leaf.detach() for leaf in case.ours.leaves]
-    out = kernel_cases._flex_halo(*leaves, 8, 3, kernel_cases._flex_mask(leaves[0].shape[1], 8, 3, "cpu"))
-    torch.testing.assert_close(out.transpose(1, 2).reshape(leaves[0].shape), kernels.halo_attention(*leaves, 8, 3))
+def test_the_floor_is_attention_over_the_same_keys():
+    case = next(kernel_cases.routing_attention("cpu", torch.float32, True))
+    (floor,), (qkv,) = case.floors.values(), case.ours.leaves
+    torch.testing.assert_close(kernel_rivals.pasted_heads(floor.run(), 3, qkv), case.ours.run())
+
+
+def test_varlen_calls_torch_as_it_is_called_on_a_gpu():
+    given = inspect.signature(varlen.varlen_attn).parameters
+    assert list(given)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and "scale" in given
+    assert list(inspect.signature(kernel_rivals._varlen_on_cpu).parameters)[3:] == ["q_ends", "k_ends", "q_most", "k_most", "scale"]
+
+
+def test_flex_attention_is_one_graph():
+    """Block masks and scores as the GPU gets them, by torch's own operator."""
+    case = next(kernel_cases.routing_attention("cpu", torch.float32, True))
+    flex, expected = case.rivals["FlexAttention, compiled"], case.ours.run()
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compiled)
+        patch.setattr(kernel_rivals, "on_gpu", lambda x: True)
+        torch.testing.assert_close(flex.run(), expected)
+        (case,) = kernel_cases.halo_attention("cpu", torch.float32, True)
+        torch.testing.assert_close(case.rivals["FlexAttention, compiled"].run(), case.ours.run())
 
 
 @pytest.mark.parametrize("gain", [True, False])
