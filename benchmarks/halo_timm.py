@@ -10,7 +10,7 @@ from torch import nn
 
 import zoo  # noqa: F401  registers the models
 from zoo.layers import HaloAttention
-from zoo.measuring.model_benchmark import Report, _compare, _facts, _forward, _forward_backward
+from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
 
 from .kernel_rivals import timm_halo
 
@@ -43,8 +43,8 @@ def layers(batch: int, rounds: int, threads: int = 2) -> Report:
     for name, (dim, side, options) in LAYERS.items():
         ours = HaloAttention(dim, **options)
         x = torch.randn(batch, dim, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for kind, run in (("forward", _forward), ("forward + backward", _forward_backward)):
-            comparisons.append(_compare(name, kind, run, ours, timm_halo(ours), x, rounds, time.perf_counter))
+        for kind in PASSES:
+            comparisons.append(_compare(name, kind, ours, timm_halo(ours), x, rounds, time.perf_counter))
     return Report(_facts(batch, {name: f"{dim}x{side}x{side}" for name, (dim, side, _) in LAYERS.items()}, "float32", rounds, "cpu", True),
                   comparisons)
 
