@@ -16,6 +16,8 @@ HEAD = """# The kernels' machine code
 
 Written by `python -m benchmarks.kernel_table`: every kernel in its default configurations, compiled for NVIDIA's A100 (sm_80) and
 H100 (sm_90) and AMD's MI300 (gfx942). Registers and spilled bytes are those of one thread, shared memory that of one program.
+Instructions are those that a warp issues in the inner loop, divided by the scores of attention that the program works out meanwhile;
+of other operators, by what their `IN_A_TURN` says.
 """
 
 
