@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_table", description=__doc__,
                                      epilog="example: python -m benchmarks.kernel_table routing_attention")
     parser.add_argument("operators", nargs="*", metavar="operator", help="compile only these (default: those changed since the last time)")
-    parser.add_argument("--file", type=Path, default=FILE, help="the Markdown file (default: benchmarks/kernels_machine_code_triton_VERSION.md)")
+    parser.add_argument("--file", type=Path, default=FILE, help="the Markdown file (default: %(default)s)")
     args = parser.parse_args(arguments)
     known = operators_with_kernels()
     for name in args.operators:
