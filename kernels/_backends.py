@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from ._exporting import is_exporting
+from ._interpreter import obstacle as obstacle_to_interpreting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
@@ -232,7 +233,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _installed():
         return "the package triton is not installed"
     if device.type == "cpu":
-        return None if interpreted() else "on the CPU kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
+        return obstacle_to_interpreting() if interpreted() else "on the CPU kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA or HIP device"
     if torch.version.hip is None and torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:

@@ -321,7 +321,7 @@ def training_throughput(
     if mode is None:
         compiled = network
     elif device == "cpu":  # a dry run: the graphs are the same, and are not compiled
-        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
     else:
         compiled = torch.compile(network, fullgraph=True, mode=mode)
 
