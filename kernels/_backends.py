@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from ._exporting import is_exporting
+from ._remembering import remember
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
@@ -35,6 +36,11 @@ BACKENDS = {
 
 # A plain global, not a context variable: gradient checkpointing runs operators again in autograd's own thread.
 _default: str | None = None
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, list, torch.Size, type(None)})
+# Of a thread in which no mode, transform or tracer is at work, which all add keys of their own.
+USUAL_KEYS = functools.reduce(int.__or__, (
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)))
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -125,6 +131,56 @@ def in_functorch() -> bool:
     return peek_interpreter_stack() is not None
 
 
+def observed(arguments: tuple) -> bool:
+    """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, a subclass, a line in a profile."""
+    return (torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments))
+            or torch._C._dispatch_tls_local_include_set().raw_repr() & ~USUAL_KEYS != 0
+            or in_forward_mode() or torch._C._autograd._profiler_enabled())
+
+
+def remembered(decide: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Keeps what `decide`, which begins with a tensor, finds for others of the same shapes, strides, dtypes and device."""
+    known: dict[Any, Result] = {}
+
+    @functools.wraps(decide)
+    def look_up(*arguments: Any) -> Result:
+        if observed(arguments):
+            return decide(*arguments)
+        kind = arguments[0].device.type
+        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return remember(known, arguments, (_default, mixed, kind == "cpu" and interpreted()), decide)
+
+    return look_up
+
+
+def direct(
+    operator: Any, setup: Callable[[Any, tuple, Any], None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator of `torch.library` without its wrappers, which take longer than kernels, where nobody else sees the call.
+
+    With its own derivative, which `setup` and `backward` are as they are given to `register_autograd`.
+    """
+    function = operator._init_fn
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            result = function(*arguments)
+            setup(ctx, arguments, result)
+            return result
+
+    Direct.backward = staticmethod(backward)
+
+    def call(*arguments: Any) -> Any:
+        if observed(arguments):
+            return operator(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Direct.apply(*arguments)
+        return function(*arguments)
+
+    return functools.update_wrapper(call, function)
+
+
 def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """What torch's own functions are to whatever overrides them: fx's proxies and tensors' subclasses see one call.
 
@@ -143,8 +199,10 @@ def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments
 def register_gradient(
     forward: Callable[..., Any], backward: Callable[..., tuple[Tensor, ...]], definition: Callable[..., Tensor],
     flops: Callable[..., int], kept: tuple[int, ...] = (),
-) -> None:
+) -> Callable[..., Any]:
     """Registers the derivatives of an operator of `torch.library`, and how many operations counters count for it.
+
+    Returns the operator as it is to be called.
 
     Args:
         forward: (*arguments) → the result, or a tuple that begins with it, of which no other is differentiable.
@@ -161,12 +219,16 @@ def register_gradient(
         results = output if isinstance(output, tuple) else (output,)
         _save(ctx, (*inputs, *(results[i] for i in kept)))
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
 
-    def first(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = _saved(ctx)
-        gradients, slots = backward(grad, *saved), _slots(saved[:count])
-        given = {i: gradient for i, gradient in zip(slots, gradients, strict=True) if saved[i] is not None}
-        return tuple(given.get(i) for i in range(count))
+    def first(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * count
+        if grad is not None:
+            saved = _saved(ctx)
+            for i, gradient in zip(_slots(saved[:count]), call_backward(grad, *saved), strict=True):
+                if saved[i] is not None:
+                    gradients[i] = gradient
+        return tuple(gradients)
 
     def setup_again(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs)
@@ -190,6 +252,7 @@ def register_gradient(
 
     forward.register_autograd(first, setup_context=setup)
     backward.register_autograd(second, setup_context=setup_again)
+    call_backward = direct(backward, setup_again, second)
 
     def of_forward(*arguments: Any, **_: Any) -> int:
         return flops(*arguments)
@@ -199,6 +262,7 @@ def register_gradient(
 
     register_flops(forward, of_forward)
     register_flops(backward, of_backward)
+    return direct(forward, setup, first)
 
 
 def register_flops(operator: Callable[..., Any], formula: Callable[..., int]) -> None:
