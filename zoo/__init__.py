@@ -23,9 +23,10 @@ if not _command.import_is_put_off:
         sknet,
         unet,
     )
+    from .reparametrization import fold, reparametrize
     from .weights import load_weights, weights_in
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "sknet", "unet", "weights_in",
+    "fold", "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "reparametrize", "sknet", "unet", "weights_in",
 ]
