@@ -135,16 +135,19 @@ def observed(arguments: tuple) -> bool:
     """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, a subclass, a line in a profile."""
     return (torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments))
             or torch._C._dispatch_tls_local_include_set().raw_repr() & ~USUAL_KEYS != 0
-            or in_forward_mode() or torch._C._autograd._profiler_enabled())
+            or forward_ad._current_level >= 0 or torch._C._autograd._profiler_enabled())
 
 
-def remembered(decide: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Keeps what `decide`, which begins with a tensor, finds for others of the same shapes, strides, dtypes and device."""
+def remembered(decide: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps what `decide`, which begins with a tensor, finds for others of the same shapes, strides, dtypes and device.
+
+    What is returned takes in the first place whether the call is `observed`; where it is, nothing is kept.
+    """
     known: dict[Any, Result] = {}
 
     @functools.wraps(decide)
-    def look_up(*arguments: Any) -> Result:
-        if observed(arguments):
+    def look_up(seen: bool, *arguments: Any) -> Result:
+        if seen:
             return decide(*arguments)
         kind = arguments[0].device.type
         mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -153,32 +156,30 @@ def remembered(decide: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return look_up
 
 
-def direct(
-    operator: Any, setup: Callable[[Any, tuple, Any], None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The operator of `torch.library` without its wrappers, which take longer than kernels, where nobody else sees the call.
+class Direct:
+    """An operator of `torch.library` and its derivative without the wrappers, which take longer than kernels do."""
 
-    With its own derivative, which `setup` and `backward` are as they are given to `register_autograd`.
-    """
-    function = operator._init_fn
+    def __init__(self, operator: Any, setup: Callable[[Any, tuple, Any], None], backward: Callable[..., Any]):
+        """`setup` and `backward` are as they are given to `register_autograd`."""
+        function = operator._init_fn
 
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            result = function(*arguments)
-            setup(ctx, arguments, result)
-            return result
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                result = function(*arguments)
+                setup(ctx, arguments, result)
+                return result
 
-    Direct.backward = staticmethod(backward)
+        Differentiable.backward = staticmethod(backward)
+        self._operator, self._function, self._apply = operator, function, Differentiable.apply
 
-    def call(*arguments: Any) -> Any:
-        if observed(arguments):
-            return operator(*arguments)
+    def __call__(self, seen: bool, *arguments: Any) -> Any:
+        """`seen`: whether the call is `observed`; where it is, it goes through torch.library."""
+        if seen:
+            return self._operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Direct.apply(*arguments)
-        return function(*arguments)
-
-    return functools.update_wrapper(call, function)
+            return self._apply(*arguments)
+        return self._function(*arguments)
 
 
 def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -199,10 +200,8 @@ def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments
 def register_gradient(
     forward: Callable[..., Any], backward: Callable[..., tuple[Tensor, ...]], definition: Callable[..., Tensor],
     flops: Callable[..., int], kept: tuple[int, ...] = (),
-) -> Callable[..., Any]:
+) -> Direct:
     """Registers the derivatives of an operator of `torch.library`, and how many operations counters count for it.
-
-    Returns the operator as it is to be called.
 
     Args:
         forward: (*arguments) → the result, or a tuple that begins with it, of which no other is differentiable.
@@ -213,20 +212,27 @@ def register_gradient(
             as many, whatever else `backward` makes anew.
         kept: which results of `forward` to keep for `backward`.
     """
-    count = len(forward._opoverload._schema.arguments)
+    kinds = [str(argument.type) for argument in forward._opoverload._schema.arguments]
+    count, tensors = len(kinds), [i for i, kind in enumerate(kinds) if "Tensor" in kind]
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
-        _save(ctx, (*inputs, *(results[i] for i in kept)))
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.inputs = [None if i in tensors else x for i, x in enumerate(inputs)]
+        ctx.save_for_backward(*[inputs[i] for i in tensors], *[results[i] for i in kept])
+        if len(results) > 1:
+            ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
 
     def first(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * count
         if grad is not None:
-            saved = _saved(ctx)
-            for i, gradient in zip(_slots(saved[:count]), call_backward(grad, *saved), strict=True):
-                if saved[i] is not None:
+            saved, arguments = ctx.saved_tensors, ctx.inputs.copy()
+            for i, tensor in zip(tensors, saved, strict=False):
+                arguments[i] = tensor
+            arguments = grad, *arguments, *saved[len(tensors):]
+            slots = [i for i, x in zip(tensors, saved, strict=False) if x is None or x.is_floating_point()]
+            for i, gradient in zip(slots, call_backward(observed(arguments), *arguments), strict=True):
+                if arguments[i + 1] is not None:
                     gradients[i] = gradient
         return tuple(gradients)
 
@@ -252,7 +258,7 @@ def register_gradient(
 
     forward.register_autograd(first, setup_context=setup)
     backward.register_autograd(second, setup_context=setup_again)
-    call_backward = direct(backward, setup_again, second)
+    call_backward = Direct(backward, setup_again, second)
 
     def of_forward(*arguments: Any, **_: Any) -> int:
         return flops(*arguments)
@@ -262,7 +268,7 @@ def register_gradient(
 
     register_flops(forward, of_forward)
     register_flops(backward, of_backward)
-    return direct(forward, setup, first)
+    return Direct(forward, setup, first)
 
 
 def register_flops(operator: Callable[..., Any], formula: Callable[..., int]) -> None:

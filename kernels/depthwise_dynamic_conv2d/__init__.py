@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from .._backends import choose, public_operator, remembered
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from . import grouped, positions_first, reference
 
@@ -36,10 +36,11 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    chosen = _chosen(x, kernels, theta, backend)
+    seen = observed((x, kernels, theta, backend))
+    chosen = _chosen(seen, x, kernels, theta, backend)
     if chosen == "triton":
         from . import triton
-        return triton.call(x, kernels, theta, False)
+        return triton.call(seen, x, kernels, theta, False)
     if theta is not None:
         kernels = reference.inhibited(kernels, theta)
     implementation = {"reference": reference, "grouped": grouped, "positions_first": positions_first}[chosen]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import direct, name_of, register_flops
+from .._backends import Direct, name_of, observed, register_flops
 from .._launch import Prepared, planned
 from .._tiles import kernel
 from .reference import flops, inhibited
@@ -151,8 +151,9 @@ def _setup_conv(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, kernels, theta = ctx.saved_tensors
-    grad_x = call(grad, kernels, theta, not ctx.transposed)
-    grad_kernels, grad_theta = call_gradient(x, grad, list(kernels.shape[2:]), ctx.transposed), None
+    seen = observed((grad, x, kernels, theta))
+    grad_x = call(seen, grad, kernels, theta, not ctx.transposed)
+    grad_kernels, grad_theta = call_gradient(seen, x, grad, list(kernels.shape[2:]), ctx.transposed), None
     if theta is not None:
         means = kernels.float().mean((2, 3))
         share = theta.float().sigmoid()
@@ -162,7 +163,7 @@ def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 depthwise_dynamic_conv2d.register_autograd(_conv_backward, setup_context=_setup_conv)
-call = direct(depthwise_dynamic_conv2d, _setup_conv, _conv_backward)
+call = Direct(depthwise_dynamic_conv2d, _setup_conv, _conv_backward)
 
 
 def _setup_kernels(ctx, inputs: tuple, output: Tensor) -> None:
@@ -172,11 +173,12 @@ def _setup_kernels(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
     x, grad = ctx.saved_tensors
-    return call(grad, grad_kernels, None, not ctx.transposed), call(x, grad_kernels, None, ctx.transposed), None, None
+    seen = observed((x, grad, grad_kernels))
+    return call(seen, grad, grad_kernels, None, not ctx.transposed), call(seen, x, grad_kernels, None, ctx.transposed), None, None
 
 
 gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
-call_gradient = direct(gradient_of_kernels, _setup_kernels, _kernels_backward)
+call_gradient = Direct(gradient_of_kernels, _setup_kernels, _kernels_backward)
 
 
 register_flops(depthwise_dynamic_conv2d, lambda x, kernels, *_, **__: flops(x, kernels))

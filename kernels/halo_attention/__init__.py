@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator, remembered
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from . import blocked, reference
 
@@ -51,11 +51,12 @@ def halo_attention(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    chosen = _chosen(q, k, v, rel_h, rel_w, block_size, halo_size, stride, backend)
+    seen = observed((q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale, backend))
+    chosen = _chosen(seen, q, k, v, rel_h, rel_w, block_size, halo_size, stride, backend)
     arguments = q, k, v, rel_h, rel_w, block_size, halo_size, q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
         from . import triton
-        return triton.call(*arguments)[0]
+        return triton.call(seen, *arguments)[0]
     return {"reference": reference, "blocked": blocked}[chosen].halo_attention(*arguments)
 
 

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator, remembered
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from .._regions import check_map, check_regions
 from . import pooled, reference
@@ -26,10 +26,11 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
         (B, rows·columns, C), regions row by row.
     """
     regions = (regions[0], regions[1])
-    chosen = _chosen_means(x, regions, backend)
+    seen = observed((x, backend))
+    chosen = _chosen_means(seen, x, regions, backend)
     if chosen == "triton":
         from . import triton
-        return triton.call_means(x, list(regions))
+        return triton.call_means(seen, x, list(regions))
     return {"reference": reference, "pooled": pooled}[chosen].region_means(x, regions)
 
 
@@ -63,11 +64,12 @@ def region_routes(
         ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
     """
     regions = (regions[0], regions[1])
-    chosen = _chosen_routes(q, k, regions, topk, backend)
+    seen = observed((q, k, topk, backend))
+    chosen = _chosen_routes(seen, q, k, regions, topk, backend)
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
     if chosen == "triton":
         from . import triton
-        scores, routes = triton.call_routes(q_means, k_means, list(k.shape[1:3]), list(regions), topk)
+        scores, routes = triton.call_routes(seen, q_means, k_means, list(k.shape[1:3]), list(regions), topk)
         return routes, scores
     return {"reference": reference, "pooled": pooled}[chosen].region_routes(q_means, k_means, k.shape[1:3], regions, topk)
 

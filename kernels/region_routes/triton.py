@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import DTYPES, direct, name_of, register_flops
+from .._backends import DTYPES, Direct, name_of, observed, register_flops
 from .._launch import Prepared, float32_precision, planned
 from .._regions import region_size
 from .._tiles import kernel
@@ -116,7 +116,7 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return call_means_backward(grad, ctx.height, ctx.width, ctx.regions), None
+    return call_means_backward(observed((grad,)), grad, ctx.height, ctx.width, ctx.regions), None
 
 
 def _setup_backward(ctx, inputs: tuple, output: Tensor) -> None:
@@ -124,13 +124,13 @@ def _setup_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward_of_backward(ctx, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-    return call_means(grad_x, ctx.regions), None, None, None  # each is the other's transpose
+    return call_means(observed((grad_x,)), grad_x, ctx.regions), None, None, None  # each is the other's transpose
 
 
 region_means.register_autograd(_backward, setup_context=_setup_context)
 region_means_triton_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
-call_means = direct(region_means, _setup_context, _backward)
-call_means_backward = direct(region_means_triton_backward, _setup_backward, _backward_of_backward)
+call_means = Direct(region_means, _setup_context, _backward)
+call_means_backward = Direct(region_means_triton_backward, _setup_backward, _backward_of_backward)
 
 
 @kernel
@@ -209,7 +209,7 @@ def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None
 
 
 region_routes.register_autograd(_backward_routes, setup_context=_setup_routes)
-call_routes = direct(region_routes, _setup_routes, _backward_routes)
+call_routes = Direct(region_routes, _setup_routes, _backward_routes)
 
 
 register_flops(region_means, lambda *_, **__: 0)

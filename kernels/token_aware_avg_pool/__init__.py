@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from .._backends import choose, public_operator, remembered
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from . import convolved, recomputed, reference
 
@@ -29,10 +29,11 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: str | None = None)
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    chosen = _chosen(x, weights, backend)
+    seen = observed((x, weights, backend))
+    chosen = _chosen(seen, x, weights, backend)
     if chosen == "triton":
         from . import triton
-        return triton.call(x, weights)
+        return triton.call(seen, x, weights)
     return {"reference": reference, "convolved": convolved, "recomputed": recomputed}[chosen].token_aware_avg_pool(x, weights)
 
 
