@@ -1,14 +1,11 @@
 """What rows of a model file are built of. A checkpoint names these classes, so that loading one imports `zoo.yolo`."""
-import contextlib
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 import zoo.layers
 from zoo.errors import InputError, near_misses
-from zoo.kernels.deform_conv2d import spelled_out_in_exports
 
 MAPS = ("ATConv", "DAS", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")
 TOKENS = ("BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "FullyAttentionalBlock", "HiLoAttention",
@@ -16,11 +13,6 @@ TOKENS = ("BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "F
 GATES = ("AttentionGate", "MultiAttentionGate")
 LAYERS = (*MAPS, *TOKENS, *GATES)
 OUT_WIDTH = {"DeformableTokenMerging": "out_dim", "HaloAttention": "dim_out", "SelectiveKernelUnit": "out_dim"}
-
-
-def _traced():
-    """Ultralytics exports by torch.jit.trace to opset 18, which has no deformable convolution."""
-    return spelled_out_in_exports() if torch.jit.is_tracing() else contextlib.nullcontext()
 
 
 class Layer(nn.Module):
@@ -38,10 +30,9 @@ class Layer(nn.Module):
         self.layer = getattr(zoo.layers, name)(*widths, **args)
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        with _traced():
-            if isinstance(x, list):
-                return self.layer(*x)
-            return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.layer(x)
+        if isinstance(x, list):
+            return self.layer(*x)
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.layer(x)
 
 
 class Backbone(nn.Module):
@@ -71,5 +62,4 @@ class Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        with _traced():
-            return self.network.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+        return self.network.forward_intermediates(x, indices=self.indices, intermediates_only=True)

@@ -106,7 +106,7 @@ class Rows:
             self._check_known(number, row[2])
             args, given = _split(args)
             row[3] = args
-            self.attached[number] = layer, _bound(where, layer, [], given, ("keep_outputs",))
+            self.attached[number] = layer, _bound(where, layer, [], given, ("keep_outputs", "where"))
         elif name in LAYERS:
             self._translate_layer(number, row, _bound(where, name, *_split(args)))
         elif name == FEATURE_MAP:
@@ -184,7 +184,8 @@ def _bound(where: str, name: str, positional: list[Any], given: dict[str, Any], 
     parameters = inspect.signature(getattr(zoo.layers, name)).parameters
     known = [key for key in parameters if key not in ("dim", "gate_dim", "device", "dtype")]
     if len(positional) > len(known):
-        raise InputError(f"{where}: at most {len(known)} arguments, {', '.join(known)}, not {len(positional)}: the width is found, not given")
+        raise InputError(f"{where}: it takes at most {len(known)} arguments, {', '.join(known)}, without its width, which is found; "
+                         f"got {positional}")
     bound = dict(zip(known, positional, strict=False))
     for key, value in given.items():
         if key not in (*known, *also):
