@@ -1,5 +1,6 @@
 """What is changed in Ultralytics, all of it here: its parser and loader of model files, its counter, and what restricted loading allows."""
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +14,7 @@ from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, torch_utils
 from ultralytics.utils.export import engine as exporting
 
+from zoo.attach import _run_attached as run_attached
 from zoo.errors import InputError
 from zoo.exporting.onnx import DEFORM_CONV_OPSET, FREE_SIZE, OPSETS, TRACED_BATCH, convert
 from zoo.kernels.deform_conv2d import spelled_out_in_exports
@@ -33,10 +35,20 @@ def register() -> None:
     torch_utils.get_flops = gflops
     exporting.torch2onnx = exporter_of(exporting.torch2onnx)
     callbacks.default_callbacks["on_pretrain_routine_start"].append(import_in_workers)
+    allow_in_restricted_loading()
 
 
 def import_in_workers(trainer: Any) -> None:
     """Does nothing. Trainers take it, as a callback, to the processes of a training on several GPUs, which import this module for it."""
+
+
+def allow_in_restricted_loading() -> None:
+    """Lets checkpoints that are loaded with weights_only hold the modules of zoo and timm, as those of torch and Ultralytics."""
+    allowed = {f"{name}.{kind.__qualname__}": kind for name, module in list(sys.modules.items()) if name.split(".")[0] in ("timm", "zoo")
+               for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name}
+    loader = tasks._SafeLoad
+    with loader._lock:
+        loader._registry = {**(loader._registry or loader._build()), **allowed, "zoo.attach._run_attached": run_attached}
 
 
 def gflops(model: nn.Module, imgsz: int | list[int] | tuple[int, ...] = 640) -> float:
