@@ -128,7 +128,7 @@ class Rows:
         if not timm.is_model(name):
             modules = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
             raise InputError(f"row {number} of the model: there is no layer or model {name!r}"
-                             f"{near_misses(name, [*LAYERS, FEATURE_MAP, *modules, *timm.list_models()])}")
+                             f"{near_misses(name, {*LAYERS, FEATURE_MAP, *modules, *timm.list_models()})}")
         return False
 
     def _translate_layer(self, number: int, row: list[Any], args: dict[str, Any]) -> None:
