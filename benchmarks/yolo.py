@@ -82,8 +82,8 @@ def write_table(rows: dict[str, dict[str, float]]) -> None:
         "# YOLO with zoo's mechanisms, on scenes of digits", "",
         f"From random weights, {SCENES[0]} scenes of {SIZE}×{SIZE} pixels for {EPOCHS} epochs, evaluated on {SCENES[1]} scenes of "
         f"other digits; {torch.get_num_threads()} thread of {platform.machine()}, CPython {platform.python_version()}, torch "
-        f"{torch.__version__}, Ultralytics {ultralytics.__version__}. Time per image: the median of the fused network's, float32, batch 1. Wanted is an "
-        f"mAP50 of {GOAL}. `python -m benchmarks.yolo` measures it again, and goes on where it was stopped.", "",
+        f"{torch.__version__}, Ultralytics {ultralytics.__version__}. Time per image: the median of the fused network's, float32, batch "
+        f"1. Wanted is an mAP50 of {GOAL}. `python -m benchmarks.yolo` measures it again, and goes on where it was stopped.", "",
         f"| model file | parameters | GFLOPs at {LARGE} | mAP50 | mAP50–95 | wall time | CPU time | ms at {SIZE} | ms at {LARGE} | load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, row in rows.items():

@@ -11,9 +11,9 @@ nc: 10
 kpt_shape: [4, 3]
 backbone:
   - [-1, 1, biformer_nano, {drop_path_rate: 0.1}]
-  - [0, 1, FeatureMap, [1]]     # the maps of its feature_info by number
+  - [0, 1, FeatureMap, [1]]     # of its maps at strides 4, 8, 16 and 32 the second
   - [0, 1, FeatureMap, [2]]
-  - [0, 1, FeatureMap, [-1]]
+  - [0, 1, FeatureMap, [3]]
 head:
   - [[1, 2, 3], 1, Pose, [nc, kpt_shape]]
 """)
