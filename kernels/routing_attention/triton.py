@@ -26,6 +26,8 @@ from . import reference
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
 BITS = 64
+IN_A_TURN = dict.fromkeys(  # scores that a turn of the inner loop works out
+    ("routing_attention_forward", "routing_attention_backward_queries", "routing_attention_backward_keys"), ("QUERIES", "KEYS"))
 
 
 @triton.jit
