@@ -24,7 +24,8 @@ from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
+SMALLEST_TILE = 16  # queries or keys that a program holds; matrix units take no fewer
+WALKED_FROM = 64  # places of a region that fill blocks of their own
 BITS = 64
 IN_A_TURN = dict.fromkeys(  # scores that a turn of the inner loop works out
     ("routing_attention_forward", "routing_attention_backward_queries", "routing_attention_backward_keys"), ("QUERIES", "KEYS"))
@@ -33,7 +34,7 @@ IN_A_TURN = dict.fromkeys(  # scores that a turn of the inner loop works out
 @triton.jit
 def _quotient(x, divisor):
     """x // divisor of whole numbers from 0 to 2^22, without a division."""
-    return ((x.to(tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
+    return ((tl.cast(x, tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
 
 
 @triton.jit
@@ -59,6 +60,22 @@ def _sees(bits, region):
 
 
 @triton.jit
+def _routed(routes, on, regions):
+    """Routes, and `regions`, of which nothing lies on the map, for what is none."""
+    return tl.minimum(tl.load(routes, mask=on, other=0).to(tl.uint64, bitcast=True), tl.cast(regions, tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def _within(region, first, columns, h, w, height, width, SIZE: tl.constexpr):
+    """Positions of one region, those off the map not counted: where they lie, and which there are, from the first on."""
+    i = _quotient(region, columns)
+    row, column = i * h, (region - i * columns) * w
+    rows, across = tl.maximum(tl.minimum(h, height - row), 0), tl.maximum(tl.minimum(w, width - column), 0)
+    place = first + tl.arange(0, SIZE)
+    return row * width + column + place + _quotient(place, tl.maximum(across, 1)) * (width - across), place < rows * across
+
+
+@triton.jit
 def _held(tile, columns, h, w, height, width, PACKED: tl.constexpr, SIZE: tl.constexpr):
     """The positions that a program holds, whether they are on the map, and their region where it is one."""
     if PACKED:
@@ -66,18 +83,55 @@ def _held(tile, columns, h, w, height, width, PACKED: tl.constexpr, SIZE: tl.con
         return position, position < height * width, 0
     tiles = tl.cdiv(h * w, SIZE)
     region = tile // tiles
-    position, on = _position(region, tile % tiles * SIZE + tl.arange(0, SIZE), columns, h, w, height, width)
+    position, on = _within(region, tile % tiles * SIZE, columns, h, w, height, width, SIZE)
     return position, on, region
 
 
 @triton.jit
-def _routed_keys(first, routes, slots, columns, h, w, height, width, KEYS: tl.constexpr):
+def _routed_keys(first, routes, slots, regions, columns, h, w, height, width, KEYS: tl.constexpr):
     """A block of the keys of the routed regions: position, whether on the map, and which route they come by."""
     j = first + tl.arange(0, KEYS)
     slot = _quotient(j, h * w)
-    region = tl.load(routes + slot, mask=slot < slots, other=0).to(tl.int32)
+    region = _routed(routes + slot, slot < slots, regions)
     position, on = _position(region, j - slot * (h * w), columns, h, w, height, width)
     return position, on & (slot < slots), slot
+
+
+@triton.jit
+def _broken(sums):
+    """Whether a product with 0 was none: of NaN or infinity in regions that some of the positions held do not see."""
+    return tl.sum((sums != sums).to(tl.int32)) > 0
+
+
+@triton.jit
+def _grad_scores(scores, grad_attention, seen, denominator, share, scale):
+    """Gradient of unscaled scores, by their attention made anew."""
+    attention = tl.exp2(tl.where(seen, scores * (scale * LOG2_E), -float("inf")) - denominator)
+    return attention * (grad_attention - share)
+
+
+@kernel
+def routing_attention_bits(routes, bits, count, slots, regions, REGIONS: tl.constexpr):
+    """One program per tile of all regions of the batch: which regions they are routed to, as bits."""
+    own = tl.program_id(0) * REGIONS + tl.arange(0, REGIONS)
+    routed = tl.zeros((REGIONS,), tl.int64)
+    for slot in range(slots):
+        route = _routed(routes + own.to(tl.int64) * slots + slot, own < count, regions)
+        routed |= tl.where(route < regions, tl.full((REGIONS,), 1, tl.int64) << route.to(tl.int64), 0)
+    tl.store(bits + own, routed, mask=own < count)
+
+
+@triton.jit
+def _add_values(highest, total, sums, scores, values, factors, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr):
+    """Takes a block of keys into a running softmax: its highest score and denominator, and the sums of values."""
+    maximum = tl.maximum(highest, tl.max(scores, 1))
+    shift = tl.where(maximum == -float("inf"), 0.0, maximum)  # nothing seen yet
+    exponentials = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(highest - shift)
+    total = total * fade + tl.sum(exponentials, 1)
+    if WEIGHTED:
+        exponentials *= factors
+    return maximum, total, tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
 
 
 @kernel
@@ -85,7 +139,7 @@ def routing_attention_forward(
     q, k, v, routes, bits, weights, out, logsumexp, scale, heads, slots, regions, columns,
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,
     q_batch, q_position, q_channel, k_batch, k_position, k_channel, v_batch, v_position, v_channel,
-    PACKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, WALKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
@@ -95,40 +149,58 @@ def routing_attention_forward(
     k += batch * k_batch + head * WIDTH * k_channel
     v += batch * v_batch + head * VALUE_WIDTH * v_channel
     position, on, region = _held(tile, columns, h, w, height, width, PACKED, QUERIES)
+    blocks = tl.cdiv(kv_h * kv_w, KEYS)  # of a region
+    factors = 1.0
     if PACKED:
         routed = tl.load(bits + batch * regions + _region(position, columns, h, w, width), mask=on, other=0)
-        keys = kv_height * kv_width
+        turns = tl.cdiv(kv_height * kv_width, KEYS)
     else:
         routes += (batch * regions + region) * slots
-        keys = slots * kv_h * kv_w
+        turns = slots * blocks if WALKED else tl.cdiv(slots * kv_h * kv_w, KEYS)
+    if WEIGHTED:
+        weights += (batch * regions + region) * slots
     queries = load_rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
 
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, VALUE_BLOCK), tl.float32)
-    for first in range(0, keys, KEYS):
+    for turn in range(turns):
         if PACKED:
-            there = first + tl.arange(0, KEYS)
-            exists = there < keys
-            seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
+            there = turn * KEYS + tl.arange(0, KEYS)
+            exists = there < kv_height * kv_width
+        elif WALKED:
+            slot = _quotient(turn, blocks)
+            first = (turn - slot * blocks) * KEYS
+            there, exists = _within(_routed(routes + slot, True, regions), first, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
         else:
-            there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
-            seen = exists[None, :]
-        scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
-        scores *= scale * LOG2_E
+            there, exists, slot = _routed_keys(
+                turn * KEYS, routes, slots, regions, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
+        scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION) * (scale * LOG2_E)
         if WEIGHTED:
-            factors = tl.load(weights + (batch * regions + region) * slots + slot, mask=slot < slots, other=0.0).to(tl.float32)
+            factors = tl.load(weights + slot, mask=slot < slots, other=0.0).to(tl.float32)
             scores *= factors
-        scores = tl.where(seen, scores, -float("inf"))
-        maximum = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(maximum == -float("inf"), 0.0, maximum)  # nothing seen yet
-        exponentials = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(highest - shift)
-        highest, total = maximum, total * fade + tl.sum(exponentials, 1)
-        if WEIGHTED:
-            exponentials *= factors
+        if PACKED:
+            seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
+            scores = tl.where(seen, scores, -float("inf"))
+        else:
+            scores += tl.where(exists, 0.0, -float("inf"))[None, :]
         values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-        sums = tl.dot(exponentials.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
+        highest, total, sums = _add_values(highest, total, sums, scores, values, factors, WEIGHTED, PRECISION)
+
+    if PACKED:
+        if _broken(sums):
+            highest = tl.full((QUERIES,), -float("inf"), tl.float32)
+            total = tl.zeros((QUERIES,), tl.float32)
+            sums = tl.zeros((QUERIES, VALUE_BLOCK), tl.float32)
+            for turn in tl.range(regions * blocks, num_stages=1):
+                other = _quotient(turn, blocks)
+                there, exists = _within(other, (turn - other * blocks) * KEYS, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
+                sees = _sees(routed, other)[:, None]
+                scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
+                scores = tl.where(sees & exists[None, :], scores * (scale * LOG2_E), -float("inf"))
+                values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
+                highest, total, added = _add_values(highest, total, sums, scores, values, factors, WEIGHTED, PRECISION)
+                sums = tl.where(sees, added, sums)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
@@ -143,7 +215,7 @@ def routing_attention_backward_queries(
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,
     grad_batch, grad_position, grad_channel,
     q_batch, q_position, q_channel, k_batch, k_position, k_channel, v_batch, v_position, v_channel,
-    PACKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
+    PACKED: tl.constexpr, WALKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
@@ -156,45 +228,70 @@ def routing_attention_backward_queries(
     out += batch * height * width * heads * VALUE_WIDTH + head * VALUE_WIDTH
     per_query = (batch * heads + head) * height * width
     position, on, region = _held(tile, columns, h, w, height, width, PACKED, QUERIES)
+    blocks = tl.cdiv(kv_h * kv_w, KEYS)
     if PACKED:
         routed = tl.load(bits + batch * regions + _region(position, columns, h, w, width), mask=on, other=0)
-        keys = kv_height * kv_width
+        turns = tl.cdiv(kv_height * kv_width, KEYS)
     else:
         routes += (batch * regions + region) * slots
-        keys = slots * kv_h * kv_w
+        turns = slots * blocks if WALKED else tl.cdiv(slots * kv_h * kv_w, KEYS)
     queries = load_rows(q, position, on, q_position, q_channel, WIDTH, BLOCK)
     above = load_rows(grad, position, on, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
     result = load_rows(out, position, on, heads * VALUE_WIDTH, 1, VALUE_WIDTH, VALUE_BLOCK)
     share = tl.sum(above.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(shares + per_query + position, share, mask=on)
-    denominator = tl.load(logsumexp + per_query + position, mask=on, other=0.0)
+    denominator = tl.load(logsumexp + per_query + position, mask=on, other=float("inf"))  # off the map there is no attention
 
     sums = tl.zeros((QUERIES, BLOCK), tl.float32)
     if WEIGHTED:
+        weights += (batch * regions + region) * slots
         weight_sums = tl.zeros((SLOTS,), tl.float32)
-    for first in range(0, keys, KEYS):
+    for turn in range(turns):
         if PACKED:
-            there = first + tl.arange(0, KEYS)
-            exists = there < keys
+            there = turn * KEYS + tl.arange(0, KEYS)
+            exists = there < kv_height * kv_width
             seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
+        elif WALKED:
+            slot = _quotient(turn, blocks)
+            first = (turn - slot * blocks) * KEYS
+            there, exists = _within(_routed(routes + slot, True, regions), first, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
+            seen = exists[None, :]
         else:
-            there, exists, slot = _routed_keys(first, routes, slots, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
-            seen = exists[None, :] & on[:, None]
+            there, exists, slot = _routed_keys(
+                turn * KEYS, routes, slots, regions, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
+            seen = exists[None, :]
         key_rows = load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK)
         values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-        scores = products(queries, key_rows, PRECISION) * scale
+        scores = products(queries, key_rows, PRECISION)
         grad_attention = products(above, values, PRECISION)
         if WEIGHTED:
-            factors = tl.load(weights + (batch * regions + region) * slots + slot, mask=slot < slots, other=0.0).to(tl.float32)
+            factors = tl.load(weights + slot, mask=slot < slots, other=0.0).to(tl.float32)
+            scores *= scale
             attention = tl.exp2(tl.where(seen, scores * factors * LOG2_E, -float("inf")) - denominator[:, None])
             grad_scores = attention * (grad_attention * factors - share[:, None])
             per_key = tl.sum(grad_scores * scores + attention * grad_attention, 0)
-            weight_sums += tl.sum(tl.where(slot[:, None] == tl.arange(0, SLOTS), per_key[:, None], 0.0), 0)
+            if WALKED:
+                weight_sums += tl.where(slot == tl.arange(0, SLOTS), tl.sum(per_key), 0.0)
+            else:
+                weight_sums += tl.sum(tl.where(slot[:, None] == tl.arange(0, SLOTS), per_key[:, None], 0.0), 0)
             grad_scores *= factors
         else:
-            attention = tl.exp2(tl.where(seen, scores * LOG2_E, -float("inf")) - denominator[:, None])
-            grad_scores = attention * (grad_attention - share[:, None])
+            grad_scores = _grad_scores(scores, grad_attention, seen, denominator[:, None], share[:, None], scale)
         sums = tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION)
+
+    if PACKED:
+        if _broken(sums):
+            sums = tl.zeros((QUERIES, BLOCK), tl.float32)
+            for turn in tl.range(regions * blocks, num_stages=1):
+                other = _quotient(turn, blocks)
+                there, exists = _within(other, (turn - other * blocks) * KEYS, columns, kv_h, kv_w, kv_height, kv_width, KEYS)
+                sees = _sees(routed, other)[:, None]
+                key_rows = load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK)
+                values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
+                scores = products(queries, key_rows, PRECISION)
+                grad_attention = products(above, values, PRECISION)
+                grad_scores = _grad_scores(scores, grad_attention, sees & exists[None, :], denominator[:, None], share[:, None], scale)
+                sums = tl.where(sees, tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION), sums)
 
     grad_q += batch * height * width * heads * WIDTH + head * WIDTH
     store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, BLOCK)
@@ -210,7 +307,7 @@ def routing_attention_backward_keys(
     height, width, h, w, kv_height, kv_width, kv_h, kv_w,
     grad_batch, grad_position, grad_channel,
     q_batch, q_position, q_channel, k_batch, k_position, k_channel, v_batch, v_position, v_channel,
-    PACKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, WALKED: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
@@ -222,47 +319,78 @@ def routing_attention_backward_keys(
     grad += batch * grad_batch + head * VALUE_WIDTH * grad_channel
     per_query = (batch * heads + head) * height * width
     position, on, region = _held(tile, columns, kv_h, kv_w, kv_height, kv_width, PACKED, KEYS)
+    blocks = tl.cdiv(h * w, QUERIES)  # of a region
     if PACKED:
-        own = _region(position, columns, kv_h, kv_w, kv_width)
-        queries = height * width
+        own = _region(position, columns, kv_h, kv_w, kv_width)[:, None]
+        bits += batch * regions
+        turns = tl.cdiv(height * width, QUERIES)
     else:
         start = tl.load(starts + batch * (regions + 1) + region).to(tl.int32)
         end = tl.load(starts + batch * (regions + 1) + region + 1).to(tl.int32)
-        queries = (end - start) * h * w
+        order += batch * regions * slots
+        turns = (end - start) * blocks if WALKED else tl.cdiv((end - start) * h * w, QUERIES)
+    if WEIGHTED:
+        weights += batch * regions * slots
     key_rows = load_rows(k, position, on, k_position, k_channel, WIDTH, BLOCK)
     values = load_rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
 
     key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
     value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
-    for first in range(0, queries, QUERIES):
-        j = first + tl.arange(0, QUERIES)
+    for turn in range(turns):
         if PACKED:
-            there, exists = j, j < queries
-            routed = tl.load(bits + batch * regions + _region(there, columns, h, w, width), mask=exists, other=0)
-            seen = on[:, None] & _sees(routed, own[:, None])
+            there = turn * QUERIES + tl.arange(0, QUERIES)
+            exists = there < height * width
+            routed = tl.load(bits + _region(there, columns, h, w, width), mask=exists, other=0)
+            seen = on[:, None] & _sees(routed, own)
+        elif WALKED:
+            entry = _quotient(turn, blocks)
+            route = tl.load(order + start + entry).to(tl.int32)
+            first = (turn - entry * blocks) * QUERIES
+            there, exists = _within(_quotient(route, slots), first, columns, h, w, height, width, QUERIES)
         else:
+            j = turn * QUERIES + tl.arange(0, QUERIES)
             entry = start + _quotient(j, h * w)
-            route = tl.load(order + batch * regions * slots + entry, mask=entry < end, other=0).to(tl.int32)
+            route = tl.load(order + entry, mask=entry < end, other=0).to(tl.int32)
             there, exists = _position(_quotient(route, slots), j - (entry - start) * (h * w), columns, h, w, height, width)
             exists &= entry < end
-            seen = on[:, None] & exists
         rows = load_rows(q, there, exists, q_position, q_channel, WIDTH, BLOCK)
         above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
-        denominator = tl.load(logsumexp + per_query + there, mask=exists, other=0.0)
+        denominator = tl.load(logsumexp + per_query + there, mask=exists, other=float("inf"))  # where is no query is no attention
         share = tl.load(shares + per_query + there, mask=exists, other=0.0)
         scores = products(key_rows, rows, PRECISION) * (scale * LOG2_E)
         grad_attention = products(values, above, PRECISION)
         if WEIGHTED:
-            factors = tl.load(weights + batch * regions * slots + route, mask=entry < end, other=0.0).to(tl.float32)  # pyright: ignore[reportOperatorIssue]
+            factors = tl.load(weights + route).to(tl.float32)
             scores *= factors
             grad_attention *= factors
-        attention = tl.exp2(tl.where(seen, scores, -float("inf")) - denominator)
+        if PACKED:
+            scores = tl.where(seen, scores, -float("inf"))
+        attention = tl.exp2(scores - denominator)
         grad_scores = attention * (grad_attention - share)
         if WEIGHTED:
             attention *= factors
             grad_scores *= factors
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(rows.dtype), rows, key_sums, input_precision=PRECISION)
+
+    if PACKED:
+        if _broken(key_sums) | _broken(value_sums):
+            key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
+            value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
+            for turn in tl.range(regions * blocks, num_stages=1):
+                other = _quotient(turn, blocks)
+                there, exists = _within(other, (turn - other * blocks) * QUERIES, columns, h, w, height, width, QUERIES)
+                sees = on[:, None] & _sees(tl.load(bits + other), own)
+                rows = load_rows(q, there, exists, q_position, q_channel, WIDTH, BLOCK)
+                above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_BLOCK)
+                denominator = tl.load(logsumexp + per_query + there, mask=exists, other=float("inf"))
+                share = tl.load(shares + per_query + there, mask=exists, other=0.0)
+                attention = tl.exp2(products(key_rows, rows, PRECISION) * (scale * LOG2_E) - denominator)
+                grad_scores = attention * (products(values, above, PRECISION) - share)
+                added = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
+                value_sums = tl.where(sees, added, value_sums)
+                added = tl.dot(grad_scores.to(rows.dtype), rows, key_sums, input_precision=PRECISION)
+                key_sums = tl.where(sees, added, key_sums)
 
     grad_k += batch * kv_height * kv_width * heads * WIDTH + head * WIDTH
     grad_v += batch * kv_height * kv_width * heads * VALUE_WIDTH + head * VALUE_WIDTH
@@ -284,7 +412,7 @@ class _Problem:
         self.query_places, self.key_places = h * w, kv_size[0] * kv_size[1]
         self.routes, self.weights = routes.contiguous(), None if weights is None else weights.contiguous()
         self.packed = weights is None and self._packing_pays()
-        self.bits = torch.ones_like(routes).bitwise_left_shift(routes).sum(-1) if self.packed else None
+        self.bits = self._bits() if self.packed else None
         width_of_head, value_width_of_head = channels // heads, value_channels // heads
         block, value_block = (max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width_of_head, value_width_of_head))
         self.arguments = dict(
@@ -294,15 +422,27 @@ class _Problem:
             WIDTH=width_of_head, BLOCK=block, VALUE_WIDTH=value_width_of_head, VALUE_BLOCK=value_block)
         self._of_heads = f"{8 * q.itemsize}-bit {max(block, value_block)}"
 
+    def _bits(self) -> Tensor:
+        """The regions that each is routed to, as bits (B, r)."""
+        bits, count = self.routes.new_empty(self.routes.shape[:2]), self.batch * self.regions
+        launch(routing_attention_bits, lambda chosen: (triton.cdiv(count, chosen["REGIONS"]),), routes=self.routes, bits=bits, count=count,
+               slots=self.slots, regions=self.regions)
+        return bits
+
     def _packing_pays(self) -> bool:
         """Whether all scores, of the forward and of the backward pass, are fewer than those of padded regions."""
         t, s, n = self.query_places, self.key_places, self.slots
         padded = max(t, SMALLEST_TILE) * max(n * s, SMALLEST_TILE) + max(s, SMALLEST_TILE) * max(n * t, SMALLEST_TILE)
         return self.regions <= BITS and 2 * self.regions * t * s < padded
 
-    def key(self, places: int) -> str:
-        """Of the configuration, for programs that hold places of a region."""
-        tile = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(places)))
+    def walked(self, others: int) -> bool:
+        """Whether every block of the loop holds places of one region only, where regions have so many."""
+        return not self.packed and others >= WALKED_FROM
+
+    def key(self, places: int, others: int) -> str:
+        """Of the configuration, for programs that hold places of a region and go over others."""
+        largest = 2 * WALKED_FROM if self.walked(others) and others > WALKED_FROM else WALKED_FROM
+        tile = min(largest, max(SMALLEST_TILE, triton.next_power_of_2(places)))
         return f"{'packed' if self.packed else f'regions{tile}'} {self._of_heads}"
 
     def tiles(self, positions: int, places: int, size: int) -> int:
@@ -339,8 +479,9 @@ def routing_attention(
     """See `zoo.kernels.routing_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, heads, H·W)."""
     out, logsumexp = _empty_results(q, v, num_heads)
     problem = _Problem(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
-    launch(routing_attention_forward, problem.grid(problem.queries, problem.query_places, "QUERIES"), problem.key(problem.query_places),
-           routes=problem.routes, out=out, logsumexp=logsumexp, **problem.arguments)
+    launch(routing_attention_forward, problem.grid(problem.queries, problem.query_places, "QUERIES"),
+           problem.key(problem.query_places, problem.key_places), routes=problem.routes, out=out, logsumexp=logsumexp,
+           WALKED=problem.walked(problem.key_places), **problem.arguments)
     return out, logsumexp
 
 
@@ -368,16 +509,18 @@ def routing_attention_triton_backward(
     shares = torch.empty_like(logsumexp)
     shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=shares)
 
-    key = problem.key(problem.query_places)
+    key = problem.key(problem.query_places, problem.key_places)
     size = configuration_of(routing_attention_backward_queries, q.device, key)["QUERIES"]
     tiles = problem.tiles(problem.queries, problem.query_places, size)
     weight_sums = None if weights is None else q.new_empty(problem.batch, num_heads, tiles, problem.slots, dtype=torch.float32)
     launch(routing_attention_backward_queries, problem.grid(problem.queries, problem.query_places, "QUERIES"), key, **shared,
-           routes=problem.routes, out=out, grad_q=grad_q, grad_weights=weight_sums, SLOTS=triton.next_power_of_2(problem.slots))
+           routes=problem.routes, out=out, grad_q=grad_q, grad_weights=weight_sums, SLOTS=triton.next_power_of_2(problem.slots),
+           WALKED=problem.walked(problem.key_places))
 
     order, starts = problem.routed_by()
-    launch(routing_attention_backward_keys, problem.grid(problem.keys, problem.key_places, "KEYS"), problem.key(problem.key_places),
-           **shared, order=order, starts=starts, grad_k=grad_k, grad_v=grad_v)
+    launch(routing_attention_backward_keys, problem.grid(problem.keys, problem.key_places, "KEYS"),
+           problem.key(problem.key_places, problem.query_places), **shared, order=order, starts=starts, grad_k=grad_k, grad_v=grad_v,
+           WALKED=problem.walked(problem.query_places))
 
     if weights is None or weight_sums is None:
         return grad_q, grad_k, grad_v, q.new_empty(0)
