@@ -150,7 +150,6 @@ def routing_attention_forward(
     v += batch * v_batch + head * VALUE_WIDTH * v_channel
     position, on, region = _held(tile, columns, h, w, height, width, PACKED, QUERIES)
     blocks = tl.cdiv(kv_h * kv_w, KEYS)  # of a region
-    factors = 1.0
     if PACKED:
         routed = tl.load(bits + batch * regions + _region(position, columns, h, w, width), mask=on, other=0)
         turns = tl.cdiv(kv_height * kv_width, KEYS)
@@ -179,6 +178,8 @@ def routing_attention_forward(
         if WEIGHTED:
             factors = tl.load(weights + slot, mask=slot < slots, other=0.0).to(tl.float32)
             scores *= factors
+        else:
+            factors = 1.0
         if PACKED:
             seen = exists & _sees(routed[:, None], _region(there, columns, kv_h, kv_w, kv_width))
             scores = tl.where(seen, scores, -float("inf"))
@@ -199,7 +200,7 @@ def routing_attention_forward(
                 scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
                 scores = tl.where(sees & exists[None, :], scores * (scale * LOG2_E), -float("inf"))
                 values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-                highest, total, added = _add_values(highest, total, sums, scores, values, factors, WEIGHTED, PRECISION)
+                highest, total, added = _add_values(highest, total, sums, scores, values, 1.0, False, PRECISION)
                 sums = tl.where(sees, added, sums)
 
     nothing = total == 0.0
@@ -542,19 +543,21 @@ register_gradient(routing_attention, routing_attention_triton_backward, referenc
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
-    packed, regions16, regions32, regions64 = (4, 2, False), (8, 2, False), (10, 2, False), (32, 1, False)  # side, routes, weighted
-    everything, half, single = (packed, regions16, regions32, regions64), torch.bfloat16, torch.float32
+    packed, regions16, regions32, regions64, walked64, walked128 = (  # side of the map, routes, weighted
+        (side, topk, False) for side, topk in ((4, 2), (8, 2), (10, 2), (12, 2), (16, 2), (32, 1)))
+    everything, weighted128, half, single = (packed, regions16, regions32, regions64, walked128), (32, 1, True), torch.bfloat16, torch.float32
     for dtype, width, shapes in (
-        (half, 32, (*everything, (12, 2, False), (32, 1, True))), (half, 16, (packed,)), (half, 64, (packed,)), (half, 128, everything),
-        (single, 32, (packed, regions64)), (single, 64, (*everything, (32, 1, True))), (single, 128, everything),
+        (half, 32, (packed, walked128, weighted128, regions16, regions32, regions64, (12, 2, True), walked64)), (half, 16, (packed,)),
+        (half, 64, (packed, walked128)), (half, 128, everything), (single, 32, (packed, regions64, walked128)),
+        (single, 64, (*everything, walked64, weighted128)), (single, 128, everything),
     ):
         for side, topk, weighted in shapes:
-            x = torch.zeros(1, side, side, 2 * width, dtype=dtype, requires_grad=True)
+            qkv = torch.zeros(1, side, side, 6 * width, dtype=dtype, requires_grad=True).chunk(3, -1)
             routes = torch.arange(topk).expand(1, 4, topk)
             weights = torch.ones(1, 4, topk, requires_grad=True) if weighted else None
             places = (side // 2) ** 2
 
-            def run(arguments=(x, x, x, routes, [2, 2], 2, [side // 2, side // 2], 1.0, weights)) -> None:
+            def run(arguments=(*qkv, routes, [2, 2], 2, [side // 2, side // 2], 1.0, weights)) -> None:
                 routing_attention(*arguments)[0].sum().backward()
 
             yield f"{name_of(dtype)}, {width} channels a head, regions of {places}{', weighted' if weighted else ''}", run
