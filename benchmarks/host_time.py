@@ -158,7 +158,8 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
         cells = []
         for i in range(2):
             first = found[names[0]][case][i]
-            cells += [f"{found[name][case][i]:.0f}" + (f" ({found[name][case][i] / first:.2f})" if name != names[0] else "") for name in names]
+            cells += [f"{found[name][case][i]:.0f}" + ("" if name == names[0] else f" ({found[name][case][i] / first:.2f})")
+                      for name in names]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -180,7 +181,8 @@ def main() -> None:
         import triton
         commits = ", ".join(f"{name}: {_commit(path)}" for name, path in checkouts.items())
         ROOT.joinpath("benchmarks/host_time.md").write_text(
-            f"# Host time\n\nMicroseconds on the host, by `python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
+            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, by\n"
+            f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
             f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}; {commits}.\n\n{text}\n")
 
 

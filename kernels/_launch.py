@@ -112,13 +112,6 @@ class Prepared:
         return Launch(self._kernel, self._grid, self._key, arguments, self.configuration)
 
 
-def launch(kernel: Any, grid: Callable[[Configuration], tuple[int, ...]], key: str = "", /, **arguments: Any) -> None:
-    """Prepares and runs at once."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in arguments.items() if name not in tensors}
-    Prepared(kernel, _device_of(arguments), grid, key, tuple(tensors), **numbers)(*tensors.values())
-
-
 def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
     """Keeps what `build` makes of its arguments, tensors and plain values, for others of the same shapes, strides, dtypes and device.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._backends import name_of, register_gradient
 from .._launch import Prepared, float32_precision, planned
-from .._layout import position_stride
+from .._layout import even, position_stride
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
 
@@ -306,11 +306,6 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
 
 
-def _even(x: Tensor) -> Tensor:
-    """With rows that follow each other as positions do: a copy, where they do not."""
-    return x if position_stride(x) is not None else x.contiguous()
-
-
 @planned
 def _forward_plan(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float) -> Prepared:
     problem = _Problem(q, k, v, rel_h, block, halo, scale)
@@ -337,7 +332,7 @@ def halo_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
-    q, k, v = map(_even, (q, k, v))
+    q, k, v = map(even, (q, k, v))
     out, logsumexp = _empty_results(q, v)
     table = torch.cat((rel_h, rel_w)).float()
     _forward_plan(q, k, v, rel_h, block, halo, scale)(q, k, v, table, out, logsumexp)
@@ -369,7 +364,7 @@ def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad, q, k, v = map(_even, (grad, q, k, v))
+    grad, q, k, v = map(even, (grad, q, k, v))
     of_queries, of_keys = _backward_plan(grad, q, k, v, rel_h, block, halo, scale)
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)

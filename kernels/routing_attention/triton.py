@@ -9,7 +9,7 @@ Regions too small to fill the matrix units are packed: a program holds positions
 regions, goes over the whole map and leaves out what the routes do, read from a set of 64 bits for every region.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import configuration_of, float32_precision, launch
+from .._launch import Prepared, float32_precision, planned
+from .._layout import even, position_stride
 from .._regions import region_size
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
@@ -400,35 +401,28 @@ def routing_attention_backward_keys(
 
 
 class _Problem:
-    """What all kernels of one call are launched with."""
+    """What all kernels on tensors of these shapes are launched with."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], heads: int, kv_size: list[int], scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int], scale: float,
         weights: Tensor | None,
     ):
         (batch, height, width, channels), (kv_height, kv_width, value_channels) = q.shape, v.shape[1:]
         h, w = region_size(height, width, regions)
+        self.device = q.device
         self.batch, self.heads, self.regions, self.slots = batch, heads, regions[0] * regions[1], routes.shape[2]
         self.queries, self.keys = height * width, kv_height * kv_width
         self.query_places, self.key_places = h * w, kv_size[0] * kv_size[1]
-        self.routes, self.weights = routes.contiguous(), None if weights is None else weights.contiguous()
         self.packed = weights is None and self._packing_pays()
-        self.bits = self._bits() if self.packed else None
         width_of_head, value_width_of_head = channels // heads, value_channels // heads
         block, value_block = (max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width_of_head, value_width_of_head))
         self.arguments = dict(
-            bits=self.bits, weights=self.weights, scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
+            scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
             height=height, width=width, h=h, w=w, kv_height=kv_height, kv_width=kv_width, kv_h=kv_size[0], kv_w=kv_size[1],
-            **_maps(q=q, k=k, v=v), PACKED=self.packed, WEIGHTED=weights is not None, PRECISION=float32_precision(q.device),
+            **_strides("q", q), **_strides("k", k), **_strides("v", v), PACKED=self.packed, WEIGHTED=weights is not None,
+            PRECISION=float32_precision(q.device),
             WIDTH=width_of_head, BLOCK=block, VALUE_WIDTH=value_width_of_head, VALUE_BLOCK=value_block)
         self._of_heads = f"{8 * q.itemsize}-bit {max(block, value_block)}"
-
-    def _bits(self) -> Tensor:
-        """The regions that each is routed to, as bits (B, r)."""
-        bits, count = self.routes.new_empty(self.routes.shape[:2]), self.batch * self.regions
-        launch(routing_attention_bits, lambda chosen: (triton.cdiv(count, chosen["REGIONS"]),), routes=self.routes, bits=bits, count=count,
-               slots=self.slots, regions=self.regions)
-        return bits
 
     def _packing_pays(self) -> bool:
         """Whether all scores, of the forward and of the backward pass, are fewer than those of padded regions."""
@@ -453,23 +447,68 @@ class _Problem:
     def grid(self, positions: int, places: int, held: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
         return lambda chosen: (self.heads * self.tiles(positions, places, chosen[held]), self.batch)
 
-    def routed_by(self) -> tuple[Tensor | None, Tensor | None]:
-        """The routes sorted by region, as places in the flattened routes (B, r·n), and where each region's begin (B, r + 1)."""
-        if self.packed:
-            return None, None
-        by_region, order = self.routes.flatten(1).sort(stable=True)
-        bounds = torch.arange(self.regions + 1, device=order.device).expand(self.batch, -1).contiguous()
-        return order, torch.searchsorted(by_region, bounds)
+    def over_keys(self, kernel: Any, tensors: tuple[str, ...], **more: Any) -> Prepared:
+        """Of a kernel whose programs hold queries."""
+        return Prepared(kernel, self.device, self.grid(self.queries, self.query_places, "QUERIES"),
+                        self.key(self.query_places, self.key_places), tensors, **self.arguments, **more, WALKED=self.walked(self.key_places))
+
+    def of_bits(self) -> Prepared | None:
+        """Of the routed regions as bits, which packed regions are read by."""
+        if not self.packed:
+            return None
+        count = self.batch * self.regions
+        return Prepared(routing_attention_bits, self.device, lambda chosen: (triton.cdiv(count, chosen["REGIONS"]),), "",
+                        ("routes", "bits"), count=count, slots=self.slots, regions=self.regions)
 
 
-def _maps(**maps: Tensor) -> dict[str, Tensor | int]:
-    """Maps with their positions in one dimension, a view where rows lie evenly, and their strides."""
-    arguments = {}
-    for name, x in maps.items():
-        arguments[name] = x.flatten(1, 2)
-        strides = zip(("batch", "position", "channel"), arguments[name].stride(), strict=True)
-        arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
-    return arguments
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    strides = x.stride(0), position_stride(x), x.stride(3)
+    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), strides, strict=True)}
+
+
+@planned
+def _forward_plan(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int], scale: float,
+    weights: Tensor | None,
+) -> tuple[Prepared, Prepared | None]:
+    """Also of the bits, where regions are packed."""
+    problem = _Problem(q, k, v, routes, regions, heads, kv_size, scale, weights)
+    return problem.over_keys(routing_attention_forward, ("q", "k", "v", "routes", "bits", "weights", "out", "logsumexp")), problem.of_bits()
+
+
+@planned
+def _backward_plan(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int],
+    scale: float, weights: Tensor | None,
+) -> tuple[Prepared, Prepared, Prepared | None, tuple[int, ...]]:
+    """Of the gradients of queries and weights, of keys and values, of the bits, and the shape of the weights' sums."""
+    problem = _Problem(q, k, v, routes, regions, heads, kv_size, scale, weights)
+    shared, strides = ("grad", "q", "k", "v", "bits", "weights", "logsumexp", "shares"), _strides("grad", grad)
+    of_queries = problem.over_keys(
+        routing_attention_backward_queries, (*shared, "routes", "out", "grad_q", "grad_weights"), **strides,
+        SLOTS=triton.next_power_of_2(problem.slots))
+    of_keys = Prepared(
+        routing_attention_backward_keys, q.device, problem.grid(problem.keys, problem.key_places, "KEYS"),
+        problem.key(problem.key_places, problem.query_places), (*shared, "order", "starts", "grad_k", "grad_v"), **problem.arguments,
+        **strides, WALKED=problem.walked(problem.query_places))
+    tiles = problem.tiles(problem.queries, problem.query_places, of_queries.configuration["QUERIES"])
+    return of_queries, of_keys, problem.of_bits(), (problem.batch, heads, tiles, problem.slots)
+
+
+def _given(routes: Tensor, weights: Tensor | None, of_bits: Prepared | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Routes and weights as kernels read them, and for packed regions those that each is routed to, as bits (B, r)."""
+    routes = routes.contiguous()
+    bits = None if of_bits is None else torch.empty_like(routes[..., 0], memory_format=torch.contiguous_format)
+    if of_bits is not None:
+        of_bits(routes, bits)
+    return routes, None if weights is None else weights.contiguous(), bits
+
+
+def _routed_by(routes: Tensor, regions: int) -> tuple[Tensor, Tensor]:
+    """The routes sorted by region, as places in the flattened routes (B, r·n), and where each region's begin (B, r + 1)."""
+    by_region, order = routes.flatten(1).sort(stable=True)
+    bounds = torch.arange(regions + 1, device=order.device).expand(len(order), -1).contiguous()
+    return order, torch.searchsorted(by_region, bounds)
 
 
 @torch.library.custom_op("zoo::routing_attention_triton", mutates_args=())
@@ -478,11 +517,11 @@ def routing_attention(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.routing_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, heads, H·W)."""
+    q, k, v = map(even, (q, k, v))
+    run, of_bits = _forward_plan(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    routes, weights, bits = _given(routes, weights, of_bits)
     out, logsumexp = _empty_results(q, v, num_heads)
-    problem = _Problem(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
-    launch(routing_attention_forward, problem.grid(problem.queries, problem.query_places, "QUERIES"),
-           problem.key(problem.query_places, problem.key_places), routes=problem.routes, out=out, logsumexp=logsumexp,
-           WALKED=problem.walked(problem.key_places), **problem.arguments)
+    run(q, k, v, routes, bits, weights, out, logsumexp)
     return out, logsumexp
 
 
@@ -505,27 +544,17 @@ def routing_attention_triton_backward(
     weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and weights (of no elements where there are none)."""
-    problem = _Problem(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    grad, q, k, v = map(even, (grad, q, k, v))
+    of_queries, of_keys, of_bits, shape = _backward_plan(grad, q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    routes, weights, bits = _given(routes, weights, of_bits)
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    shares = torch.empty_like(logsumexp)
-    shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=shares)
-
-    key = problem.key(problem.query_places, problem.key_places)
-    size = configuration_of(routing_attention_backward_queries, q.device, key)["QUERIES"]
-    tiles = problem.tiles(problem.queries, problem.query_places, size)
-    weight_sums = None if weights is None else q.new_empty(problem.batch, num_heads, tiles, problem.slots, dtype=torch.float32)
-    launch(routing_attention_backward_queries, problem.grid(problem.queries, problem.query_places, "QUERIES"), key, **shared,
-           routes=problem.routes, out=out, grad_q=grad_q, grad_weights=weight_sums, SLOTS=triton.next_power_of_2(problem.slots),
-           WALKED=problem.walked(problem.key_places))
-
-    order, starts = problem.routed_by()
-    launch(routing_attention_backward_keys, problem.grid(problem.keys, problem.key_places, "KEYS"),
-           problem.key(problem.key_places, problem.query_places), **shared, order=order, starts=starts, grad_k=grad_k, grad_v=grad_v,
-           WALKED=problem.walked(problem.query_places))
-
+    weight_sums = None if weights is None else q.new_empty(shape, dtype=torch.float32)
+    shared = grad, q, k, v, bits, weights, logsumexp, torch.empty_like(logsumexp)
+    of_queries(*shared, routes, out, grad_q, weight_sums)
+    of_keys(*shared, *((None, None) if of_bits else _routed_by(routes, routes.shape[1])), grad_k, grad_v)
     if weights is None or weight_sums is None:
         return grad_q, grad_k, grad_v, q.new_empty(0)
-    return grad_q, grad_k, grad_v, weight_sums.unflatten(2, (problem.regions, -1)).sum((1, 3)).to(weights.dtype)
+    return grad_q, grad_k, grad_v, weight_sums.unflatten(2, (routes.shape[1], -1)).sum((1, 3)).to(weights.dtype)
 
 
 @routing_attention_triton_backward.register_fake
@@ -538,7 +567,7 @@ def _(
     return grad_q, grad_k, grad_v, grad_weights
 
 
-register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))
+call = register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
