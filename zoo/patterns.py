@@ -1,4 +1,4 @@
-"""Names of a model's modules, by patterns."""
+"""Names of modules, as `where` of what changes a built model takes them."""
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -8,11 +8,7 @@ from zoo.errors import InputError, near_misses
 
 
 def matching(where: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The modules that the patterns name, in the model's order; *, ? and [] stand for parts between dots.
-
-    Raises:
-        InputError: a pattern that names none.
-    """
+    """The modules that the patterns name, in the model's order."""
     matched = set()
     for pattern in [where] if isinstance(where, str) else where:
         parts = pattern.split(".")

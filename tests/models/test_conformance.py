@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers import AttentionRope, RmsNorm
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from zoo.layers import (
 from zoo.layers._capture import report
 from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
 from zoo.models.staged import named
+from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -277,17 +279,23 @@ def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
+    config = {name: value for name, value in config.items() if name != "training"}
+    build = {"SNLinear": nn.Linear, "SNConv2d": nn.Conv2d}.get(reference.split()[2], VisionTransformer)
+    return zoo.reparametrize(build(**config), keep_norms=False)
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
     bra=_bra, cog=_cog, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2,
-    polarized=_polarized, rela=_rela, sk=_sk, tap=_tap)
+    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, cog=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog,
     rela=_convert_rela, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn)
+    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -309,8 +317,9 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     if case["family"] not in BUILD:
         pytest.skip(f"the family {case['family']} is not in the zoo yet")
     tensors = load_file(GOLDEN / case["file"])
-    state, grads = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("state/", "grad/state/"))
-    model = BUILD[case["family"]](case["config"], case["reference"]).eval()
+    state, grads, after = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
+                           for p in ("state/", "grad/state/", "after/"))
+    model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
     given = ["input", "gating", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
@@ -333,3 +342,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     assert len(compared) == len(convert(grads, model) if case["family"] == "gated_attention" else grads)
     for name in compared:
         _close(f"gradient of {name}", parameters[name].grad, converted[name], GRADIENT_BOUND)
+    changed = convert({**state, **after}, model)
+    for name, buffer in model.named_buffers():
+        if name in changed:
+            _close(f"{name} afterwards", buffer, changed[name], OUTPUT_BOUND)
