@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import choose, public_operator
+from .._checking import check_number, check_tensors
 from . import blocked, reference
 
 __all__ = ["attention_cross_entropy"]
@@ -30,20 +31,20 @@ def attention_cross_entropy(
     O(B · heads · (N + M) · (d + F)).
 
     Raises:
-        ValueError: arguments that do not fit together.
+        ValueError, TypeError: arguments that do not fit together.
     """
-    for name, x in (("q", q), ("k", k), ("of_q", of_q), ("of_k", of_k)):
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(f"attention_cross_entropy: {name} must be (B, heads, tokens, width) and floating, "
-                             f"got {tuple(x.shape)} {x.dtype}")
-    for name, x, other in (("k", k, q), ("of_k", of_k, of_q)):
-        if x.shape[:2] != other.shape[:2] or x.shape[3] != other.shape[3] or x.dtype != other.dtype:
-            raise ValueError(f"attention_cross_entropy: {name} may differ from that of queries in tokens only, "
-                             f"got {tuple(x.shape)} {x.dtype} and {tuple(other.shape)} {other.dtype}")
+    check_tensors("attention_cross_entropy", ("of_q", "of_k"), q=(q, "B, heads, N, d"), k=(k, "B, heads, M, d"),
+                  of_q=(of_q, "B, heads, N, F"), of_k=(of_k, "B, heads, M, F"))
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError("attention_cross_entropy: q and k must differ in tokens only, "
+                         f"got {tuple(q.shape)} and {tuple(k.shape)}")
     for name, x, other in (("of_q", of_q, q), ("of_k", of_k, k)):
         if x.shape[:3] != other.shape[:3]:
-            raise ValueError(f"attention_cross_entropy: {name} must be of the tokens of {name[3:]} {tuple(other.shape)}, "
-                             f"got {tuple(x.shape)}")
+            raise ValueError(f"attention_cross_entropy: {name} must be (B, heads, tokens, F) with those of {name[3:]} "
+                             f"{tuple(other.shape)}, got {tuple(x.shape)}")
+    if of_q.shape[3] != of_k.shape[3]:
+        raise ValueError(f"attention_cross_entropy: of_k must be as wide as of_q {tuple(of_q.shape)}, got {tuple(of_k.shape)}")
+    check_number("attention_cross_entropy", "scale", scale)
     chosen = choose("attention_cross_entropy", backend, q, lambda: "blocked")
     return {"reference": reference, "blocked": blocked}[chosen].attention_cross_entropy(
         q, k, of_q, of_k, q.shape[-1] ** -0.5 if scale is None else scale)

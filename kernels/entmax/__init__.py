@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import choose, public_operator
+from .._checking import FLOATING
 from . import bisected, reference, sorted
 
 __all__ = ["entmax"]
@@ -28,14 +29,22 @@ def entmax(z: Tensor, alpha: float | Tensor = 1.5, backend: str | None = None) -
     Raises:
         ValueError, TypeError: arguments that do not fit, a number alpha out of bounds: α = 1 is softmax.
     """
-    if z.ndim < 1 or not z.is_floating_point() or z.shape[-1] == 0:
-        raise ValueError(f"entmax: z must be (…, N), N at least 1, and floating, got {tuple(z.shape)} {z.dtype}")
+    if not isinstance(z, Tensor):
+        raise TypeError(f"entmax: z must be a tensor (…, N), got {type(z).__name__}")
+    if z.dtype not in FLOATING:
+        raise TypeError(f"entmax: z must be of a floating dtype, float32, float64, float16 or bfloat16, got {z.dtype}")
+    if z.ndim < 1 or z.shape[-1] == 0:
+        raise ValueError(f"entmax: z must be (…, N), N at least 1, got shape {tuple(z.shape)}")
     if isinstance(alpha, Tensor):
+        if alpha.dtype not in FLOATING:
+            raise TypeError(f"entmax: alpha must be of a floating dtype, got {alpha.dtype}")
+        if alpha.device != z.device:
+            raise ValueError(f"entmax: alpha must be on the device of z ({z.device}), got {alpha.device}")
         fits = alpha.ndim <= z.ndim and all(a in (1, n) for a, n in zip(reversed(alpha.shape), (1, *reversed(z.shape[:-1])), strict=False))
-        if not alpha.is_floating_point():
-            raise TypeError(f"entmax: alpha must be floating, got {alpha.dtype}")
         if not fits:
             raise ValueError(f"entmax: alpha must broadcast to {(*z.shape[:-1], 1)}, got {tuple(alpha.shape)}")
+    elif isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"entmax: alpha must be a number or a tensor, got {alpha!r}")
     elif not 1 < alpha <= 2:
         raise ValueError(f"entmax: alpha must be above 1 (where it is softmax) and at most 2, got {alpha}")
     exactly = not isinstance(alpha, Tensor) and alpha in (1.5, 2.0)

@@ -116,12 +116,15 @@ def test_compiles_whole_and_is_registered_soundly(alpha):
 def test_bad_input_is_named():
     z = torch.zeros(2, 3)
     for arguments, error, message in [
-        ((z.long(),), ValueError, r"z must be \(…, N\), N at least 1, and floating, got \(2, 3\) torch.int64"),
-        ((z[:, :0],), ValueError, r"N at least 1, and floating, got \(2, 0\)"),
+        ((z.long(),), TypeError, "z must be of a floating dtype, .*, got torch.int64"),
+        (([1.0],), TypeError, r"z must be a tensor \(…, N\), got list"),
+        ((z[:, :0],), ValueError, r"z must be \(…, N\), N at least 1, got shape \(2, 0\)"),
+        ((z, "1.5"), TypeError, "alpha must be a number or a tensor, got '1.5'"),
+        ((z, torch.ones(2, 1, device="meta")), ValueError, r"alpha must be on the device of z \(cpu\), got meta"),
         ((z, 1.0), ValueError, r"alpha must be above 1 \(where it is softmax\) and at most 2, got 1.0"),
         ((z, 2.5), ValueError, "at most 2, got 2.5"),
         ((z, torch.full((3,), 1.5)), ValueError, r"alpha must broadcast to \(2, 1\), got \(3,\)"),
-        ((z, torch.ones(2, 1).int()), TypeError, "alpha must be floating, got torch.int32"),
+        ((z, torch.ones(2, 1).int()), TypeError, "alpha must be of a floating dtype, got torch.int32"),
         ((z, 1.3, "sorted"), ValueError, "backend 'sorted' cannot run here: it takes alpha = 1.5 and 2, as numbers"),
     ]:
         with pytest.raises(error, match=message):
