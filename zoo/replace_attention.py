@@ -51,8 +51,7 @@ def replace_attention(
             it is timm's own gate), which starts at ½, and `proj.weight` is doubled. None: gates stay as they are.
 
     At the start "softmax" keeps the outputs, and a gate keeps them exactly: ½ · 2. All others change them: "entmax" approaches softmax
-    as its `alpha` is set near 1; sparsemax, entmax15, cog, rela and hedgehog have to be trained for. Docs: docs/guides/attention.md
-    has a table.
+    as its `alpha` is set near 1; sparsemax, entmax15, cog, rela and hedgehog have to be trained for.
 
     Raises:
         InputError: no such layer or module, attention that the layer does not fit, by its name and with the reason. The model is
