@@ -67,38 +67,6 @@ def regions_at(x: Tensor, positions: Tensor) -> Tensor:
     return x.flatten(1, 2).index_select(1, positions.clamp(min=0).flatten()).unflatten(1, positions.shape)
 
 
-def check_map(name: str, operator: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{operator}: {name} must be a tensor, got {x!r}")
-    if x.ndim != 4:
-        raise ValueError(f"{operator}: {name} must be (B, H, W, C), got shape {tuple(x.shape)}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{operator}: {name} must have a position and a channel at least, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{operator}: {name} must be of a floating dtype, got {x.dtype}")
-
-
-def check_device(name: str, operator: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{operator}: {name} must be on the device of q ({device}), got {x.device}")
-
-
-def check_count(name: str, operator: str, count: int) -> None:
-    if not hasattr(type(count), "__index__"):
-        raise TypeError(f"{operator}: {name} must be a whole number, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{operator}: {name} must be at least 1, got {count}")
-
-
-def check_pair(name: str, operator: str, pair: Sequence[int]) -> tuple[int, int]:
-    """`pair` as (rows, columns) or (height, width)."""
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(hasattr(type(length), "__index__") for length in pair):
-        raise TypeError(f"{operator}: {name} must be two whole numbers, got {pair!r}")
-    if pair[0] < 1 or pair[1] < 1:
-        raise ValueError(f"{operator}: {name} must be at least (1, 1), got {tuple(pair)}")
-    return pair[0], pair[1]
-
-
 def check_routes(operator: str, routes: Tensor, regions: int) -> None:
     """Of the values on the CPU only: elsewhere they cannot be read without waiting."""
     if routes.device.type != "cpu" or not routes.numel():

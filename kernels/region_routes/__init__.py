@@ -1,8 +1,8 @@
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors, check_whole, pair
 from .._layout import span, too_large
-from .._regions import check_count, check_device, check_map, check_pair
 from . import pooled, reference
 
 MOST_REGIONS = 256  # whose affinities registers hold
@@ -25,7 +25,7 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
     Returns:
         (B, rows·columns, C), regions row by row.
     """
-    regions = check_pair("regions", "region_means", regions)
+    regions = pair("region_means", "regions", regions)
     seen = observed((x, backend))
     chosen = _chosen_means(seen, x, regions, backend)
     if chosen == "triton":
@@ -36,7 +36,8 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
 
 @remembered
 def _chosen_means(x: Tensor, regions: tuple[int, int], backend: str | None) -> str:
-    check_map("x", "region_means", x)
+    check_tensors("region_means", x=(x, "B, H, W, C"))
+    check_whole("region_means", "regions", 1, *regions)
     return choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
 
 
@@ -62,7 +63,7 @@ def region_routes(
     Raises:
         ValueError, TypeError: arguments that do not fit together, or a `topk` beyond the number of regions.
     """
-    regions = check_pair("regions", "region_routes", regions)
+    regions = pair("region_routes", "regions", regions)
     seen = observed((q, k, topk, backend))
     chosen = _chosen_routes(seen, q, k, regions, topk, backend)
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
@@ -75,14 +76,11 @@ def region_routes(
 
 @remembered
 def _chosen_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None) -> str:
-    check_map("q", "region_routes", q)
-    check_map("k", "region_routes", k)
-    check_device("k", "region_routes", k, q.device)
-    if k.dtype != q.dtype:
-        raise TypeError(f"region_routes: k must be of q's dtype {q.dtype}, got {k.dtype}")
+    check_tensors("region_routes", q=(q, "B, H, W, C"), k=(k, "B, H, W, C"))
+    check_whole("region_routes", "regions", 1, *regions)
+    check_whole("region_routes", "topk", 1, topk)
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
-    check_count("topk", "region_routes", topk)
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
     count = regions[0] * regions[1]

@@ -1,11 +1,10 @@
-import math
-
 import torch
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_number, check_tensors, check_whole, pair
 from .._layout import span, too_large
-from .._regions import check_count, check_device, check_map, check_pair, check_routes, region_size, settled
+from .._regions import check_routes, region_size, settled
 from . import blocked, dense, reference
 
 __all__ = ["routing_attention"]
@@ -61,7 +60,8 @@ def routing_attention(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    regions = check_pair("regions", "routing_attention", regions)
+    regions = pair("routing_attention", "regions", regions)
+    kv_size = None if kv_size is None else pair("routing_attention", "kv_size", kv_size)
     seen = observed((q, k, v, routes, num_heads, scale, weights, backend))
     chosen, of_keys = _chosen(seen, q, k, v, routes, regions, num_heads, kv_size, scale, weights, backend)
     scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else float(scale)
@@ -83,10 +83,12 @@ def _chosen(
     scale: float | None, weights: Tensor | None, backend: str | None,
 ) -> tuple[str, tuple[int, int]]:
     """The backend, and the size of key regions."""
-    check_count("num_heads", "routing_attention", num_heads)
+    check_tensors("routing_attention", ("weights",), True, q=(q, "B, H, W, C"), k=(k, "B, H, W, C"), v=(v, "B, H, W, C"),
+                  weights=(weights, "B, regions, n"))
+    check_whole("routing_attention", "regions", 1, *regions)
+    check_whole("routing_attention", "num_heads", 1, num_heads)
+    check_number("routing_attention", "scale", scale)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_map(name, "routing_attention", x)
-        check_device(name, "routing_attention", x, q.device)
         if x.shape[-1] % num_heads:
             raise ValueError(f"routing_attention: num_heads must divide the channels of {name} ({x.shape[-1]}), got {num_heads}")
     if k.shape[-1] != q.shape[-1]:
@@ -95,27 +97,22 @@ def _chosen(
         raise ValueError(f"routing_attention: q, k, v must share the batch, k and v the map, got {[tuple(x.shape) for x in (q, k, v)]}")
     if not isinstance(routes, Tensor) or routes.dtype != torch.int64:
         raise TypeError(f"routing_attention: routes must be a tensor of int64, got {getattr(routes, 'dtype', repr(routes))}")
-    check_device("routes", "routing_attention", routes, q.device)
+    if routes.device != q.device:
+        raise ValueError(f"routing_attention: routes must be on the device of q ({q.device}), got {routes.device}")
     count = regions[0] * regions[1]
     if routes.ndim != 3 or routes.shape[:2] != (q.shape[0], count) or routes.shape[2] < 1:
         raise ValueError(f"routing_attention: routes must be (B, rows·columns, n) = ({q.shape[0]}, {count}, n), got {tuple(routes.shape)}")
     if kv_size is None:
         of_keys = region_size(*k.shape[1:3], regions=regions)
     else:
-        of_keys = check_pair("kv_size", "routing_attention", kv_size)
+        check_whole("routing_attention", "kv_size", 1, *kv_size)
+        of_keys = kv_size
         covered = regions[0] * of_keys[0], regions[1] * of_keys[1]
         if k.shape[1] > covered[0] or k.shape[2] > covered[1]:
             raise ValueError(f"routing_attention: k must have at most {covered[0]}×{covered[1]} positions, {regions} regions of "
                              f"{of_keys}, got {k.shape[1]}×{k.shape[2]}")
-    if not (scale is None or isinstance(scale, torch.SymFloat) or isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"routing_attention: scale must be a finite number, got {scale!r}")
-    if weights is not None:
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            raise TypeError("routing_attention: weights must be a tensor of a floating dtype, got "
-                            f"{getattr(weights, 'dtype', repr(weights))}")
-        check_device("weights", "routing_attention", weights, q.device)
-        if weights.shape != routes.shape:
-            raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
+    if weights is not None and weights.shape != routes.shape:
+        raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
     return choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
         "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, of_keys),
         "dense": lambda: None if weights is None else "it takes no weights"}), of_keys
@@ -132,7 +129,7 @@ def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int]
                  ) -> str | None:
     """What the Triton kernels cannot do with these arguments."""
-    if not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype:  # as autocast has it
         return f"the kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     widest = max(q.shape[-1], v.shape[-1]) // num_heads
     if widest > WIDEST_HEAD:

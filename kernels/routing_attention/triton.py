@@ -204,7 +204,7 @@ def routing_attention_forward(
                 scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
                 scores = tl.where(sees & exists[None, :], scores * (scale * LOG2_E), -float("inf"))
                 values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-                highest, total, added = _add_values(highest, total, sums, scores, values, 1.0, False, PRECISION)
+                highest, total, added = _add_values(highest, total, sums, scores, values, 1.0, WEIGHTED, PRECISION)
                 sums = tl.where(sees, added, sums)
 
     nothing = total == 0.0

@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
 from zoo.layers import DeformableTokenMerging, HiLoAttention
 from zoo.layers._initialization import fan_out_normal_
 from zoo.layers._linear import linear
@@ -22,7 +23,7 @@ from zoo.layers._spatial import pad_to_multiple
 from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, stochastic_depth
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
@@ -34,7 +35,13 @@ REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384
 
 @notrace_module
 class ConvMlp(nn.Module):
-    """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
+    """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding.
+
+    Without gradients on the CPU, large hidden maps are made an image at a time, which the caches hold from one step to the next.
+    Where one of the modules has hooks or is not what was built here, they are called once for all images instead.
+    """
+
+    LARGE = 1 << 20  # numbers in the hidden map of an image
 
     def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -48,10 +55,16 @@ class ConvMlp(nn.Module):
         fan_out_normal_(self.dwconv)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(self.dwconv, nn.Conv2d):  # hooks may have kept x
-            return linear(self.fc2, F.gelu(x))
-        return linear(self.fc2, torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
+        plain = is_plain(self.fc1, nn.Linear) and is_plain(self.dwconv, nn.Conv2d) and is_plain(self.fc2, nn.Linear)
+        if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or x.device.type != "cpu":
+            return linear(self.fc2, F.gelu(self._convolved(x)))
+        large = x.shape[1] * x.shape[2] * self.fc1.out_features >= self.LARGE
+        # In place, as a fresh map costs as much as the arithmetic.
+        parts = [linear(self.fc2, torch.ops.aten.gelu_(self._convolved(part))) for part in (x.split(1) if large else [x])]
+        return torch.cat(parts) if large else parts[0]
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        return self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
@@ -102,7 +115,7 @@ class LITv2(StagedNetwork):
     """LITv2, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths, num_heads: widths, numbers of blocks and heads of the four stages.
         windows: of each stage's HiLo attention; None is no attention.
         alpha: see `HiLoAttention`.
@@ -127,6 +140,7 @@ class LITv2(StagedNetwork):
         windows: tuple[int | None, ...] = (None, None, 2, 1),
         alpha: float = 0.9,
         mlp_ratio: float = 4.0,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_args: dict[str, Any] | None = None,
@@ -141,13 +155,14 @@ class LITv2(StagedNetwork):
 
         self.stem = PatchEmbed(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
-        for i, (dim, heads, window) in enumerate(zip(dims, num_heads, windows, strict=True)):
+        strides = downsampling(len(dims), output_stride)
+        for i, (dim, heads, window, (stride, reduction)) in enumerate(zip(dims, num_heads, windows, strides, strict=True)):
             blocks = []
             for rate in drop_path_rates[i]:
                 attn = None if window is None else HiLoAttention(dim, heads, window, alpha, **{**dd, **(attn_args or {})})
                 blocks.append(Block(dim, attn, mlp_ratio, rate, **dd))
-            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim, stride, **dd) if i else nn.Identity(), blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)

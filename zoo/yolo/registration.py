@@ -29,7 +29,8 @@ def register() -> None:
     """Makes zoo's names known to Ultralytics, once."""
     if all(name in vars(tasks) for name in NAMES):
         return
-    vars(tasks).update(NAMES)
+    for name, kind in NAMES.items():
+        setattr(tasks, name, kind)
     tasks.parse_model = parser_of(tasks.parse_model)
     tasks.yaml_model_load = engine.yaml_model_load = loader_of(tasks.yaml_model_load)
     torch_utils.get_flops = gflops
@@ -54,8 +55,7 @@ def allow_in_restricted_loading() -> None:
 def gflops(model: nn.Module, imgsz: int | list[int] | tuple[int, ...] = 640) -> float:
     """Billions of floating point operations for an image of that size, by torch's own counter, on tensors without data."""
     height, width = imgsz if isinstance(imgsz, (list, tuple)) else (imgsz, imgsz)
-    model = torch_utils.unwrap_model(model)
-    copied = deepcopy(model)
+    copied: Any = deepcopy(torch_utils.unwrap_model(model))
     strides = getattr(copied.model[-1], "stride", None)
     copied = copied.to("meta").eval()
     if strides is not None:

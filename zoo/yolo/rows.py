@@ -128,7 +128,7 @@ class Rows:
         if not timm.is_model(name):
             modules = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
             raise InputError(f"row {number} of the model: there is no layer or model {name!r}"
-                             f"{near_misses(name, [*LAYERS, FEATURE_MAP, *modules, *timm.list_models()])}")
+                             f"{near_misses(name, {*LAYERS, FEATURE_MAP, *modules, *timm.list_models()})}")
         return False
 
     def _translate_layer(self, number: int, row: list[Any], args: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Rows:
             row[0], row[3] = source[0], ["ch", source, args]  # the parser has the width of its output from the one map
         elif isinstance(source, list):
             raise InputError(f"row {number} of the model, {name}: it takes one map, got from = {source}")
-        elif (width := args.pop(OUT_WIDTH.get(name), None)) is not None:
+        elif (width := args.pop(OUT_WIDTH.get(name, ""), None)) is not None:
             row[2], row[3] = wide(name), [width, args]
         elif name == "DeformableTokenMerging":
             raise InputError(f"row {number} of the model, {name}: its first argument is missing, the width of its output, as Conv has it")
@@ -158,12 +158,12 @@ class Rows:
                              f"{', '.join(map(str, backbone.strides))}, counted from 0 or from -1 backwards; got {args}")
         return [backbone.channels[args[0]], args[0]]
 
-    def finish(self, model: nn.Sequential, save: list[int], verbose: bool) -> tuple[nn.Sequential, list[int]]:
+    def finish(self, model: Any, save: list[int], verbose: bool) -> tuple[nn.Sequential, list[int]]:
         for number, sources in self.sources.items():
             model[number].f = sources
             save = sorted([*save, *(source % number for source in sources if source != -1)])
         for number, (layer, args) in self.attached.items():
-            module = attach(model[number], partial(Layer, layer), **args)
+            module: Any = attach(model[number], partial(Layer, layer), **args)
             module.np = sum(parameter.numel() for parameter in module.parameters())
             if verbose:
                 tasks.LOGGER.info(f"{layer} after the sums in row {number}, which has {module.np:,} parameters with it")
