@@ -130,7 +130,7 @@ def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
     return plan
 
 
-def _precision(arguments: tuple) -> str | None:
+def _precision(arguments: tuple) -> object:
     """What `float32_precision` depends on beside the device."""
     return torch.backends.cuda.matmul.fp32_precision if arguments[0].dtype is torch.float32 else None
 

@@ -301,7 +301,7 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
 

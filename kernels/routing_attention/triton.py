@@ -313,7 +313,7 @@ class _Problem:
         return lambda chosen: (self.heads * self.tiles(positions, places, chosen[held]), self.batch)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), strides, strict=True)}
 
