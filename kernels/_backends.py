@@ -133,10 +133,15 @@ def in_functorch() -> bool:
 
 
 def observed(arguments: tuple) -> bool:
-    """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, a subclass, a line in a profile."""
+    """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, or a subclass."""
     return (torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments))
             or torch._C._dispatch_tls_local_include_set().raw_repr() & ~USUAL_KEYS != 0
-            or forward_ad._current_level >= 0 or torch._C._autograd._profiler_enabled())
+            or forward_ad._current_level >= 0)
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device, which may be one that has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def remembered(decide: Callable[..., Result]) -> Callable[..., Result]:
@@ -151,7 +156,7 @@ def remembered(decide: Callable[..., Result]) -> Callable[..., Result]:
         if seen or not isinstance(arguments[0], Tensor):
             return decide(*arguments)
         kind = arguments[0].device.type
-        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        mixed = torch.get_autocast_dtype(kind) if autocasting(kind) else None
         return remember(known, arguments, (_default, mixed, kind == "cpu" and interpreted()), decide)
 
     return look_up

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._backends import Direct, name_of, observed, register_flops
 from .._launch import Prepared, planned
 from .._tiles import kernel
-from .reference import flops, inhibited
+from .reference import flops
 
 PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
 
@@ -155,10 +155,10 @@ def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = call(seen, grad, kernels, theta, not ctx.transposed)
     grad_kernels, grad_theta = call_gradient(seen, x, grad, list(kernels.shape[2:]), ctx.transposed), None
     if theta is not None:
-        means = kernels.float().mean((2, 3))
-        share = theta.float().sigmoid()
-        grad_theta = (-share * (1 - share) * (means * grad_kernels.sum((2, 3))).sum(0)).to(theta.dtype)
-        grad_kernels = inhibited(grad_kernels, theta.float())
+        share, grad_means = theta.float().sigmoid(), grad_kernels.mean((2, 3), keepdim=True)
+        along = (kernels.sum((2, 3), dtype=torch.float32, keepdim=True) * grad_means).sum((0, 2, 3))
+        grad_theta = (along * (share - 1) * share).to(theta.dtype)
+        grad_kernels = torch.addcmul(grad_kernels, share[:, None, None], grad_means, value=-1)
     return grad_x.to(x.dtype), grad_kernels.to(kernels.dtype), grad_theta, None
 
 

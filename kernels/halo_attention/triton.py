@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of, register_gradient
+from .._backends import autocasting, name_of, register_gradient
 from .._launch import Prepared, float32_precision, planned
 from .._layout import even, position_stride
 from .._tiles import kernel, load_rows, products, store_rows
@@ -301,7 +301,7 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
 
@@ -354,7 +354,7 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    if torch.is_autocast_enabled(q.device.type):  # asked first, as the context takes longer than a launch
+    if autocasting(q.device.type):  # asked first, as the context takes longer than a launch
         with torch.autocast(q.device.type, enabled=False):
             return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
     return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)

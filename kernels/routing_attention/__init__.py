@@ -64,8 +64,8 @@ def routing_attention(
     kv_size = None if kv_size is None else pair("routing_attention", "kv_size", kv_size)
     seen = observed((q, k, v, routes, num_heads, scale, weights, backend))
     chosen, of_keys = _chosen(seen, q, k, v, routes, regions, num_heads, kv_size, scale, weights, backend)
-    scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else float(scale)
-    arguments = q, k, v, routes, regions, num_heads, of_keys, scale, weights
+    factor = (q.shape[-1] // num_heads) ** -0.5 if scale is None else float(scale)
+    arguments = q, k, v, routes, regions, num_heads, of_keys, factor, weights
     if not seen and chosen != "blocked":
         check_routes("routing_attention", routes, regions[0] * regions[1])
     if chosen == "triton":

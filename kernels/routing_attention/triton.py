@@ -465,7 +465,7 @@ class _Problem:
                         ("routes", "bits"), count=count, slots=self.slots, regions=self.regions)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), strides, strict=True)}
 
