@@ -73,7 +73,7 @@ def test_bad_input_is_named():
 
 
 WRONG = {
-    "no tensor": ("q", lambda q: None, "q must be a tensor"),
+    "no tensor": ("q", lambda q: 3, "q must be a tensor"),
     "three dimensions": ("k", lambda k: k[0], r"k must be \(B, H, W, C\)"),
     "whole numbers": ("q", lambda q: q.long(), "q must be of a floating dtype"),
     "no positions": ("k", lambda k: k[:, :, :0], r"k must be \(B, H, W, C\), of which B alone may be 0"),
