@@ -7,16 +7,19 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from zoo.backbones import BackboneWithFPN
 
 SIZES = dict(num_classes=11, min_size=96, max_size=96)  # ten digits and the ground; torchvision resizes pictures to these
-pyramid = BackboneWithFPN("biformer_nano", {"0": -3, "1": -2, "2": -1}, out_channels=64, extra_blocks=LastLevelP6P7(64, 64))
-models = {
-    "Faster R-CNN": FasterRCNN(BackboneWithFPN("biformer_nano", out_channels=64), **SIZES),
-    "Mask R-CNN": MaskRCNN(BackboneWithFPN("biformer_nano", out_channels=64), **SIZES),
-    "RetinaNet": RetinaNet(pyramid, **SIZES),
-}
+backbone = BackboneWithFPN("biformer_nano", out_channels=64)
+faster_rcnn = FasterRCNN(backbone, **SIZES)
+
+mask_rcnn = MaskRCNN(BackboneWithFPN("biformer_nano", out_channels=64), **SIZES)
+
+layers = {"0": 1, "1": 2, "2": 3}  # the maps at strides 8, 16 and 32, and two coarser ones
+backbone = BackboneWithFPN("biformer_nano", layers, out_channels=64, extra_blocks=LastLevelP6P7(64, 64))
+retinanet = RetinaNet(backbone, **SIZES)
+
 pictures, targets = zip(*scenes_with_boxes(2), strict=True)
 losses: dict[str, list[float]] = {}
 found = {}
-for name, model in models.items():
+for name, model in {"Faster R-CNN": faster_rcnn, "Mask R-CNN": mask_rcnn, "RetinaNet": retinanet}.items():
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
     losses[name] = []
     for _ in range(5):

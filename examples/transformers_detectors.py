@@ -7,14 +7,13 @@ from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection, RTDet
 import zoo  # noqa: F401  registers the models
 
 SMALL = dict(num_labels=10, num_queries=20, d_model=64, decoder_layers=1, encoder_ffn_dim=128, decoder_ffn_dim=128)  # by default larger
-
-detr = DetrForObjectDetection(DetrConfig(
-    backbone_config=TimmBackboneConfig(backbone="biformer_nano", out_indices=[3]), encoder_layers=1, **SMALL))
+last = TimmBackboneConfig(backbone="biformer_nano", out_indices=[3])
+detr = DetrForObjectDetection(DetrConfig(backbone_config=last, encoder_layers=1, **SMALL))
 
 maps = TimmBackboneConfig(backbone="biformer_nano", out_indices=[1, 2, 3])
-rt_detr = RTDetrForObjectDetection(RTDetrConfig(
-    backbone_config=maps, encoder_in_channels=AutoBackbone.from_config(maps).channels,
-    encoder_hidden_dim=64, decoder_in_channels=[64] * 3, num_denoising=10, **SMALL))
+widths = AutoBackbone.from_config(maps).channels
+neck = dict(encoder_in_channels=widths, encoder_hidden_dim=64, decoder_in_channels=[64] * 3, num_denoising=10)
+rt_detr = RTDetrForObjectDetection(RTDetrConfig(backbone_config=maps, **neck, **SMALL))
 
 size, count = 96, 4
 pictures, targets = zip(*scenes_with_boxes(count, size), strict=True)

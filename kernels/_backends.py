@@ -148,7 +148,7 @@ def remembered(decide: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(decide)
     def look_up(seen: bool, *arguments: Any) -> Result:
-        if seen:
+        if seen or not isinstance(arguments[0], Tensor):
             return decide(*arguments)
         kind = arguments[0].device.type
         mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

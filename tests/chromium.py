@@ -24,7 +24,8 @@ class Chromium:
         port = profile / "DevToolsActivePort"
         self.wait(lambda: port.exists() and port.read_text().count("\n"), "Chromium does not start")
         pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"))
-        self.socket = connect(next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"), max_size=None, ping_interval=None, close_timeout=1)
+        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+        self.socket = connect(address, max_size=None, ping_interval=None, close_timeout=1)
         self.numbers, self.asked = itertools.count(), []
         self.call("Network.enable")
 

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors, check_whole, pair
 from .._layout import span, too_large
 from .._regions import check_map, check_regions
 from . import pooled, reference
@@ -25,7 +26,7 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
     Returns:
         (B, rows·columns, C), regions row by row.
     """
-    regions = (regions[0], regions[1])
+    regions = pair("region_means", "regions", regions)
     seen = observed((x, backend))
     chosen = _chosen_means(seen, x, regions, backend)
     if chosen == "triton":
@@ -36,8 +37,8 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
 
 @remembered
 def _chosen_means(x: Tensor, regions: tuple[int, int], backend: str | None) -> str:
-    check_map("x", "region_means", x)
-    check_regions("region_means", regions)
+    check_tensors("region_means", x=(x, "B, H, W, C"))
+    check_whole("region_means", "regions", 1, *regions)
     return choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
 
 
@@ -63,7 +64,7 @@ def region_routes(
     Raises:
         ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
     """
-    regions = (regions[0], regions[1])
+    regions = pair("region_routes", "regions", regions)
     seen = observed((q, k, topk, backend))
     chosen = _chosen_routes(seen, q, k, regions, topk, backend)
     q_means, k_means = (region_means(x, regions, backend) for x in (q, k))

@@ -1,6 +1,7 @@
 """Networks that have learned something of digits, as ONNX files of `zoo export`."""
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +9,6 @@ from torch.nn.functional import cross_entropy
 
 from zoo.checkpoints import ModelInfo
 from zoo.exporting.onnx import export_onnx
-from zoo.predicting.label_maps import Labelled
 from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.pictures import picture_tensor
 
@@ -29,4 +29,25 @@ def classifier(tmp_path_factory) -> Path:
         optimizer.zero_grad()
     path = tmp_path_factory.mktemp("classifier") / "digits.onnx"
     export_onnx(model.eval(), ModelInfo("biformer_nano", CLASSES, config), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def unet(tmp_path_factory) -> Path:
+    """Of the ink of digits in scenes."""
+    torch.manual_seed(0)
+    config = {"input_size": (1, 64, 64), "mean": (0.5,), "std": (0.25,)}
+    digits = Digits("train")
+    scenes, maps = zip(*(grey_scene(digits, 64, np.random.default_rng(index)) for index in range(16)), strict=True)
+    pictures = torch.from_numpy((np.stack(scenes) - 0.5) / 0.25).float()[:, None]
+    ink = torch.from_numpy(np.stack(maps) > 0).long()
+    model = timm.create_model("attention_unet_nano", num_classes=2, in_chans=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(24):
+        places = slice(step % 4 * 4, step % 4 * 4 + 4)
+        cross_entropy(model(pictures[places]), ink[places]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("unet") / "ink.onnx"
+    export_onnx(model.eval(), ModelInfo("attention_unet_nano", ("background", "ink"), config, "segmentation"), path)
     return path

@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 ROOT = Path(__file__).parents[2]
