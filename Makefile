@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check timm-tests lint docs models measure own-data exports gpu clean
+.PHONY: demo mm test check timm-tests lint docs models measure own-data yolo exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -50,6 +50,10 @@ measure: $(READY)
 # What `zoo train MODEL DATA` reaches on small data of every kind: about ten minutes with two quiet cores.
 own-data: $(MM_READY)
 	$(BIN)/python -m benchmarks.own_data
+
+# Ready model files of zoo.yolo on digits, with plain YOLOs: some minutes each. Goes on where it was stopped.
+yolo: $(MM_READY)
+	$(BIN)/python -m benchmarks.yolo
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
 from .._exporting import is_exporting
 from .._layout import span, too_large
 from . import gathered, grid_sampled, reference, sampled, torchvision
@@ -73,20 +73,29 @@ def deform_conv2d(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    geometry = [tuple(p) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation)]
-    _check(x, offset, weight, bias, mask, *geometry)
-    arguments = x, offset, weight, bias, mask, *geometry
-    chosen = choose(
+    geometry = tuple((p[0], p[1]) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
+    seen = observed((x, offset, weight, bias, mask, backend))
+    chosen = _chosen(seen, x, offset, weight, bias, mask, *geometry, backend)
+    if chosen != "triton":
+        ways = {"reference": reference, "grid_sampled": grid_sampled, "torchvision": torchvision, "sampled": sampled, "gathered": gathered}
+        return ways[chosen].deform_conv2d(x, offset, weight, bias, mask, *geometry)
+    from . import triton
+    if not torch.is_autocast_enabled(x.device.type):
+        return triton.call(seen, x, offset, weight, bias, mask, *geometry)
+    return triton.call(seen, x.to(torch.get_autocast_dtype(x.device.type)), offset, weight, bias, mask, *geometry).to(x.dtype)
+
+
+@remembered
+def _chosen(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], backend: str | None,
+) -> str:
+    _check(x, offset, weight, bias, mask, stride, padding, dilation)
+    return choose(
         "deform_conv2d", backend, x, lambda: _fastest(x, offset, weight),
         "grid_sampled" if is_exporting() and _spelled_out.get() else "torchvision",  # torch 2.11 cannot compile asking for the latter
         {"triton": lambda: too_large(span(x), span(offset), weight.shape[0] * offset.shape[2] * offset.shape[3]),
          "sampled": lambda: _elsewhere(x), "gathered": lambda: _elsewhere(x) or _in_groups(x, offset, weight)})
-    if chosen != "triton":
-        ways = {"reference": reference, "grid_sampled": grid_sampled, "torchvision": torchvision, "sampled": sampled, "gathered": gathered}
-        return ways[chosen].deform_conv2d(*arguments)
-    from . import triton
-    samples = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-    return triton.deform_conv2d(samples, *arguments[1:]).to(x.dtype)
 
 
 def _fastest(x: Tensor, offset: Tensor, weight: Tensor) -> str:

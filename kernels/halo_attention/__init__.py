@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from . import blocked, reference
 
@@ -51,14 +51,21 @@ def halo_attention(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = q, k, v, rel_h, rel_w, block_size, halo_size, scale
-    chosen = choose("halo_attention", backend, q, lambda: "blocked", unsupported={"triton": lambda: _unsupported(q, k, v, rel_h)})
+    seen = observed((q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale, backend))
+    chosen = _chosen(seen, q, k, v, rel_h, rel_w, block_size, halo_size, stride, backend)
+    arguments = q, k, v, rel_h, rel_w, block_size, halo_size, q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
         from . import triton
-        return triton.halo_attention(*arguments)[0]
+        return triton.call(seen, *arguments)[0]
     return {"reference": reference, "blocked": blocked}[chosen].halo_attention(*arguments)
+
+
+@remembered
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block_size: int, halo_size: int, stride: int, backend: str | None
+) -> str:
+    _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
+    return choose("halo_attention", backend, q, lambda: "blocked", unsupported={"triton": lambda: _unsupported(q, k, v, rel_h)})
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:

@@ -21,12 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import configuration_of, float32_precision, launch
+from .._launch import Prepared, float32_precision, planned
+from .._layout import even, position_stride
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries that a program holds; matrix units take 16
+IN_A_TURN = {  # scores that a turn of the inner loop works out
+    "halo_attention_forward": ("QUERIES", "KEYS"), "halo_attention_backward_queries": ("QUERIES", "KEYS"),
+    "halo_attention_backward_keys": ("QUERIES", "PATCH", "PATCH"),
+}
 
 
 @triton.jit
@@ -263,8 +268,6 @@ def halo_attention_backward_keys(
 ):
     """One program per patch of PATCH × PATCH keys and head, and batch; scores and attention are (keys, queries) here."""
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
-    window: tl.constexpr = BLOCK + 2 * HALO
-    offsets: tl.constexpr = window + SIDE - 1
     keys: tl.constexpr = PATCH * PATCH
     grad += batch * grad_batch + head * grad_head
     q += batch * q_batch + head * q_head
@@ -316,22 +319,20 @@ def halo_attention_backward_keys(
 
 
 class _Problem:
-    """What all kernels of one call are launched with."""
+    """What all kernels on tensors of these shapes are launched with."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float):
         (self.batch, q_height, q_width, self.heads, width), (height, map_width), value_width = q.shape, k.shape[1:3], v.shape[4]
-        self.size, self.window = (height, map_width), block + 2 * halo
-        self.side = rel_h.shape[0] - self.window + 1
+        self.size, window = (height, map_width), block + 2 * halo
+        self.side = rel_h.shape[0] - window + 1
         self.rows, self.columns = triton.cdiv(height, block), triton.cdiv(map_width, block)
-        self.table = torch.cat((rel_h, rel_w)).float()
         tiles = [max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width, value_width)]
         self.arguments = dict(
             scale=scale, heads=self.heads, columns=self.columns, height=height, width=map_width, q_height=q_height, q_width=q_width,
-            **_maps(q=q, k=k, v=v), BLOCK=block, HALO=halo, SIDE=self.side, PRECISION=float32_precision(q.device),
-            WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width, VALUE_TILE=tiles[1])
+            **_strides("q", q), **_strides("k", k), **_strides("v", v), BLOCK=block, HALO=halo, SIDE=self.side,
+            PRECISION=float32_precision(q.device), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width, VALUE_TILE=tiles[1])
         self.query_arguments = self.arguments | dict(
-            table=self.table, WINDOW_TILE=max(8, triton.next_power_of_2(self.window)),
-            OFFSET_TILE=max(SMALLEST_TILE, triton.next_power_of_2(rel_h.shape[0])))
+            WINDOW_TILE=max(8, triton.next_power_of_2(window)), OFFSET_TILE=max(SMALLEST_TILE, triton.next_power_of_2(rel_h.shape[0])))
         held = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(self.side**2)))
         self.key = f"queries{held} {8 * q.itemsize}-bit {max(tiles)}"
 
@@ -342,14 +343,32 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _maps(**maps: Tensor) -> dict[str, Tensor | int]:
-    """Maps with their positions in one dimension, a view where rows lie evenly, and their strides."""
-    arguments = {}
-    for name, x in maps.items():
-        x = x.flatten(1, 2)
-        strides = zip(("batch", "position", "head", "channel"), x.stride(), strict=True)
-        arguments |= {name: x} | {f"{name}_{axis}": stride for axis, stride in strides}
-    return arguments
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
+    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
+
+
+@planned
+def _forward_plan(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float) -> Prepared:
+    problem = _Problem(q, k, v, rel_h, block, halo, scale)
+    return Prepared(halo_attention_forward, q.device, problem.query_grid, problem.key, ("q", "k", "v", "table", "out", "logsumexp"),
+                    **problem.query_arguments)
+
+
+@planned
+def _backward_plan(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float
+) -> tuple[Prepared, Prepared, int]:
+    """Of the gradient of queries, and of keys and values, and how many programs the former has."""
+    problem = _Problem(q, k, v, rel_h, block, halo, scale)
+    maps = "grad", "q", "k", "v", "shares", "axis_scores"
+    of_queries = Prepared(
+        halo_attention_backward_queries, q.device, problem.query_grid, problem.key,
+        (*maps, "logsumexp", "table", "out", "grad_q", "grad_table"), **problem.query_arguments, **_strides("grad", grad),
+        AXIS_TILE=triton.next_power_of_2(_length(block, halo)))
+    of_keys = Prepared(halo_attention_backward_keys, q.device, problem.key_grid, problem.key, (*maps, "grad_k", "grad_v"),
+                       **problem.arguments, **_strides("grad", grad), rows=problem.rows)
+    return of_queries, of_keys, math.prod(problem.query_grid(of_queries.configuration))
 
 
 @torch.library.custom_op("zoo::halo_attention_triton", mutates_args=())
@@ -357,10 +376,10 @@ def halo_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
+    q, k, v = map(even, (q, k, v))
     out, logsumexp = _empty_results(q, v)
-    with torch.autocast(q.device.type, enabled=False):
-        problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
-    launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.query_arguments)
+    table = torch.cat((rel_h, rel_w)).float()
+    _forward_plan(q, k, v, rel_h, block, halo, scale)(q, k, v, table, out, logsumexp)
     return out, logsumexp
 
 
@@ -379,23 +398,26 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    with torch.autocast(q.device.type, enabled=False):
-        return _gradients(grad, _Problem(q, k, v, rel_h, rel_w, block, halo, scale), q, k, v, rel_h, out, logsumexp)
+    if torch.is_autocast_enabled(q.device.type):  # asked first, as the context takes longer than a launch
+        with torch.autocast(q.device.type, enabled=False):
+            return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
+    return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
 
 
 def _gradients(
-    grad: Tensor, problem: _Problem, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, out: Tensor, logsumexp: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
+    out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = grad if grad.stride(4) == 1 else grad.contiguous()  # read twice, and channels one by one cost more than a copy
+    grad, q, k, v = map(even, (grad, q, k, v))
+    of_queries, of_keys, programs = _backward_plan(grad, q, k, v, rel_h, block, halo, scale)
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    length = _length(problem.arguments["BLOCK"], problem.arguments["HALO"])
-    shared = _maps(grad=grad) | dict(shares=torch.empty_like(logsumexp), axis_scores=logsumexp.new_empty(*logsumexp.shape, 2, length))
-    chosen = configuration_of(halo_attention_backward_queries, q.device, problem.key)
-    grad_table = problem.table.new_empty(math.prod(problem.query_grid(chosen)), *problem.table.shape)
-    launch(halo_attention_backward_queries, problem.query_grid, problem.key, **problem.query_arguments, **shared, out=out,
-           logsumexp=logsumexp, AXIS_TILE=triton.next_power_of_2(length), grad_q=grad_q, grad_table=grad_table)
-    launch(halo_attention_backward_keys, problem.key_grid, problem.key, **problem.arguments, **shared, rows=problem.rows,
-           grad_k=grad_k, grad_v=grad_v)
+    axis_scores = logsumexp.new_empty(*logsumexp.shape, 2, _length(block, halo))
+    table, shares = torch.cat((rel_h, rel_w)).float(), torch.empty_like(logsumexp)
+    grad_table = table.new_empty(programs, *table.shape)
+    of_queries(grad, q, k, v, shares, axis_scores, logsumexp, table, out, grad_q, grad_table)
+    of_keys(grad, q, k, v, shares, axis_scores, grad_k, grad_v)
 
     grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.sum(0).chunk(2))
     return grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w
@@ -411,7 +433,7 @@ def _(
     return grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w
 
 
-register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))
+call = register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

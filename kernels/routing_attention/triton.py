@@ -9,7 +9,7 @@ Regions too small to fill the matrix units are packed: a program holds positions
 regions, goes over the whole map and leaves out what the routes do, read from a set of 64 bits for every region.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import configuration_of, float32_precision, launch
+from .._launch import Prepared, float32_precision, planned
+from .._layout import even, position_stride
 from .._regions import region_size
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
@@ -26,6 +27,8 @@ from . import reference
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries or keys that a program holds; matrix units take 16
 BITS = 64
+IN_A_TURN = dict.fromkeys(  # scores that a turn of the inner loop works out
+    ("routing_attention_forward", "routing_attention_backward_queries", "routing_attention_backward_keys"), ("QUERIES", "KEYS"))
 
 
 @triton.jit
@@ -269,10 +272,10 @@ def routing_attention_backward_keys(
 
 
 class _Problem:
-    """What all kernels of one call are launched with."""
+    """What all kernels on tensors of these shapes are launched with."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: list[int], heads: int, kv_size: list[int], scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int], scale: float,
         weights: Tensor | None,
     ):
         (batch, height, width, channels), (kv_height, kv_width, value_channels) = q.shape, v.shape[1:]
@@ -280,15 +283,14 @@ class _Problem:
         self.batch, self.heads, self.regions, self.slots = batch, heads, regions[0] * regions[1], routes.shape[2]
         self.queries, self.keys = height * width, kv_height * kv_width
         self.query_places, self.key_places = h * w, kv_size[0] * kv_size[1]
-        self.routes, self.weights = routes.contiguous(), None if weights is None else weights.contiguous()
         self.packed = weights is None and self._packing_pays()
-        self.bits = torch.ones_like(routes).bitwise_left_shift(routes).sum(-1) if self.packed else None
         width_of_head, value_width_of_head = channels // heads, value_channels // heads
         block, value_block = (max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width_of_head, value_width_of_head))
         self.arguments = dict(
-            bits=self.bits, weights=self.weights, scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
+            scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
             height=height, width=width, h=h, w=w, kv_height=kv_height, kv_width=kv_width, kv_h=kv_size[0], kv_w=kv_size[1],
-            **_maps(q=q, k=k, v=v), PACKED=self.packed, WEIGHTED=weights is not None, PRECISION=float32_precision(q.device),
+            **_strides("q", q), **_strides("k", k), **_strides("v", v), PACKED=self.packed, WEIGHTED=weights is not None,
+            PRECISION=float32_precision(q.device),
             WIDTH=width_of_head, BLOCK=block, VALUE_WIDTH=value_width_of_head, VALUE_BLOCK=value_block)
         self._of_heads = f"{8 * q.itemsize}-bit {max(block, value_block)}"
 
@@ -310,23 +312,58 @@ class _Problem:
     def grid(self, positions: int, places: int, held: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
         return lambda chosen: (self.heads * self.tiles(positions, places, chosen[held]), self.batch)
 
-    def routed_by(self) -> tuple[Tensor | None, Tensor | None]:
-        """The routes sorted by region, as places in the flattened routes (B, r·n), and where each region's begin (B, r + 1)."""
-        if self.packed:
-            return None, None
-        by_region, order = self.routes.flatten(1).sort(stable=True)
-        bounds = torch.arange(self.regions + 1, device=order.device).expand(self.batch, -1).contiguous()
-        return order, torch.searchsorted(by_region, bounds)
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    strides = x.stride(0), position_stride(x), x.stride(3)
+    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), strides, strict=True)}
 
 
-def _maps(**maps: Tensor) -> dict[str, Tensor | int]:
-    """Maps with their positions in one dimension, a view where rows lie evenly, and their strides."""
-    arguments = {}
-    for name, x in maps.items():
-        arguments[name] = x.flatten(1, 2)
-        strides = zip(("batch", "position", "channel"), arguments[name].stride(), strict=True)
-        arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
-    return arguments
+@planned
+def _forward_plan(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int], scale: float,
+    weights: Tensor | None,
+) -> tuple[Prepared, bool]:
+    """Also whether regions are packed."""
+    problem = _Problem(q, k, v, routes, regions, heads, kv_size, scale, weights)
+    return Prepared(
+        routing_attention_forward, q.device, problem.grid(problem.queries, problem.query_places, "QUERIES"),
+        problem.key(problem.query_places), ("q", "k", "v", "routes", "bits", "weights", "out", "logsumexp"),
+        **problem.arguments), problem.packed
+
+
+@planned
+def _backward_plan(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Sequence[int], heads: int, kv_size: Sequence[int],
+    scale: float, weights: Tensor | None,
+) -> tuple[Prepared, Prepared, bool, tuple[int, ...]]:
+    """Of the gradients of queries and weights, and of keys and values, whether regions are packed, and the shape of the weights' sums."""
+    problem = _Problem(q, k, v, routes, regions, heads, kv_size, scale, weights)
+    shared, arguments = ("grad", "q", "k", "v", "bits", "weights", "logsumexp", "shares"), problem.arguments | _strides("grad", grad)
+    of_queries = Prepared(
+        routing_attention_backward_queries, q.device, problem.grid(problem.queries, problem.query_places, "QUERIES"),
+        problem.key(problem.query_places), (*shared, "routes", "out", "grad_q", "grad_weights"), **arguments,
+        SLOTS=triton.next_power_of_2(problem.slots))
+    of_keys = Prepared(
+        routing_attention_backward_keys, q.device, problem.grid(problem.keys, problem.key_places, "KEYS"), problem.key(problem.key_places),
+        (*shared, "order", "starts", "grad_k", "grad_v"), **arguments)
+    tiles = problem.tiles(problem.queries, problem.query_places, of_queries.configuration["QUERIES"])
+    return of_queries, of_keys, problem.packed, (problem.batch, heads, tiles, problem.slots)
+
+
+def _given(routes: Tensor, weights: Tensor | None, packed: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Routes and weights as kernels read them, and for packed regions those that each is routed to, as bits (B, r)."""
+    routes = routes.contiguous()
+    bits = torch.ones_like(routes).bitwise_left_shift(routes).sum(-1) if packed else None
+    return routes, None if weights is None else weights.contiguous(), bits
+
+
+def _routed_by(routes: Tensor, regions: int, packed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The routes sorted by region, as places in the flattened routes (B, r·n), and where each region's begin (B, r + 1)."""
+    if packed:
+        return None, None
+    by_region, order = routes.flatten(1).sort(stable=True)
+    bounds = torch.arange(regions + 1, device=order.device).expand(len(order), -1).contiguous()
+    return order, torch.searchsorted(by_region, bounds)
 
 
 @torch.library.custom_op("zoo::routing_attention_triton", mutates_args=())
@@ -335,10 +372,11 @@ def routing_attention(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.routing_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, heads, H·W)."""
+    q, k, v = map(even, (q, k, v))
+    run, packed = _forward_plan(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    routes, weights, bits = _given(routes, weights, packed)
     out, logsumexp = _empty_results(q, v, num_heads)
-    problem = _Problem(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
-    launch(routing_attention_forward, problem.grid(problem.queries, problem.query_places, "QUERIES"), problem.key(problem.query_places),
-           routes=problem.routes, out=out, logsumexp=logsumexp, **problem.arguments)
+    run(q, k, v, routes, bits, weights, out, logsumexp)
     return out, logsumexp
 
 
@@ -361,25 +399,17 @@ def routing_attention_triton_backward(
     weights: Tensor | None, out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and weights (of no elements where there are none)."""
-    problem = _Problem(q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    grad, q, k, v = map(even, (grad, q, k, v))
+    of_queries, of_keys, packed, shape = _backward_plan(grad, q, k, v, routes, regions, num_heads, kv_size, scale, weights)
+    routes, weights, bits = _given(routes, weights, packed)
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    shares = torch.empty_like(logsumexp)
-    shared = problem.arguments | _maps(grad=grad) | dict(logsumexp=logsumexp, shares=shares)
-
-    key = problem.key(problem.query_places)
-    size = configuration_of(routing_attention_backward_queries, q.device, key)["QUERIES"]
-    tiles = problem.tiles(problem.queries, problem.query_places, size)
-    weight_sums = None if weights is None else q.new_empty(problem.batch, num_heads, tiles, problem.slots, dtype=torch.float32)
-    launch(routing_attention_backward_queries, problem.grid(problem.queries, problem.query_places, "QUERIES"), key, **shared,
-           routes=problem.routes, out=out, grad_q=grad_q, grad_weights=weight_sums, SLOTS=triton.next_power_of_2(problem.slots))
-
-    order, starts = problem.routed_by()
-    launch(routing_attention_backward_keys, problem.grid(problem.keys, problem.key_places, "KEYS"), problem.key(problem.key_places),
-           **shared, order=order, starts=starts, grad_k=grad_k, grad_v=grad_v)
-
+    weight_sums = None if weights is None else q.new_empty(shape, dtype=torch.float32)
+    shared = grad, q, k, v, bits, weights, logsumexp, torch.empty_like(logsumexp)
+    of_queries(*shared, routes, out, grad_q, weight_sums)
+    of_keys(*shared, *_routed_by(routes, routes.shape[1], packed), grad_k, grad_v)
     if weights is None or weight_sums is None:
         return grad_q, grad_k, grad_v, q.new_empty(0)
-    return grad_q, grad_k, grad_v, weight_sums.unflatten(2, (problem.regions, -1)).sum((1, 3)).to(weights.dtype)
+    return grad_q, grad_k, grad_v, weight_sums.unflatten(2, (routes.shape[1], -1)).sum((1, 3)).to(weights.dtype)
 
 
 @routing_attention_triton_backward.register_fake
@@ -392,7 +422,7 @@ def _(
     return grad_q, grad_k, grad_v, grad_weights
 
 
-register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))
+call = register_gradient(routing_attention, routing_attention_triton_backward, reference.routing_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,0 +1,32 @@
+"""Networks that have learned something of digits, as ONNX files of `zoo export`."""
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import cross_entropy
+
+from zoo.checkpoints import ModelInfo
+from zoo.exporting.onnx import export_onnx
+from zoo.predicting.label_maps import Labelled
+from zoo.reading.digits import CLASSES, Digits, grey_scene
+from zoo.reading.pictures import picture_tensor
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """Of digits in pictures of any size, which are brought to 32 pixels."""
+    torch.manual_seed(0)
+    config = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    digits = Digits("train", limit=960)
+    pictures = torch.stack([picture_tensor(picture, config["mean"], config["std"]) for picture in digits.images])
+    labels = torch.tensor(digits.targets)
+    model = timm.create_model("biformer_nano", num_classes=10, in_chans=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for places in torch.randperm(len(labels)).split(32):
+        cross_entropy(model(pictures[places]), labels[places]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("classifier") / "digits.onnx"
+    export_onnx(model.eval(), ModelInfo("biformer_nano", CLASSES, config), path)
+    return path
