@@ -3,12 +3,14 @@
 A program holds a tile of queries of one block and goes over the keys of its window with a running softmax. The backward pass
 recomputes the attention from its logarithmic denominator, once for the gradient of the queries and once for that of keys and
 values: there a program holds a patch of keys and goes over the queries of the blocks whose windows reach it, so that nothing is
-added atomically.
+added atomically. The smaller the patch, the fewer of these do not attend to it.
 
 The score of a relative position is the sum of one for its row and one for its column, products of the query and the tables. A
 block of keys is some rows of the window, each padded to a power of two. So the scores of columns are the same in every block
 and those of rows are a number per row: a program makes both once, of its queries, and reads nothing per query and key. What
-reaches them in the backward pass is summed per query and offset, and the tables' gradients are again products.
+reaches them in the backward pass is summed per query and offset, and the tables' gradients are again products, of every program a
+part. For the patches of keys it keeps every query's scores of its window's rows and columns: to make them again takes longer than
+to read them (benchmarks/halo.md).
 """
 import itertools
 import math
@@ -343,7 +345,7 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
 

@@ -43,6 +43,22 @@ for batch in every_batch:
 print(json.dumps({name: [len(variants) // len(every_batch), len(set(variants))] for name, variants in compiled.items()}))
 """
 
+LOADS = """
+import json, re, torch
+from zoo.kernels._launch import recording
+from zoo.kernels.halo_attention import triton
+from zoo.kernels.machine_code import TARGETS, compile_launch, dumped
+from zoo.layers import HaloAttention, halo
+
+halo.halo_attention = lambda q, k, v, *tables_block_halo_stride: triton.halo_attention(q, k, v, *tables_block_halo_stride[:4], 0.25)[0]
+layer = HaloAttention(64, num_heads=4).bfloat16()
+x = torch.zeros(1, 64, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)  # as a GPU's projections get it
+with recording("sm_90") as launches:
+    layer(x).square().sum().backward()
+code = {launch.name: dumped(compile_launch(launch, TARGETS[1]), "--dump-sass") for launch in launches}
+print(json.dumps({name: re.findall(r"LDG[A-Z]*[.][.A-Z0-9]*", lines) for name, lines in code.items()}))
+"""
+
 
 def answer(code, *arguments):
     """What Python prints where triton compiles."""
@@ -56,6 +72,16 @@ def test_batches_of_other_sizes_compile_nothing_anew():
     assert len(found) == 8
     for kernel, (a_batch, variants) in found.items():
         assert variants <= a_batch, f"{kernel} is compiled {variants} times"
+
+
+def test_maps_of_halo_layers_are_read_in_wide_pieces():
+    """128 bits at a time, in the loops over windows asynchronously; never a channel by itself."""
+    loads = answer(LOADS)
+    assert len(loads) == 3
+    for kernel, found in loads.items():
+        assert not [load for load in found if "U16" in load], kernel
+        assert [load for load in found if "128" in load], kernel
+    assert all(any(load.startswith("LDGSTS") for load in loads[f"halo_attention_{name}"]) for name in ("forward", "backward_queries"))
 
 
 @pytest.mark.parametrize("operator", operators_with_kernels())
