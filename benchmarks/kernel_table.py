@@ -4,6 +4,8 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import triton
+
 from zoo.errors import InputError, near_misses
 from zoo.files import check_writable, replacing
 from zoo.kernels._backends import operators_with_kernels
@@ -11,11 +13,14 @@ from zoo.kernels._launch import digest
 from zoo.kernels.machine_code import TARGETS, compile_operator, table
 from zoo.tools._cli import run
 
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels_machine_code.md"
-HEAD = """# The kernels' machine code
+TRITON = ".".join(triton.__version__.split(".")[:2])  # versions of which make other machine code
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / f"kernels_machine_code_triton_{TRITON}.md"
+HEAD = f"""# The kernels' machine code, by Triton {TRITON}
 
 Written by `python -m benchmarks.kernel_table`: every kernel in its default configurations, compiled for NVIDIA's A100 (sm_80) and
 H100 (sm_90) and AMD's MI300 (gfx942). Registers and spilled bytes are those of one thread, shared memory that of one program.
+Instructions are those that a warp issues in the inner loop, divided by the scores of attention that the program works out meanwhile;
+of other operators, by what their `IN_A_TURN` says.
 """
 
 
@@ -23,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_table", description=__doc__,
                                      epilog="example: python -m benchmarks.kernel_table routing_attention")
     parser.add_argument("operators", nargs="*", metavar="operator", help="compile only these (default: those changed since the last time)")
-    parser.add_argument("--file", type=Path, default=FILE, help="the Markdown file (default: benchmarks/kernels_machine_code.md)")
+    parser.add_argument("--file", type=Path, default=FILE, help="the Markdown file (default: %(default)s)")
     args = parser.parse_args(arguments)
     known = operators_with_kernels()
     for name in args.operators:

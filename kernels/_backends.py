@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from ._exporting import is_exporting
+from ._interpreter import obstacle as obstacle_to_interpreting
+from ._remembering import remember
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)  # of NVIDIA GPUs: bfloat16 and asynchronous copies
@@ -35,6 +37,11 @@ BACKENDS = {
 
 # A plain global, not a context variable: gradient checkpointing runs operators again in autograd's own thread.
 _default: str | None = None
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, list, torch.Size, type(None)})
+# Of a thread in which no mode, transform or tracer is at work, which all add keys of their own.
+USUAL_KEYS = functools.reduce(int.__or__, (
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)))
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -125,6 +132,57 @@ def in_functorch() -> bool:
     return peek_interpreter_stack() is not None
 
 
+def observed(arguments: tuple) -> bool:
+    """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, a subclass, a line in a profile."""
+    return (torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments))
+            or torch._C._dispatch_tls_local_include_set().raw_repr() & ~USUAL_KEYS != 0
+            or forward_ad._current_level >= 0 or torch._C._autograd._profiler_enabled())
+
+
+def remembered(decide: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps what `decide`, which begins with a tensor, finds for others of the same shapes, strides, dtypes and device.
+
+    What is returned takes in the first place whether the call is `observed`; where it is, nothing is kept.
+    """
+    known: dict[Any, Result] = {}
+
+    @functools.wraps(decide)
+    def look_up(seen: bool, *arguments: Any) -> Result:
+        if seen or not isinstance(arguments[0], Tensor):
+            return decide(*arguments)
+        kind = arguments[0].device.type
+        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return remember(known, arguments, (_default, mixed, kind == "cpu" and interpreted()), decide)
+
+    return look_up
+
+
+class Direct:
+    """An operator of `torch.library` and its derivative without the wrappers, which take longer than kernels do."""
+
+    def __init__(self, operator: Any, setup: Callable[[Any, tuple, Any], None], backward: Callable[..., Any]):
+        """`setup` and `backward` are as they are given to `register_autograd`."""
+        function = operator._init_fn
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                result = function(*arguments)
+                setup(ctx, arguments, result)
+                return result
+
+        Differentiable.backward = staticmethod(backward)
+        self._operator, self._function, self._apply = operator, function, Differentiable.apply
+
+    def __call__(self, seen: bool, *arguments: Any) -> Any:
+        """`seen`: whether the call is `observed`; where it is, it goes through torch.library."""
+        if seen:
+            return self._operator(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return self._apply(*arguments)
+        return self._function(*arguments)
+
+
 def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """What torch's own functions are to whatever overrides them: fx's proxies and tensors' subclasses see one call.
 
@@ -143,7 +201,7 @@ def public_operator(function: Callable[Arguments, Result]) -> Callable[Arguments
 def register_gradient(
     forward: Callable[..., Any], backward: Callable[..., tuple[Tensor, ...]], definition: Callable[..., Tensor],
     flops: Callable[..., int], kept: tuple[int, ...] = (),
-) -> None:
+) -> Direct:
     """Registers the derivatives of an operator of `torch.library`, and how many operations counters count for it.
 
     Args:
@@ -155,18 +213,29 @@ def register_gradient(
             as many, whatever else `backward` makes anew.
         kept: which results of `forward` to keep for `backward`.
     """
-    count = len(forward._opoverload._schema.arguments)
+    kinds = [str(argument.type) for argument in forward._opoverload._schema.arguments]
+    count, tensors = len(kinds), [i for i, kind in enumerate(kinds) if "Tensor" in kind]
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
-        _save(ctx, (*inputs, *(results[i] for i in kept)))
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.inputs = [None if i in tensors else x for i, x in enumerate(inputs)]
+        ctx.save_for_backward(*[inputs[i] for i in tensors], *[results[i] for i in kept])
+        if len(results) > 1:
+            ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
 
-    def first(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = _saved(ctx)
-        gradients, slots = backward(grad, *saved), _slots(saved[:count])
-        given = {i: gradient for i, gradient in zip(slots, gradients, strict=True) if saved[i] is not None}
-        return tuple(given.get(i) for i in range(count))
+    def first(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * count
+        if grad is not None:
+            saved, arguments = ctx.saved_tensors, ctx.inputs.copy()
+            for i, tensor in zip(tensors, saved, strict=False):
+                arguments[i] = tensor
+            arguments = grad, *arguments, *saved[len(tensors):]
+            slots = [i for i, x in zip(tensors, saved, strict=False) if x is None or x.is_floating_point()]
+            for i, gradient in zip(slots, call_backward(observed(arguments), *arguments), strict=True):
+                if arguments[i + 1] is not None:
+                    gradients[i] = gradient
+        return tuple(gradients)
 
     def setup_again(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs)
@@ -190,6 +259,7 @@ def register_gradient(
 
     forward.register_autograd(first, setup_context=setup)
     backward.register_autograd(second, setup_context=setup_again)
+    call_backward = Direct(backward, setup_again, second)
 
     def of_forward(*arguments: Any, **_: Any) -> int:
         return flops(*arguments)
@@ -199,6 +269,7 @@ def register_gradient(
 
     register_flops(forward, of_forward)
     register_flops(backward, of_backward)
+    return Direct(forward, setup, first)
 
 
 def register_flops(operator: Callable[..., Any], formula: Callable[..., int]) -> None:
@@ -232,7 +303,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _installed():
         return "the package triton is not installed"
     if device.type == "cpu":
-        return None if interpreted() else "on the CPU kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
+        return obstacle_to_interpreting() if interpreted() else "on the CPU kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA or HIP device"
     if torch.version.hip is None and torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:

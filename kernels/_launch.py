@@ -11,23 +11,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._interpreter import correct_products
+from ._remembering import remember
 
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
 OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one step, whatever Triton's default
 Configuration = dict[str, int]
+Plan = TypeVar("Plan")
 
 
 class Launch(NamedTuple):
     """A kernel as it was, or would have been, launched."""
 
     kernel: Any
-    grid: Callable[[dict[str, Any]], tuple[int, ...]]
+    grid: tuple[int, ...]
     key: str
     arguments: dict[str, Any]
     configuration: Configuration
@@ -36,12 +38,13 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Returns what was compiled, or None of the interpreter."""
         device = _device_of(self.arguments)
         if device.type == "cpu":
             correct_products()
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.configuration, **OPTIONS)
+        with _on(device):
+            return self.kernel[self.grid](**self.arguments, **self.configuration, **OPTIONS)
 
 
 # Plain globals, as the backend is: the backward pass launches in autograd's own thread.
@@ -49,21 +52,91 @@ _recorded: list[Launch] | None = None
 _launching = True
 _target: str | None = None
 _overridden: dict[str, Configuration] = {}
+_plans: list[dict] = []  # of all operators
 
 
-def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], key: str = "", /, **arguments: Any) -> None:
-    """Runs `kernel` on the device of its tensors.
+class Prepared:
+    """A launch of a kernel on tensors of known shapes, strides, dtypes and device: all of it but their addresses.
 
-    Args:
-        grid: number of programs, from all arguments and the configuration.
-        key: what of the problem decides on the configuration: words, the most important first.
-        arguments: of the kernel, except those that the configuration holds.
+    Triton's own launcher asks every argument anew what it is. Here only the addresses are asked whether 16 divides them, which is
+    what a kernel is compiled for.
     """
-    wanted = Launch(kernel, grid, key, arguments, configuration_of(kernel, _device_of(arguments), key))
-    if _recorded is not None:
-        _recorded.append(wanted)
-    if _launching:
-        wanted.run()
+
+    def __init__(
+        self, kernel: Any, device: torch.device, grid: Callable[[Configuration], tuple[int, ...]], key: str, tensors: tuple[str, ...],
+        **numbers: Any,
+    ):
+        """
+        Args:
+            grid: number of programs, from the configuration.
+            key: what of the problem decides on the configuration: words, the most important first.
+            tensors: the arguments of the kernel that calls give, in their order; None for one that there is not.
+            numbers: its other arguments, except those that the configuration holds.
+        """
+        self._kernel, self._key, self._tensors, self._numbers = kernel, key, tensors, numbers
+        self.configuration = configuration_of(kernel, device, key)
+        programs = grid(self.configuration)
+        self._grid = programs + (1,) * (3 - len(programs))
+        self._device = device if device.type == "cuda" else None
+        values = numbers | self.configuration
+        self._values = [values.get(name) for name in kernel.arg_names]
+        self._places = [kernel.arg_names.index(name) for name in tensors]
+        self._compiled: dict[Any, Callable[..., None]] = {}  # by which addresses 16 divides; True: all
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if _recorded is not None:
+            launch = self._launch(tensors)
+            _recorded.append(launch)
+            if _launching:
+                launch.run()
+            return
+        values, bits = self._values.copy(), 0
+        for place, tensor in zip(self._places, tensors, strict=True):
+            if tensor is not None:
+                values[place] = address = tensor.data_ptr()
+                bits |= address
+        aligned = bits & 15 == 0 or tuple([(values[place] or 0) & 15 == 0 for place in self._places])
+        run = self._compiled.get(aligned)
+        if run is None:
+            compiled = self._launch(tensors).run()
+            if compiled is not None and torch.version.hip is None:  # on AMD it is also asked how large their storages are
+                self._compiled[aligned] = compiled[self._grid]
+        elif self._device is None or torch.cuda.current_device() == self._device.index:
+            run(*values)
+        else:
+            with _on(self._device):
+                run(*values)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> Launch:
+        arguments = self._numbers | dict(zip(self._tensors, tensors, strict=True))
+        return Launch(self._kernel, self._grid, self._key, arguments, self.configuration)
+
+
+def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Keeps what `build` makes of its arguments, tensors and plain values, for others of the same shapes, strides, dtypes and device.
+
+    What it makes must hold no tensor. Whatever changes configurations is heeded: nothing is kept or taken while launches are
+    recorded or configurations overridden.
+    """
+    known: dict[Any, Plan] = {}
+    _plans.append(known)
+
+    @functools.wraps(build)
+    def plan(*arguments: Any) -> Plan:
+        if _recorded is not None or _overridden or _target is not None:
+            return build(*arguments)
+        return remember(known, arguments, _precision(arguments), build)
+
+    return plan
+
+
+def _precision(arguments: tuple) -> str | None:
+    """What `float32_precision` depends on beside the device."""
+    return torch.backends.cuda.matmul.fp32_precision if arguments[0].dtype is torch.float32 else None
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _device_of(arguments: dict[str, Any]) -> torch.device:
@@ -84,7 +157,7 @@ def float32_precision(device: torch.device) -> str:
 
 
 def configuration_of(kernel: Any, device: torch.device, key: str = "") -> Configuration:
-    """What `launch` takes."""
+    """What is launched."""
     return configuration(kernel.fn.__name__, _target or architecture(device), key)
 
 
@@ -146,6 +219,8 @@ def add_configurations(found: dict[str, dict[str, Configuration]]) -> None:
     written.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
     written.replace(CONFIGURATIONS)
     _configurations.cache_clear()
+    for plans in _plans:
+        plans.clear()
 
 
 @functools.cache

@@ -31,3 +31,16 @@ def too_large(*counts: int) -> str | None:
 def span(maps: Tensor) -> int:
     """Elements between the first and the last of one sample in memory."""
     return sum((length - 1) * stride for length, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True))
+
+
+def position_stride(maps: Tensor) -> int | None:
+    """Elements between positions of (B, H, W, …) in memory, row by row; None where rows do not follow each other as positions do."""
+    (_, height, width, *_), (_, row, column, *_) = maps.shape, maps.stride()
+    if width == 1:
+        return row
+    return column if height == 1 or row == width * column else None
+
+
+def even(maps: Tensor) -> Tensor:
+    """With rows that follow each other as positions do: a copy, where they do not."""
+    return maps if position_stride(maps) is not None else maps.contiguous()

@@ -26,7 +26,7 @@ class TokenMixing(nn.Module):
         self.q, self.kv, self.proj = (nn.Linear(dim, width, device=device, dtype=dtype) for width in (dim, 2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.proj, attend(*self._qkv(x)).transpose(1, 2).reshape(x.shape))
+        return linear(self.proj, attend(*self._qkv(x)).transpose(1, 2).reshape(*x.shape[:3], self.proj.in_features))
 
     def attention(self, x: Tensor) -> Tensor:
         """softmax(Q Kᵀ / √d), (B, heads, H·W, H·W), for looking at: `forward` does not make it."""
@@ -34,9 +34,9 @@ class TokenMixing(nn.Module):
         return attention(q, k)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, height, width, c = x.shape
-        heads = (b, height * width, self.num_heads, c // self.num_heads)
-        q, k, v = (y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).split(c, -1)))
+        b, height, width, _ = x.shape
+        heads = (b, height * width, self.num_heads, self.proj.in_features // self.num_heads)
+        q, k, v = (y.reshape(heads).transpose(1, 2) for y in (linear(self.q, x), *linear(self.kv, x).chunk(2, -1)))
         return q, k, v
 
 

@@ -5,6 +5,7 @@ __version__ = "0.2.0"
 
 if not _command.import_is_put_off:
     from .attach import attach
+    from .heads import head_importance, prune_heads
     from .layers import capture
     from .losses import AttentionDiversificationLoss
     from .models import (
@@ -23,9 +24,11 @@ if not _command.import_is_put_off:
         sknet,
         unet,
     )
+    from .reparametrization import fold, reparametrize
     from .weights import load_weights, weights_in
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "halonet", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "sknet", "unet", "weights_in",
+    "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads",
+    "reparametrize", "sknet", "unet", "weights_in",
 ]

@@ -1,6 +1,5 @@
 """Puts a mechanism into a CNN that is already built, and possibly trained."""
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self, cast
 
@@ -11,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError, near_misses
 from zoo.models import MECHANISMS
+from zoo.patterns import matching
 
 NAMES = {name: family.ATTACHABLE for name, family in MECHANISMS.items() if hasattr(family, "ATTACHABLE")}
 
@@ -78,7 +78,7 @@ def attach(
     with _Probe(model) as seen:
         _run(model, example)
     modules = dict(model.named_modules())
-    targets = [seen.last_block(name) for name in (seen.residual_blocks() if where is None else _match(where, modules))]
+    targets = [seen.last_block(name) for name in (seen.residual_blocks() if where is None else matching(where, modules))]
     widths = {name: seen.width(name) for name in dict.fromkeys(targets)}
     if not widths:
         raise InputError(_why_no_blocks(model, seen))
@@ -131,22 +131,6 @@ def _find_layer(layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Modul
                              f"zoo.list_models(mechanism={layer!r}) names models that are built on it")
         raise InputError(f"there is no layer {layer!r} to attach; {', '.join(NAMES)} are known{near_misses(layer, NAMES)}")
     return NAMES[layer]
-
-
-def _match(where: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The modules that the patterns name, in the model's order."""
-    matched = set()
-    for pattern in [where] if isinstance(where, str) else where:
-        parts = pattern.split(".")
-        found = [name for name in modules if name and _fits(name.split("."), parts)]
-        if not found:
-            raise InputError(f"the model has no module {pattern!r}{near_misses(pattern, modules)}")
-        matched.update(found)
-    return [name for name in modules if name in matched]
-
-
-def _fits(name: list[str], pattern: list[str]) -> bool:
-    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
 def _why_no_blocks(model: nn.Module, seen: "_Probe") -> str:

@@ -26,7 +26,7 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 SWAPPED_KEY = "ema_state_dict"
 # What stands before names: of torch's wrappers, before all of them; of what holds the network beside other things, before its own.
 WRAPPERS = ("module.", "_orig_mod.")
-HOLDERS = ("model.", "backbone.", "network.")
+HOLDERS = ("model.", "backbone.", "network.", "timm_model.")
 ALMOST = 0.9  # of a model's names, from which on a file that does not fit is taken for a version of the model
 FILLED_IN = ".num_batches_tracked"  # files of before PyTorch 0.4.1 lack it, and torch does not miss it
 
@@ -76,8 +76,9 @@ def weights_in(file: str | Path | Mapping, ema: bool = False, *, own: Iterable[s
     Those under `state_dict`, `model`, `model_state_dict` or `net`, whichever comes first in this order, or the whole file where it
     has none of them; with `ema` their average, under `state_dict_ema` or `model_ema`. What DataParallel, DistributedDataParallel
     and torch.compile put before names (`module.`, `_orig_mod.`) is taken off, and so is what holds the network in Lightning's
-    modules (`model.`), mmengine's (`backbone.`) and the zoo's (`model.`, `backbone.network.`), in any order; tensors beside it are
-    left. Writes one line to the log: the file, the key, the number of tensors, and the licence if one is given.
+    modules (`model.`), mmengine's (`backbone.`), transformers' (`timm_model.`) and the zoo's (`model.`, `backbone.network.`), in any
+    order; tensors beside it are left. Writes one line to the log: the file, the key, the number of tensors, and the licence if one is
+    given.
 
     Args:
         file: a path, or what was read from one.

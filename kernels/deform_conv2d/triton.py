@@ -11,7 +11,7 @@ fixed-point integers, whose sum has no order.
 """
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import float32_precision, launch
+from .._launch import Prepared, float32_precision, planned
 from .._tiles import kernel
 from . import reference
 
@@ -231,18 +231,57 @@ def deform_conv2d_backward_weight(
     tl.store(at, total, mask=(tap_of < KH * KW) & (channel_of < SEGMENT) & (o < OUT_GROUP)[:, None])
 
 
-def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry: list[int]) -> dict[str, Any]:
-    """Arguments that all kernels share."""
+def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry: Sequence[int]) -> dict[str, Any]:
+    """Arguments that all kernels share, but for tensors."""
     (out_channels, group_width, kh, kw), offset_groups = weight.shape, offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
     (sy, sx), (py, px), (dy, dx) = geometry
     offset_group = x.shape[1] // offset_groups
     return dict(
-        x=x, offset=offset, mask=mask, height=x.shape[2], width=x.shape[3], out_height=offset.shape[2], out_width=offset.shape[3],
+        height=x.shape[2], width=x.shape[3], out_height=offset.shape[2], out_width=offset.shape[3],
         **_strides("x", x), **_strides("offset", offset), **_strides("mask", mask),
         GROUP=group_width, OUT_GROUP=out_channels * group_width // x.shape[1], OFFSET_GROUP=offset_group,
         SEGMENT=math.gcd(group_width, offset_group), KH=kh, KW=kw, SY=sy, SX=sx, PY=py, PX=px, DY=dy, DX=dx,
         PRECISION=float32_precision(x.device),
     )
+
+
+@planned
+def _forward_plan(
+    x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Prepared:
+    problem = _problem(x, offset, weight, mask, stride, padding, dilation)
+    positions, groups = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1]
+    return Prepared(
+        deform_conv2d_forward, x.device,
+        lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups,
+                        triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"])),
+        _key(x, problem), ("x", "offset", "mask", "weight", "bias", "out"), **problem, **_strides("out", out))
+
+
+@planned
+def _backward_plan(
+    grad: Tensor, x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Prepared, Prepared, tuple[int, ...]]:
+    """Of the gradients of x, offset and mask, and of the weight's partial sums, and their shape."""
+    problem = _problem(x, offset, weight, mask, stride, padding, dilation) | _strides("grad", grad)
+    groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
+    images, positions, taps = x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
+    shares = min(images * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
+
+    def weight_grid(chosen: dict[str, Any]) -> tuple[int, ...]:
+        reductions = triton.cdiv(taps, chosen["TAPS"]) * (problem["GROUP"] // problem["SEGMENT"])
+        return (shares, reductions * triton.cdiv(problem["SEGMENT"], chosen["CHANNELS"]),
+                groups * triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"]))
+
+    maps = "grad", "x", "offset", "mask"
+    return (
+        Prepared(deform_conv2d_backward_samples, x.device,
+                 lambda chosen: (images * triton.cdiv(positions, chosen["POSITIONS"]), triton.cdiv(taps, chosen["TAPS"]), offset_groups),
+                 _key(x, problem), (*maps, "weight", "scale", "grad_x", "grad_offset", "grad_mask"), **problem),
+        Prepared(deform_conv2d_backward_weight, x.device, weight_grid, _key(x, problem), (*maps, "partial"), **problem, images=images),
+        (shares, groups, taps, problem["GROUP"], problem["OUT_GROUP"]))
 
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
@@ -257,7 +296,7 @@ def _key(x: Tensor, problem: dict[str, Any]) -> str:
 
 def _by_group(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(Co, C / groups, kh, kw) → (groups, kh·kw, C / groups, Co / groups), contiguous."""
-    return weight.to(dtype).unflatten(0, (groups, -1)).flatten(3).permute(0, 3, 2, 1).contiguous()
+    return weight.to(dtype).reshape(groups, -1, weight.shape[1], weight.shape[2] * weight.shape[3]).permute(0, 3, 2, 1).contiguous()
 
 
 @torch.library.custom_op("zoo::deform_conv2d_triton", mutates_args=())
@@ -269,13 +308,8 @@ def deform_conv2d(
     out = _empty_out(x, offset, weight)
     if out.numel() == 0:
         return out
-    problem = _problem(x, offset, weight, mask, stride, padding, dilation)
-    groups = x.shape[1] // weight.shape[1]
-    positions = out.shape[2] * out.shape[3]
-    launch(deform_conv2d_forward,
-           lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups,
-                           triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"])),
-           _key(x, problem), **problem, weight=_by_group(weight, groups, x.dtype), bias=bias, out=out, **_strides("out", out))
+    plan = _forward_plan(x, offset, weight, mask, out, stride, padding, dilation)
+    plan(x, offset, mask, _by_group(weight, x.shape[1] // weight.shape[1], x.dtype), bias, out)
     return out
 
 
@@ -306,26 +340,14 @@ def deform_conv2d_backward(
     grad_x, grad_offset, *_, grad_mask = _empty_grads(x, offset, weight, bias, mask)
     if grad_x.stride() != x.stride():
         x = grad_x.copy_(x)  # the kernel addresses both alike
-    problem = _problem(x, offset, weight, mask, stride, padding, dilation)
-    problem |= dict(grad=grad) | _strides("grad", grad)
-    groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
-    positions, taps = grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
-    scale = _units(grad, weight, mask, groups, taps * positions) if torch.are_deterministic_algorithms_enabled() else None
+    of_samples, of_weight, shape = _backward_plan(grad, x, offset, weight, mask, stride, padding, dilation)
+    groups, samples = shape[1], shape[2] * grad.shape[2] * grad.shape[3]
+    scale = _units(grad, weight, mask, groups, samples) if torch.are_deterministic_algorithms_enabled() else None
     sums = torch.zeros_like(x, dtype=torch.float32 if scale is None else torch.int64)
-    launch(deform_conv2d_backward_samples,
-           lambda chosen: (x.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), triton.cdiv(taps, chosen["TAPS"]), offset_groups),
-           _key(x, problem), **problem, weight=_by_group(weight, groups, x.dtype), scale=scale, grad_x=sums, grad_offset=grad_offset,
-           grad_mask=grad_mask)
+    of_samples(grad, x, offset, mask, _by_group(weight, groups, x.dtype), scale, sums, grad_offset, grad_mask)
     grad_x = (sums if scale is None else sums / scale.double()).to(x.dtype)
-    shares = min(x.shape[0] * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
-    partial = torch.empty(shares, groups, taps, problem["GROUP"], problem["OUT_GROUP"], dtype=torch.float32, device=x.device)
-
-    def grid(chosen: dict[str, Any]) -> tuple[int, ...]:
-        reductions = triton.cdiv(taps, chosen["TAPS"]) * (problem["GROUP"] // problem["SEGMENT"])
-        return (shares, reductions * triton.cdiv(problem["SEGMENT"], chosen["CHANNELS"]),
-                groups * triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"]))
-
-    launch(deform_conv2d_backward_weight, grid, _key(x, problem), **problem, partial=partial, images=x.shape[0])
+    partial = x.new_empty(shape, dtype=torch.float32)
+    of_weight(grad, x, offset, mask, partial)
     grad_weight = partial.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype).contiguous()
     grad_bias = x.new_empty(0) if bias is None else grad.sum((0, 2, 3), dtype=bias.dtype)
     return grad_x, grad_offset, grad_weight, grad_bias, grad_mask
@@ -355,7 +377,7 @@ def _units(grad: Tensor, weight: Tensor, mask: Tensor | None, groups: int, sampl
     return 2.0 ** (61 - samples.bit_length()) / largest.clamp_min(2.0**-60).view(1)
 
 
-register_gradient(deform_conv2d, deform_conv2d_backward, reference.deform_conv2d, reference.flops)
+call = register_gradient(deform_conv2d, deform_conv2d_backward, reference.deform_conv2d, reference.flops)
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of, register_flops
-from .._launch import launch
+from .._backends import Direct, name_of, observed, register_flops
+from .._launch import Prepared, planned
 from .._tiles import kernel
 from .reference import flops, inhibited
 
@@ -93,17 +93,33 @@ def _shape(x: Tensor, kernel_size: Sequence[int], transposed: bool) -> dict[str,
     return dict(channels=channels, height=height, width=width, KH=kernel_size[0], KW=kernel_size[1], SIGN=-1 if transposed else 1)
 
 
+@planned
+def _convolution(x: Tensor, kernels: Tensor, theta: Tensor | None, out: Tensor, transposed: bool) -> Prepared:
+    b, c, height, width = x.shape
+    return Prepared(
+        depthwise_dynamic_conv2d_forward, x.device,
+        lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
+        ("x", "kernels", "theta", "out"), **_shape(x, kernels.shape[2:], transposed), **_strides("x", x), **_strides("kernels", kernels),
+        **_strides("out", out))
+
+
+@planned
+def _correlation(x: Tensor, grad: Tensor, kernel_size: Sequence[int], transposed: bool) -> tuple[Prepared, tuple[int, ...]]:
+    """Also the shape of the partial sums."""
+    b, c, height, width = x.shape
+    shares = max(1, min(triton.cdiv(height * width, 1024), PROGRAMS // max(1, b * triton.cdiv(c, 8))))
+    prepared = Prepared(
+        depthwise_dynamic_conv2d_backward_kernels, x.device, lambda chosen: (shares, triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
+        ("x", "grad", "partial"), samples=b, **_shape(x, kernel_size, transposed), **_strides("x", x), **_strides("grad", grad))
+    return prepared, (shares, b, c, *kernel_size)
+
+
 @torch.library.custom_op("zoo::depthwise_dynamic_conv2d_triton", mutates_args=())
 def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None, transposed: bool) -> Tensor:
     """conv(x, kernels, inhibited where there is a theta) or its transpose, in the dtype and layout of x."""
     out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    b, c, height, width = x.shape
-    launch(depthwise_dynamic_conv2d_forward,
-           lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
-           x=x, kernels=kernels, theta=theta, out=out, **_shape(x, kernels.shape[2:], transposed), **_strides("x", x),
-           **_strides("kernels", kernels), **_strides("out", out))
+    if x.numel():
+        _convolution(x, kernels, theta, out, transposed)(x, kernels, theta, out)
     return out
 
 
@@ -115,14 +131,12 @@ def _(x: Tensor, kernels: Tensor, theta: Tensor | None, transposed: bool) -> Ten
 @torch.library.custom_op("zoo::depthwise_dynamic_conv2d_triton_kernels", mutates_args=())
 def gradient_of_kernels(x: Tensor, grad: Tensor, kernel_size: list[int], transposed: bool) -> Tensor:
     """corr(x, grad) or its transpose, (B, C, kh, kw) in float32."""
-    b, c, height, width = x.shape
-    shares = max(1, min(triton.cdiv(height * width, 1024), PROGRAMS // max(1, b * triton.cdiv(c, 8))))
-    partial = x.new_empty(shares, b, c, *kernel_size, dtype=torch.float32)
     if x.numel() == 0:
-        return partial.sum(0)
-    launch(depthwise_dynamic_conv2d_backward_kernels, lambda chosen: (shares, triton.cdiv(c, chosen["CHANNELS"]), b), _key(x),
-           x=x, grad=grad, partial=partial, samples=b, **_shape(x, kernel_size, transposed), **_strides("x", x), **_strides("grad", grad))
-    return partial.sum(0)
+        return x.new_zeros(*x.shape[:2], *kernel_size, dtype=torch.float32)
+    run, shape = _correlation(x, grad, kernel_size, transposed)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    run(x, grad, partial)
+    return partial[0] if shape[0] == 1 else partial.sum(0)
 
 
 @gradient_of_kernels.register_fake
@@ -137,8 +151,9 @@ def _setup_conv(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, kernels, theta = ctx.saved_tensors
-    grad_x = depthwise_dynamic_conv2d(grad, kernels, theta, not ctx.transposed)
-    grad_kernels, grad_theta = gradient_of_kernels(x, grad, kernels.shape[2:], ctx.transposed), None
+    seen = observed((grad, x, kernels, theta))
+    grad_x = call(seen, grad, kernels, theta, not ctx.transposed)
+    grad_kernels, grad_theta = call_gradient(seen, x, grad, list(kernels.shape[2:]), ctx.transposed), None
     if theta is not None:
         means = kernels.float().mean((2, 3))
         share = theta.float().sigmoid()
@@ -148,6 +163,7 @@ def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 depthwise_dynamic_conv2d.register_autograd(_conv_backward, setup_context=_setup_conv)
+call = Direct(depthwise_dynamic_conv2d, _setup_conv, _conv_backward)
 
 
 def _setup_kernels(ctx, inputs: tuple, output: Tensor) -> None:
@@ -157,11 +173,12 @@ def _setup_kernels(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _kernels_backward(ctx, grad_kernels: Tensor) -> tuple[Tensor | None, ...]:
     x, grad = ctx.saved_tensors
-    return (depthwise_dynamic_conv2d(grad, grad_kernels, None, not ctx.transposed),
-            depthwise_dynamic_conv2d(x, grad_kernels, None, ctx.transposed), None, None)
+    seen = observed((x, grad, grad_kernels))
+    return call(seen, grad, grad_kernels, None, not ctx.transposed), call(seen, x, grad_kernels, None, ctx.transposed), None, None
 
 
 gradient_of_kernels.register_autograd(_kernels_backward, setup_context=_setup_kernels)
+call_gradient = Direct(gradient_of_kernels, _setup_kernels, _kernels_backward)
 
 
 register_flops(depthwise_dynamic_conv2d, lambda x, kernels, *_, **__: flops(x, kernels))

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import float32_precision, launch
+from .._launch import Prepared, float32_precision, planned
+from .._layout import even, position_stride
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
 
@@ -276,22 +277,20 @@ def halo_attention_backward_keys(
 
 
 class _Problem:
-    """What all kernels of one call are launched with."""
+    """What all kernels on tensors of these shapes are launched with."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float):
         (self.batch, q_height, q_width, self.heads, width), (height, map_width), value_width = q.shape, k.shape[1:3], v.shape[4]
-        self.size, self.window = (height, map_width), block + 2 * halo
-        self.side = rel_h.shape[0] - self.window + 1
+        self.size, window = (height, map_width), block + 2 * halo
+        self.side = rel_h.shape[0] - window + 1
         self.rows, self.columns = triton.cdiv(height, block), triton.cdiv(map_width, block)
-        self.table = torch.cat((rel_h, rel_w)).float()
         tiles = [max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width, value_width)]
         self.arguments = dict(
             scale=scale, heads=self.heads, columns=self.columns, height=height, width=map_width, q_height=q_height, q_width=q_width,
-            **_maps(q=q, k=k, v=v), BLOCK=block, HALO=halo, SIDE=self.side, PRECISION=float32_precision(q.device),
-            WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width, VALUE_TILE=tiles[1])
+            **_strides("q", q), **_strides("k", k), **_strides("v", v), BLOCK=block, HALO=halo, SIDE=self.side,
+            PRECISION=float32_precision(q.device), WIDTH=width, WIDTH_TILE=tiles[0], VALUE_WIDTH=value_width, VALUE_TILE=tiles[1])
         self.query_arguments = self.arguments | dict(
-            table=self.table, WINDOW_TILE=max(8, triton.next_power_of_2(self.window)),
-            OFFSET_TILE=max(SMALLEST_TILE, triton.next_power_of_2(rel_h.shape[0])))
+            WINDOW_TILE=max(8, triton.next_power_of_2(window)), OFFSET_TILE=max(SMALLEST_TILE, triton.next_power_of_2(rel_h.shape[0])))
         held = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(self.side**2)))
         self.key = f"queries{held} {8 * q.itemsize}-bit {max(tiles)}"
 
@@ -302,14 +301,30 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _maps(**maps: Tensor) -> dict[str, Tensor | int]:
-    """Maps with their positions in one dimension, a view where rows lie evenly, and their strides."""
-    arguments = {}
-    for name, x in maps.items():
-        x = x.flatten(1, 2)
-        strides = zip(("batch", "position", "head", "channel"), x.stride(), strict=True)
-        arguments |= {name: x} | {f"{name}_{axis}": stride for axis, stride in strides}
-    return arguments
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
+    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
+
+
+@planned
+def _forward_plan(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float) -> Prepared:
+    problem = _Problem(q, k, v, rel_h, block, halo, scale)
+    return Prepared(halo_attention_forward, q.device, problem.query_grid, problem.key, ("q", "k", "v", "table", "out", "logsumexp"),
+                    **problem.query_arguments)
+
+
+@planned
+def _backward_plan(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float
+) -> tuple[Prepared, Prepared]:
+    """Of the gradient of queries, and of keys and values."""
+    problem = _Problem(q, k, v, rel_h, block, halo, scale)
+    maps = "grad", "q", "k", "v", "logsumexp", "shares"
+    return (
+        Prepared(halo_attention_backward_queries, q.device, problem.query_grid, problem.key,
+                 (*maps, "table", "out", "grad_q", "grad_logits"), **problem.query_arguments, **_strides("grad", grad)),
+        Prepared(halo_attention_backward_keys, q.device, problem.key_grid, problem.key, (*maps, "logits", "grad_k", "grad_v"),
+                 **problem.arguments, **_strides("grad", grad), rows=problem.rows))
 
 
 @torch.library.custom_op("zoo::halo_attention_triton", mutates_args=())
@@ -317,10 +332,10 @@ def halo_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
+    q, k, v = map(even, (q, k, v))
     out, logsumexp = _empty_results(q, v)
-    with torch.autocast(q.device.type, enabled=False):
-        problem = _Problem(q, k, v, rel_h, rel_w, block, halo, scale)
-    launch(halo_attention_forward, problem.query_grid, problem.key, out=out, logsumexp=logsumexp, **problem.query_arguments)
+    table = torch.cat((rel_h, rel_w)).float()
+    _forward_plan(q, k, v, rel_h, block, halo, scale)(q, k, v, table, out, logsumexp)
     return out, logsumexp
 
 
@@ -339,25 +354,27 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    with torch.autocast(q.device.type, enabled=False):
-        return _gradients(grad, _Problem(q, k, v, rel_h, rel_w, block, halo, scale), q, k, v, rel_h, out, logsumexp)
+    if torch.is_autocast_enabled(q.device.type):  # asked first, as the context takes longer than a launch
+        with torch.autocast(q.device.type, enabled=False):
+            return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
+    return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
 
 
 def _gradients(
-    grad: Tensor, problem: _Problem, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, out: Tensor, logsumexp: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
+    out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v = map(even, (grad, q, k, v))
+    of_queries, of_keys = _backward_plan(grad, q, k, v, rel_h, block, halo, scale)
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
-    rows = q.reshape(-1, q.shape[4]).float()
-    logits = rows @ (problem.table * LOG2_E.value).t()
-    grad_logits = torch.zeros_like(logits)
-    shared = _maps(grad=grad) | dict(logsumexp=logsumexp, shares=torch.empty_like(logsumexp))
-    launch(halo_attention_backward_queries, problem.query_grid, problem.key, **problem.query_arguments, **shared, out=out, grad_q=grad_q,
-           grad_logits=grad_logits)
-    launch(halo_attention_backward_keys, problem.key_grid, problem.key, **problem.arguments, **shared, logits=logits, rows=problem.rows,
-           grad_k=grad_k, grad_v=grad_v)
+    table, rows = torch.cat((rel_h, rel_w)).float(), q.reshape(-1, q.shape[4]).float()
+    logits = rows @ (table * LOG2_E.value).t()
+    grad_logits, shares = torch.zeros_like(logits), torch.empty_like(logsumexp)
+    of_queries(grad, q, k, v, logsumexp, shares, table, out, grad_q, grad_logits)
+    of_keys(grad, q, k, v, logsumexp, shares, logits, grad_k, grad_v)
 
-    grad_q.view_as(rows).addmm_(grad_logits, problem.table)
+    grad_q.view_as(rows).addmm_(grad_logits, table)
     grad_table = grad_logits.t() @ rows
     grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
     return grad_q.to(q.dtype), grad_k, grad_v, grad_rel_h, grad_rel_w
@@ -373,7 +390,7 @@ def _(
     return grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w
 
 
-register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))
+call = register_gradient(halo_attention, halo_attention_triton_backward, reference.halo_attention, reference.flops, kept=(0, 1))
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,6 +1,7 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors, check_whole, pair
 from .._layout import span, too_large
 from .._regions import check_map, check_regions
 from . import pooled, reference
@@ -25,13 +26,20 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
     Returns:
         (B, rows·columns, C), regions row by row.
     """
-    check_map("x", "region_means", x)
-    check_regions("region_means", regions)
-    chosen = choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
+    regions = pair("region_means", "regions", regions)
+    seen = observed((x, backend))
+    chosen = _chosen_means(seen, x, regions, backend)
     if chosen == "triton":
         from . import triton
-        return triton.region_means(x, list(regions))
-    return {"reference": reference, "pooled": pooled}[chosen].region_means(x, tuple(regions))
+        return triton.call_means(seen, x, list(regions))
+    return {"reference": reference, "pooled": pooled}[chosen].region_means(x, regions)
+
+
+@remembered
+def _chosen_means(x: Tensor, regions: tuple[int, int], backend: str | None) -> str:
+    check_tensors("region_means", x=(x, "B, H, W, C"))
+    check_whole("region_means", "regions", 1, *regions)
+    return choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
 
 
 @public_operator
@@ -56,6 +64,19 @@ def region_routes(
     Raises:
         ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
     """
+    regions = pair("region_routes", "regions", regions)
+    seen = observed((q, k, topk, backend))
+    chosen = _chosen_routes(seen, q, k, regions, topk, backend)
+    q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
+    if chosen == "triton":
+        from . import triton
+        scores, routes = triton.call_routes(seen, q_means, k_means, list(k.shape[1:3]), list(regions), topk)
+        return routes, scores
+    return {"reference": reference, "pooled": pooled}[chosen].region_routes(q_means, k_means, k.shape[1:3], regions, topk)
+
+
+@remembered
+def _chosen_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None) -> str:
     check_map("q", "region_routes", q)
     check_map("k", "region_routes", k)
     check_regions("region_routes", regions)
@@ -63,12 +84,6 @@ def region_routes(
         raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
-    q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
     count = regions[0] * regions[1]
     too_many = None if count <= MOST_REGIONS else f"the kernel takes at most {MOST_REGIONS} regions, not {count}"
-    chosen = choose("region_routes", backend, q_means, lambda: "pooled", unsupported={"triton": lambda: too_many})
-    if chosen == "triton":
-        from . import triton
-        scores, routes = triton.region_routes(q_means, k_means, list(k.shape[1:3]), list(regions), topk)
-        return routes, scores
-    return {"reference": reference, "pooled": pooled}[chosen].region_routes(q_means, k_means, k.shape[1:3], tuple(regions), topk)
+    return choose("region_routes", backend, q, lambda: "pooled", unsupported={"triton": lambda: too_many})

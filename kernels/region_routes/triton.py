@@ -4,15 +4,15 @@ Means: every value is read once, with the strides of its map. Routes: a program 
 others, takes the largest of each row, then the largest of the rest, and writes nothing else.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import DTYPES, name_of, register_flops
-from .._launch import float32_precision, launch
+from .._backends import DTYPES, Direct, name_of, observed, register_flops
+from .._launch import Prepared, float32_precision, planned
 from .._regions import region_size
 from .._tiles import kernel
 
@@ -63,14 +63,32 @@ def region_means_backward(
         tl.store(grad_x + offset[:, None] + c, share[None, :], mask=on)
 
 
+@planned
+def _averaging(x: Tensor, regions: Sequence[int]) -> Prepared:
+    b, height, width, channels = x.shape
+    h, w = region_size(height, width, regions)
+    return Prepared(
+        region_means_forward, x.device, _grid(b, regions, channels), "", ("x", "means"), columns=regions[1], h=h, w=w, height=height,
+        width=width, channels=channels, x_batch=x.stride(0), x_row=x.stride(1), x_column=x.stride(2), x_channel=x.stride(3))
+
+
+@planned
+def _spreading(grad: Tensor, height: int, width: int, regions: Sequence[int]) -> Prepared:
+    b, _, channels = grad.shape
+    h, w = region_size(height, width, regions)
+    return Prepared(region_means_backward, grad.device, _grid(b, regions, channels), "", ("grad", "grad_x"), columns=regions[1], h=h, w=w,
+                    height=height, width=width, channels=channels)
+
+
+def _grid(batch: int, regions: Sequence[int], channels: int) -> Callable[[dict], tuple[int, ...]]:
+    return lambda chosen: (regions[0] * regions[1], batch, triton.cdiv(channels, chosen["CHANNELS"]))
+
+
 @torch.library.custom_op("zoo::region_means_triton", mutates_args=())
 def region_means(x: Tensor, regions: list[int]) -> Tensor:
     """See `zoo.kernels.region_means`."""
-    b, height, width, channels = x.shape
-    means = x.new_empty(b, regions[0] * regions[1], channels)
-    h, w = region_size(height, width, regions)
-    launch(region_means_forward, _grid(means), x=x, means=means, columns=regions[1], h=h, w=w, height=height, width=width,
-           channels=channels, x_batch=x.stride(0), x_row=x.stride(1), x_column=x.stride(2), x_channel=x.stride(3))
+    means = x.new_empty((x.shape[0], regions[0] * regions[1], x.shape[3]))
+    _averaging(x, regions)(x, means)
     return means
 
 
@@ -82,10 +100,8 @@ def _(x: Tensor, regions: list[int]) -> Tensor:
 @torch.library.custom_op("zoo::region_means_triton_backward", mutates_args=())
 def region_means_triton_backward(grad: Tensor, height: int, width: int, regions: list[int]) -> Tensor:
     grad = grad.contiguous()
-    grad_x = grad.new_empty(grad.shape[0], height, width, grad.shape[2])
-    h, w = region_size(height, width, regions)
-    launch(region_means_backward, _grid(grad), grad=grad, grad_x=grad_x, columns=regions[1], h=h, w=w, height=height, width=width,
-           channels=grad.shape[2])
+    grad_x = grad.new_empty((grad.shape[0], height, width, grad.shape[2]))
+    _spreading(grad, height, width, regions)(grad, grad_x)
     return grad_x
 
 
@@ -94,18 +110,13 @@ def _(grad: Tensor, height: int, width: int, regions: list[int]) -> Tensor:
     return grad.new_empty(grad.shape[0], height, width, grad.shape[2])
 
 
-def _grid(means: Tensor) -> Callable[[dict], tuple[int, ...]]:
-    b, regions, channels = means.shape
-    return lambda chosen: (regions, b, triton.cdiv(channels, chosen["CHANNELS"]))
-
-
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     x, ctx.regions = inputs
     ctx.height, ctx.width = x.shape[1:3]
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return region_means_triton_backward(grad, ctx.height, ctx.width, ctx.regions), None
+    return call_means_backward(observed((grad,)), grad, ctx.height, ctx.width, ctx.regions), None
 
 
 def _setup_backward(ctx, inputs: tuple, output: Tensor) -> None:
@@ -113,11 +124,13 @@ def _setup_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward_of_backward(ctx, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-    return region_means(grad_x, ctx.regions), None, None, None  # each is the other's transpose
+    return call_means(observed((grad_x,)), grad_x, ctx.regions), None, None, None  # each is the other's transpose
 
 
 region_means.register_autograd(_backward, setup_context=_setup_context)
 region_means_triton_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
+call_means = Direct(region_means, _setup_context, _backward)
+call_means_backward = Direct(region_means_triton_backward, _setup_backward, _backward_of_backward)
 
 
 @kernel
@@ -152,16 +165,23 @@ def region_routes_forward(
         left = left & (key != route[:, None])
 
 
+@planned
+def _routing(q_means: Tensor, k_map: Sequence[int], regions: Sequence[int], topk: int) -> Prepared:
+    b, count, channels = q_means.shape
+    h, w = region_size(*k_map, regions=regions)
+    tile = max(SMALLEST_TILE, triton.next_power_of_2(count))
+    return Prepared(
+        region_routes_forward, q_means.device, lambda chosen: (triton.cdiv(count, chosen["QUERIES"]), b), f"regions{tile}",
+        ("q_means", "k_means", "routes", "scores"), regions=count, columns=regions[1], h=h, w=w, height=k_map[0], width=k_map[1],
+        channels=channels, topk=topk, PRECISION=float32_precision(q_means.device), REGIONS=tile)
+
+
 @torch.library.custom_op("zoo::region_routes_triton", mutates_args=())
 def region_routes(q_means: Tensor, k_means: Tensor, k_map: list[int], regions: list[int], topk: int) -> tuple[Tensor, Tensor]:
     """Scores and routes of `zoo.kernels.region_routes`, of means (B, rows·columns, C). Of equal affinities, the first region's."""
     scores, routes = _empty_routes(q_means, topk)
-    b, count, channels = q_means.shape
-    h, w = region_size(*k_map, regions=regions)
-    tile = max(SMALLEST_TILE, triton.next_power_of_2(count))
-    launch(region_routes_forward, lambda chosen: (triton.cdiv(count, chosen["QUERIES"]), b), f"regions{tile}", q_means=q_means.contiguous(),
-           k_means=k_means.contiguous(), routes=routes, scores=scores, regions=count, columns=regions[1], h=h, w=w, height=k_map[0],
-           width=k_map[1], channels=channels, topk=topk, PRECISION=float32_precision(q_means.device), REGIONS=tile)
+    q_means, k_means = q_means.contiguous(), k_means.contiguous()
+    _routing(q_means, k_map, regions, topk)(q_means, k_means, routes, scores)
     return scores, routes
 
 
@@ -189,6 +209,7 @@ def _backward_routes(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None
 
 
 region_routes.register_autograd(_backward_routes, setup_context=_setup_routes)
+call_routes = Direct(region_routes, _setup_routes, _backward_routes)
 
 
 register_flops(region_means, lambda *_, **__: 0)

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
 from .._layout import span, too_large
 from .._regions import check_map, check_regions, region_size, settled
 from . import blocked, dense, reference
@@ -54,6 +54,23 @@ def routing_attention(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
+    regions = (regions[0], regions[1])
+    of_keys = region_size(*k.shape[1:3], regions=regions) if kv_size is None else (kv_size[0], kv_size[1])
+    seen = observed((q, k, v, routes, num_heads, scale, weights, backend))
+    chosen = _chosen(seen, q, k, v, routes, regions, num_heads, of_keys, weights, backend)
+    scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else float(scale)
+    arguments = q, k, v, routes, regions, num_heads, of_keys, scale, weights
+    if chosen == "triton":
+        from . import triton
+        return triton.call(seen, *arguments)[0]
+    return {"reference": reference, "dense": dense, "blocked": blocked}[chosen].routing_attention(*arguments)
+
+
+@remembered
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, of_keys: tuple[int, int],
+    weights: Tensor | None, backend: str | None,
+) -> str:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_map(name, "routing_attention", x)
         if x.shape[-1] % num_heads:
@@ -68,17 +85,9 @@ def routing_attention(
                          f"got {tuple(routes.shape)}")
     if weights is not None and weights.shape != routes.shape:
         raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
-    of_keys = region_size(*k.shape[1:3], regions=regions) if kv_size is None else kv_size
-    if scale is None:
-        scale = (q.shape[-1] // num_heads) ** -0.5
-    arguments = q, k, v, routes, tuple(regions), num_heads, tuple(of_keys), scale, weights
-    chosen = choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
+    return choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
         "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, of_keys),
         "dense": lambda: None if weights is None else "it takes no weights"})
-    if chosen == "triton":
-        from . import triton
-        return triton.routing_attention(*arguments)[0]
-    return {"reference": reference, "dense": dense, "blocked": blocked}[chosen].routing_attention(*arguments)
 
 
 def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple[int, int], weights: Tensor | None) -> str:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backends import name_of, register_gradient
-from .._launch import launch
+from .._launch import Prepared, planned
 from .._tiles import kernel
 from . import reference
 
@@ -79,14 +79,30 @@ def token_aware_avg_pool_backward_weights(
     tl.store(at, tl.sum(total, 1, keep_dims=True) * (1 / 9), mask=on)
 
 
+@planned
+def _pooling(x: Tensor, weights: Tensor, transposed: bool) -> Prepared:
+    b, height, width, channels = x.shape
+    return Prepared(
+        token_aware_avg_pool_forward, x.device,
+        lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(channels, chosen["CHANNELS"]), b), "",
+        ("x", "weights", "out"), height=height, width=width, channels=channels, POOLS=weights.shape[3], TRANSPOSED=transposed,
+        **_strides("x", x, "channel"), **_strides("weights", weights, "pool"))
+
+
+@planned
+def _weighing(grad: Tensor, x: Tensor, weights: Tensor) -> Prepared:
+    b, height, width, channels = x.shape
+    return Prepared(
+        token_aware_avg_pool_backward_weights, x.device,
+        lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), weights.shape[3], b), "",
+        ("grad", "x", "grad_weights"), height=height, width=width, channels=channels, POOLS=weights.shape[3],
+        **_strides("grad", grad, "channel"), **_strides("x", x, "channel"))
+
+
 def _pool(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    b, height, width, channels = x.shape
     if out.numel():
-        launch(token_aware_avg_pool_forward,
-               lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), triton.cdiv(channels, chosen["CHANNELS"]), b),
-               x=x, weights=weights, out=out, height=height, width=width, channels=channels, POOLS=weights.shape[3], TRANSPOSED=transposed,
-               **_strides("x", x, "channel"), **_strides("weights", weights, "pool"))
+        _pooling(x, weights, transposed)(x, weights, out)
     return out
 
 
@@ -109,12 +125,8 @@ def _(x: Tensor, weights: Tensor) -> Tensor:
 def token_aware_avg_pool_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weights."""
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    b, height, width, channels = x.shape
     if grad_weights.numel():
-        launch(token_aware_avg_pool_backward_weights,
-               lambda chosen: (triton.cdiv(height * width, chosen["POSITIONS"]), weights.shape[3], b),
-               grad=grad, x=x, grad_weights=grad_weights, height=height, width=width, channels=channels, POOLS=weights.shape[3],
-               **_strides("grad", grad, "channel"), **_strides("x", x, "channel"))
+        _weighing(grad, x, weights)(grad, x, grad_weights)
     return _pool(grad, weights, transposed=True), grad_weights
 
 
@@ -124,7 +136,7 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return grad_x, grad_weights
 
 
-register_gradient(token_aware_avg_pool, token_aware_avg_pool_backward, reference.token_aware_avg_pool, reference.flops)
+call = register_gradient(token_aware_avg_pool, token_aware_avg_pool_backward, reference.token_aware_avg_pool, reference.flops)
 
 
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:

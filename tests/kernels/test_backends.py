@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo import kernels
-from zoo.kernels import _backends, region_means
+from zoo.kernels import _backends, _interpreter, region_means
 from zoo.kernels.__main__ import describe
 from zoo.kernels._exporting import is_exporting
 from zoo.kernels._launch import configuration, overridden
@@ -54,6 +54,21 @@ def test_samples_beyond_32_bits_are_refused(kernel_device):
         ):
             with pytest.raises(ValueError, match="2³¹"):
                 run()
+
+
+def test_the_interpreter_says_which_numpy_it_needs(monkeypatch):
+    """Triton 3.6 is what comes with torch 2.11."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for triton, numpy, runs in (("3.6.0", "2.3.5", True), ("3.6.0", "2.4.6", False), ("3.7.1", "2.4.6", True), ("3.6.0", "3.0.0", False)):
+        monkeypatch.setattr(_interpreter, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+        if runs:
+            assert _interpreter.obstacle() is None and chosen("triton", torch.zeros(1)) == "triton"
+            continue
+        reason = f"the interpreter of Triton {triton} needs numpy below 2.4, but numpy is {numpy}"
+        with pytest.raises(ValueError, match=f"halo_attention: backend 'triton' cannot run here: {reason}"):
+            chosen("triton", torch.zeros(1))
+        with pytest.raises(RuntimeError, match=f"zoo.kernels: {reason}"):
+            _interpreter.correct_products.__wrapped__()
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch):

@@ -64,7 +64,7 @@ def test_bad_input_is_named():
         region_routes(x[0, 0], x, (2, 2), 1)
     with pytest.raises(ValueError, match="k must have q's batch and channels"):
         region_routes(x, x[..., :1], (2, 2), 1)
-    with pytest.raises(ValueError, match=r"regions must be at least \(1, 1\), got \(0, 2\)"):
+    with pytest.raises(ValueError, match="regions must be at least 1, got 0"):
         region_means(x, (0, 2))
-    with pytest.raises(TypeError, match="x must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match="x must be of a floating dtype, .*, got torch.int64"):
         region_means(x.long(), (2, 2))

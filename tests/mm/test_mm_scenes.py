@@ -26,6 +26,7 @@ from zoo.mm.downstream import SOURCES, check_parts, load_scene_model, predict_sc
 from zoo.mm.networks import plain
 from zoo.mm.training import evaluate_classes
 from zoo.predicting.scenes import Scene, SceneInfo, draw
+from zoo.predicting.supervision import read_detections
 from zoo.reading.coco import box, run_lengths
 from zoo.reading.digits import write_digit_scenes
 
@@ -212,6 +213,27 @@ def test_the_tool_draws_folders(trained, scenes, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {table, *(f"{i:06d}{ending}" for i in range(3) for ending in endings)}
     said = capsys.readouterr().out
     assert str(scenes / "images/val/000002.png") in said and f"wrote {1 + 3 * len(endings)} files" in said
+
+
+def test_supervision_has_what_was_found(trained, scenes, tmp_path, monkeypatch, capsys):
+    """examples/supervision_boxes.py on a checkpoint, and the file that `zoo predict` writes of the same pictures."""
+    name, folder, _ = trained
+    checkpoint, pictures = latest_checkpoint(folder), scenes / "images/val"
+    monkeypatch.setattr("sys.argv", ["example", str(checkpoint), str(pictures), str(tmp_path / "drawn")])
+    example = (ROOT / "examples" / "supervision_boxes.py").read_text().replace("threshold=0.3", "threshold=0.02")
+    made: dict = {}
+    exec(compile(example, "supervision_boxes.py", "exec"), made)
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {f"{i:06d}.png" for i in range(3)}
+    assert f"{len(made['boxes'])} objects in 3 pictures" in capsys.readouterr().out and len(made["boxes"]) > 0
+    assert set(made["boxes"].data["class_name"]) <= set(made["info"].classes)
+    if name.startswith("mask"):
+        written = tmp_path / "answers.json"
+        main = importlib.import_module("zoo.tools.predict").main
+        assert main([str(checkpoint), str(pictures), "--threshold", "0.02", "-o", str(written)]) == 0
+        read = read_detections(written)
+        for path, detections in made["found"].items():
+            assert read[path].class_id.tolist() == detections.class_id.tolist() and np.array_equal(read[path].mask, detections.mask)
+            np.testing.assert_allclose(read[path].xyxy, detections.xyxy, atol=2e-3)
 
 
 def test_answers_are_what_was_found(trained, scenes, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from zoo.layers import (
 )
 from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
 from zoo.models.staged import named
+from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "index.json").read_text())
@@ -195,15 +197,21 @@ def _adl(config: dict[str, Any], reference: str) -> nn.Module:
     return _Diversification(config["threshold"])
 
 
+def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
+    config = {name: value for name, value in config.items() if name != "training"}
+    build = {"SNLinear": nn.Linear, "SNConv2d": nn.Conv2d}.get(reference.split()[2], VisionTransformer)
+    return zoo.reparametrize(build(**config), keep_norms=False)
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, fan=_fan, hilo=_hilo, litv2=_litv2, polarized=_polarized, sk=_sk, tap=_tap)
+    bra=_bra, fan=_fan, hilo=_hilo, litv2=_litv2, polarized=_polarized, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
     adl=lambda state, model: state, fan=_convert_fan, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn)
+    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -225,8 +233,9 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     if case["family"] not in BUILD:
         pytest.skip(f"the family {case['family']} is not in the zoo yet")
     tensors = load_file(GOLDEN / case["file"])
-    state, grads = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("state/", "grad/state/"))
-    model = BUILD[case["family"]](case["config"], case["reference"]).eval()
+    state, grads, after = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
+                           for p in ("state/", "grad/state/", "after/"))
+    model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
     given = ["input", "gating", *sorted(name for name in tensors if name.startswith("logits."))]
@@ -248,3 +257,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     assert len(compared) == len(grads)
     for name in compared:
         _close(f"gradient of {name}", parameters[name].grad, converted[name], GRADIENT_BOUND)
+    changed = convert({**state, **after}, model)
+    for name, buffer in model.named_buffers():
+        if name in changed:
+            _close(f"{name} afterwards", buffer, changed[name], OUTPUT_BOUND)

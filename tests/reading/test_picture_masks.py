@@ -1,4 +1,5 @@
 """Pictures and their masks in files of every kind: which pixel is of which class, or a sentence that names the file and the value."""
+import io
 import struct
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
     (tmp_path / "m.png").write_text("no picture")
     with pytest.raises(InputError, match="the mask .*m.png is not a picture that can be read"):
         read_picture_mask(tmp_path / "m.png")
+
+
+def test_pictures_in_open_files_are_those_in_files(tmp_path):
+    """Turned upright and in 8 bits alike, and refused alike, without the name that they do not have."""
+    deep, exif = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000), Image.Exif()
+    exif[0x0112] = 6
+    deep.save(tmp_path / "p.png", exif=exif)
+    expected = open_picture(tmp_path / "p.png", 1)
+    assert np.array_equal(open_picture(io.BytesIO((tmp_path / "p.png").read_bytes()), 1), expected) and expected.size == (3, 4)
+    with pytest.raises(InputError, match="^the picture is not a picture that can be read$"):
+        open_picture(io.BytesIO(b"no picture"))
+    with pytest.raises(InputError, match="^the picture cannot be read: "):
+        open_picture(io.BytesIO((tmp_path / "p.png").read_bytes()[:-30]))
 
 
 def test_large_pictures_are_read_when_it_is_said_that_they_are_meant(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ UNHURRIED = ["--seconds", "1000000"]  # no test depends on the machine's speed
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["tunes"], "there is no step 'tunes'; steps are check, tune, measure, train"),
+    (["tunes"], "there is no step 'tunes'; steps are check, measure, tune, train"),
     ([], "torch finds no GPU here; --dry-run goes through the steps on the CPU"),
 ])
 def test_wrong_use_is_one_line(arguments, message, monkeypatch):
@@ -37,9 +38,10 @@ def dry(monkeypatch):
 def test_dry_run_measures(dry, capsys):
     gpu, pages = dry
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | pytorch |" in pages["kernels"]
+    assert "| region_routes, BiFormer stage 1, 16×16, batch 1 | forward + backward | pooled, compiled |" in pages["kernels"]
     assert gpu.main(["train", "--dry-run", *UNHURRIED]) == 0
-    assert "| biformer_nano | 2 |" in pages["training"]
+    for side in ("ours, eager", "attnet_authors, eager", "ours, compiled", "reference, compiled", "ours, max-autotune"):
+        assert re.search(rf"\| attnet_xxs \| 2 \| {side} \| \d+ \| \d+\.\d\d \|", pages["training"])
     assert pages["kernels"] in capsys.readouterr().out
 
 
@@ -48,7 +50,8 @@ def test_without_time_nothing_is_written(dry, capsys):
     for step in ("measure", "train"):
         assert gpu.main([step, "--dry-run", "--seconds", "0"]) == 0
     said = capsys.readouterr().out
-    assert "not measured, out of time: region_routes, BiFormer stage 1" in said and "not measured, out of time: biformer_nano" in said
+    for left_out in ("region_routes, BiFormer stage 1", "attnet_xxs, ours, eager"):
+        assert f"not measured, out of time: {left_out}" in said
     assert not pages
 
 
@@ -61,12 +64,18 @@ def test_what_fails_is_said_beside_what_was_measured(dry, monkeypatch):
 
     monkeypatch.setattr(kernel_cases, "CASES", {"region_routes": cases})
     assert gpu.main(["measure", "--dry-run", *UNHURRIED]) == 0
-    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | pytorch | " in pages["kernels"]
+    assert "| broken | failed: RuntimeError: " in pages["kernels"] and "| forward | pooled, compiled | " in pages["kernels"]
 
-    monkeypatch.setattr(gpu.benchmark, "training_throughput", lambda model, backend, *_: 1 / 0 if backend is None else 2.0)
-    monkeypatch.setattr(gpu, "MODELS", ("biformer_nano",))
-    gpu.train("cpu", gpu.benchmark.Deadline(math.inf), argparse.Namespace(dry_run=False))
-    assert pages["training"].endswith("| biformer_nano | 64 | failed: ZeroDivisionError: division by zero | 2 |  |")
+    monkeypatch.setattr(gpu.benchmark, "training_throughput", lambda build, backend, mode, *_: 1 / 0 if mode is None else 2.0)
+    monkeypatch.setattr(gpu, "RIVALS", {"attnet_t2": "attnet_authors"})
+    assert not gpu.train("cpu", gpu.benchmark.Deadline(math.inf), argparse.Namespace(dry_run=False))
+    assert "| attnet_t2 | 64 | ours, eager | failed: ZeroDivisionError: division by zero | |" in pages["training"]
+    assert pages["training"].endswith("| attnet_t2 | 64 | ours, max-autotune | 2 |  |")
+
+
+def test_one_problem_of_every_operator_comes_first():
+    order = gpu_tool.in_turn([iter("abc"), iter("x"), iter("pq")])
+    assert "".join(order) == "axpbqc"
 
 
 def test_steps_are_processes_and_the_rest_goes_on(monkeypatch, capsys):
@@ -81,16 +90,16 @@ def test_steps_are_processes_and_the_rest_goes_on(monkeypatch, capsys):
         step, left = command[3], int(command[5])
         done.append((step, left, command[6:]))
         assert left < timeout
-        if step == "tune":
+        if step == "measure":
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, int(step == "check"))
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     assert gpu.main(["--dry-run", "--seconds", "104", "--output", "there"]) == 1
     rest = ["--dry-run", "--output", gpu.Path("there")]
-    assert done == [("check", 30, rest), ("tune", 46, rest), ("measure", 66, rest), ("train", 74, rest)]  # of 30, 56, 86 and 104
+    assert done == [("check", 22, rest), ("measure", 46, rest), ("tune", 60, rest), ("train", 74, rest)]  # of 22, 56, 80 and 104
     said = capsys.readouterr().out
-    assert "tune did not end and was stopped" in said and "failed: check, tune" in said
+    assert "measure did not end and was stopped" in said and "failed: check, measure" in said
 
 
 def test_a_step_is_a_process(monkeypatch):
@@ -126,7 +135,11 @@ except KeyboardInterrupt:
     assert "the tests were not done after 3 seconds and were stopped" in said and "failed: this" in said
 
 
-def test_results_are_copied(tmp_path):
+def test_results_are_copied(tmp_path, monkeypatch):
     gpu = gpu_tool
+    monkeypatch.setenv("OUT", str(tmp_path / "from environment"))
     gpu.copy(gpu.CONFIGURATIONS, argparse.Namespace(output=tmp_path / "out"))
-    assert (tmp_path / "out" / "configurations.json").read_bytes() == gpu.CONFIGURATIONS.read_bytes()
+    for folder in ("out", "from environment"):
+        assert (tmp_path / folder / "configurations.json").read_bytes() == gpu.CONFIGURATIONS.read_bytes()
+    monkeypatch.delenv("OUT")
+    gpu.copy(gpu.CONFIGURATIONS, argparse.Namespace(output=None))

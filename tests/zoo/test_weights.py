@@ -92,7 +92,7 @@ def test_the_engines_average_is_its_state_dict(tmp_path, raw, average):
 
 @pytest.mark.parametrize("prefix", [
     "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "model._orig_mod.", "module.model.", "backbone.",
-    "model.module.backbone._orig_mod.", "backbone.network.",
+    "model.module.backbone._orig_mod.", "backbone.network.", "timm_model.",
 ])
 @pytest.mark.parametrize("key", ["state_dict", None])
 def test_wrappers_names_are_taken_off(tmp_path, raw, prefix, key):

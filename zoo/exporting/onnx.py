@@ -12,7 +12,7 @@ import json
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -165,7 +165,8 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     traced = tuple(max(length, FREE_SIZE[len(size)]) for length in size) if free_size else size
     progress(f"tracing at {times(traced)}")
     try:
-        proto = _convert(model, _images(info, batch or TRACED_BATCH, traced), free_size, batch is None, opset, info.output)
+        axes = ({0: "batch"} if batch is None else {}) | (dict(enumerate(AXES[len(size)], 2)) if free_size else {})
+        proto = convert(model, _images(info, batch or TRACED_BATCH, traced), axes, opset, [INPUT], [info.output])
         _set_metadata(proto, info, size)
         progress("checking the file")
         onnx.checker.check_model(proto, full_check=True)
@@ -183,15 +184,16 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     return Exported(path, batch is None, free_size, reason, comparisons)
 
 
-def _convert(model: nn.Module, images: torch.Tensor, free_size: bool, free_batch: bool, opset: int, output: str):
-    """The ModelProto of `model`. A free axis is symbolic; what the trace assumed of it is checked by running, not here."""
-    axes = dict(enumerate(AXES[images.ndim - 2], 2))
-    names = ({0: "batch"} if free_batch else {}) | (axes if free_size else {})
+def convert(model: nn.Module, images: torch.Tensor, axes: dict[int, str], opset: int, inputs: Sequence[str], outputs: Sequence[str]):
+    """The ModelProto of `model`. `axes` are free, under these names; what the trace assumed of them is checked by running, not here.
+
+    Neither a free length of `images` nor those of the maps made of it should be one: torch takes one for a constant.
+    """
     with _quiet(), _without_slow_rules():
-        program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),),
+        program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(axes, Dim.DYNAMIC),),
                                       prefer_deferred_runtime_asserts_over_guards=True)
-        converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[output], opset_version=opset,
-                                      dynamic_shapes=(names,), verbose=False)
+        converted = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, opset_version=opset,
+                                      dynamic_shapes=(axes,), verbose=False)
         return cast(torch.onnx.ONNXProgram, converted).model_proto
 
 

@@ -1,23 +1,30 @@
 """Kernels on the device at hand: tuned, and measured beside their rivals and against the floors of the hardware."""
+import itertools
+import math
 import multiprocessing
 import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import timm
 import torch
 from torch import Tensor
 
 import zoo.kernels
-from zoo.kernels import _launch
-from zoo.kernels._launch import Configuration, overridden, recording
+from zoo.kernels._launch import Configuration, Launch, overridden, recording
 
 PASSES = ("forward", "forward + backward")
 ROUNDS = 3  # that both sides take turns
 GAIN = 0.03  # by which a configuration must be faster to be taken
+SIZES = {  # of tiles and programs that are tried
+    "QUERIES": (16, 32, 64, 128), "KEYS": (16, 32, 64, 128), "PATCH": (4, 8), "POSITIONS": (16, 32, 64, 128, 256),
+    "CHANNELS": (1, 4, 8, 16, 32, 64, 128), "OUTS": (16, 32, 64, 128), "TAPS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+STAGES = (1, 2, 3, 4)
+MOST_TILINGS, FINALISTS = 40, 3
+FEWEST_NUMBERS, MOST_NUMBERS, SHARED_MEMORY = 4, 128, 160 << 10  # of a thread, float32 in registers; of a program, bytes
+TILING_SHARE = 0.75  # of the time for tuning; the rest is for stages
 TOLERANCE = 0.02  # of a tuned kernel's results, relative to the norm of those before
 
 
@@ -29,7 +36,11 @@ class Side(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One problem of one operator. `moved` bytes and floating-point `operations` are the fewest possible, for each of PASSES."""
+    """One problem of one operator.
+
+    Rivals compute what ours does, from leaves of the same values, in the same order; floors do a part of it that nobody can leave out.
+    `moved` bytes and floating-point `operations` are the fewest possible, for each of PASSES.
+    """
 
     operator: str
     name: str
@@ -37,6 +48,7 @@ class Case(NamedTuple):
     rivals: dict[str, Side]
     moved: tuple[int, int]
     operations: tuple[int, int]
+    floors: dict[str, Side] = {}  # noqa: RUF012  never changed
 
 
 class Ceilings(NamedTuple):
@@ -57,6 +69,18 @@ class Row(NamedTuple):
     floors: tuple[float, float]  # seconds to move the bytes, and to do the operations
 
 
+class Tuned(NamedTuple):
+    """A kernel and key: seconds with the configuration before and with the chosen one, and how many were tried."""
+
+    kernel: str
+    key: str
+    before: float
+    after: float
+    tried: int
+    chosen: Configuration
+
+
+Wanted = tuple[int, str, Configuration]  # the place of a case, a kernel of its, and how it is to run
 Cases = Callable[[str, torch.dtype, bool], Iterator[Case]]
 
 
@@ -83,19 +107,20 @@ def ceilings(device: str, dtype: torch.dtype, small: bool) -> Ceilings:
     return Ceilings(2 * buffer.numel() / seconds(lambda: other.copy_(buffer), device), 2 * len(a) ** 3 / seconds(lambda: a @ b, device))
 
 
-def seconds(run: Callable[[], object], device: str, leaves: tuple[Tensor, ...] = ()) -> float:
+def seconds(run: Callable[[], object], device: str, leaves: tuple[Tensor, ...] = (), quick: bool = False) -> float:
     """Median, without what the caches hold of an earlier run."""
     if device != "cpu":
         from triton.testing import do_bench
-        return cast(float, do_bench(run, warmup=10, rep=40, grad_to_none=leaves, return_mode="median")) / 1e3
+        warmup, rep = (2, 8) if quick else (10, 40)  # milliseconds
+        return cast(float, do_bench(run, warmup=warmup, rep=rep, grad_to_none=leaves, return_mode="median")) / 1e3
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def measure(case: Case, device: str, limits: Ceilings) -> list[Row]:
-    """Ours and every rival in turn, in both passes."""
-    sides = {"ours": case.ours} | case.rivals
+    """Ours, every rival and every floor in turn, in both passes."""
+    sides = {"ours": case.ours} | case.rivals | case.floors
     rows = []
     for kind, moved, operations in zip(PASSES, case.moved, case.operations, strict=True):
         runs, memory, failures = {}, {}, {}
@@ -165,12 +190,13 @@ def table(rows: list[Row], limits: Ceilings) -> str:
     return "\n".join(lines)
 
 
-def tune(cases: list[Case], device: str, deadline: Deadline, compile_ahead: Callable[[list[tuple[int, str, Configuration]]], None],
-         keep: Callable[[str, str, Configuration], None], progress: Callable[[str], None] = lambda step: None) -> None:
-    """Finds the fastest configuration near the present one for every kernel and key in `cases`.
+def tune(
+    cases: list[Case], device: str, deadline: Deadline, compile_ahead: Callable[[list[Wanted], Deadline], None],
+    keep: Callable[[Tuned], None], progress: Callable[[str], None] = lambda step: None,
+) -> None:
+    """Finds the fastest tiles and warps, then the fastest number of stages, for every kernel and key in `cases`.
 
-    `compile_ahead` is given (place of the case, kernel, configuration) of what is going to be timed; `keep` is given kernel,
-    "architecture key" and configuration of each that is faster than the present one, as it is found.
+    `compile_ahead` is given what is going to be timed; `keep` every kernel and key once it has been, in either turn.
     """
     kernels = {}  # (kernel, key) → the largest case, its pass and the present configuration
     for place, case in sorted(enumerate(cases), key=lambda entry: -entry[1].operations[0]):
@@ -179,59 +205,86 @@ def tune(cases: list[Case], device: str, deadline: Deadline, compile_ahead: Call
                 _pass(case.ours, kind)()
             for launch in launches:
                 kernels.setdefault((launch.name, launch.key), (place, kind, launch.configuration))
-    compile_ahead([(place, name, chosen) for (name, _), (place, _, present) in kernels.items() for chosen in neighbours(present)])
-    architecture = _launch.architecture(torch.device(device))
-    for (name, key), (place, kind, present) in kernels.items():
+    for grid, share in ((tilings, TILING_SHARE), (stages, 1.0)):
+        turn = Deadline(share * deadline.left)
+        wanted = {name_and_key: grid(name_and_key[1], present) for name_and_key, (*_, present) in kernels.items()}
+        ranks = itertools.zip_longest(*([(kernels[entry][0], entry[0], chosen) for chosen in found] for entry, found in wanted.items()))
+        compile_ahead([one for rank in ranks for one in rank if one is not None], Deadline(turn.left / 2))  # the best of all kernels first
+        for number, ((name, key), (place, kind, present)) in enumerate(kernels.items()):
+            if turn.over:
+                progress("no time left to tune the rest")
+                break
+            own = Deadline(2 * turn.left / (len(kernels) - number))
+            tuned = _fastest(cases[place].ours, kind, name, key, [present, *wanted[name, key]], device, own)
+            progress(f"{name} {key}: {tuned.before * 1e6:.1f} → {tuned.after * 1e6:.1f} µs, {tuned.tried} tried, {tuned.chosen}")
+            kernels[name, key] = place, kind, tuned.chosen
+            keep(tuned)
+
+
+def tilings(key: str, present: Configuration) -> list[Configuration]:
+    """Tiles and warps that fit a program, those nearest to the present ones first."""
+    names = [name for name in present if name in SIZES]
+    found = (present | dict(zip(names, values, strict=True)) for values in itertools.product(*(SIZES[name] for name in names)))
+    fitting = [chosen for chosen in found if chosen != present and _fits(key, chosen)]
+    return sorted(fitting, key=lambda chosen: sum(abs(math.log2(chosen[name] / present[name])) for name in names))[:MOST_TILINGS]
+
+
+def stages(key: str, present: Configuration) -> list[Configuration]:
+    """How many tiles are on their way from memory."""
+    return [present | {"num_stages": n} for n in STAGES if n != present["num_stages"] and _fits(key, present | {"num_stages": n})]
+
+
+def _fits(key: str, chosen: Configuration) -> bool:
+    """Whether the float32 tiles of a program are enough for its threads and not too many for their registers, and its shared memory holds
+    what is on its way. An estimate, from the words of the key: the width of a head ("… 64") and of numbers ("16-bit")."""
+    words = key.split()
+    rows = chosen.get("QUERIES") or chosen["POSITIONS"]
+    columns = chosen.get("KEYS") or chosen.get("PATCH", 0) ** 2 or chosen.get("TAPS", 1) * chosen["CHANNELS"]
+    depth = chosen.get("OUTS") or (int(words[-1]) if words and words[-1].isdigit() else 0)
+    numbers = (rows * columns + rows * depth + columns * depth) / (32 * chosen["num_warps"])
+    on_the_way = chosen["num_stages"] * min(rows, columns) * 2 * depth * (2 if "16-bit" in words else 4)
+    return FEWEST_NUMBERS <= numbers <= MOST_NUMBERS and on_the_way <= SHARED_MEMORY
+
+
+def _fastest(
+    side: Side, kind: str, kernel: str, key: str, candidates: list[Configuration], device: str, deadline: Deadline
+) -> Tuned:
+    """The fastest of `candidates`, the first of which is the present one, that run and give its results.
+
+    The present one unless another gains more than GAIN, when all that came close are timed in turn.
+    """
+    def run(chosen: Configuration) -> tuple[Launch, tuple[Tensor, ...]]:
+        """The launch with buffers of its own, because how large they are may depend on tiles; and what comes of it."""
+        with overridden(kernel, chosen), recording(launching=True) as launches:
+            out = side.run()
+            results = (out,) if kind == PASSES[0] else (out, *torch.autograd.grad(out.float().square().sum(), side.leaves))
+        return next(launch for launch in launches if (launch.name, launch.key) == (kernel, key)), results
+
+    present, expected = run(candidates[0])
+    timed = [(seconds(present.run, device, quick=True), candidates[0])]
+    for chosen in candidates[1:]:
         if deadline.over:
-            progress("no time left to tune the rest")
             break
-        best = _fastest(cases[place].ours, kind, name, key, present, device)
-        progress(f"{name} {key}: {best}")
-        if best != present:
-            keep(name, f"{architecture} {key}".strip(), best)
-
-
-def neighbours(chosen: Configuration) -> list[Configuration]:
-    """Every entry halved or doubled; stages one more or less."""
-    changed = []
-    for name, value in chosen.items():
-        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
-        changed += [chosen | {name: step} for step in steps if step >= 1]
-    return changed
-
-
-def _fastest(side: Side, kind: str, kernel: str, key: str, present: Configuration, device: str) -> Configuration:
-    """Of `present` and its neighbours that run and give the same results, the fastest; `present` unless one gains more than GAIN."""
-    def run() -> tuple[Tensor, ...]:
-        out = side.run()
-        return (out,) if kind == "forward" else (out, *torch.autograd.grad(out.float().square().sum(), side.leaves))
-
-    with recording(launching=True) as launches:
-        expected = run()
-    launch = next(launch for launch in launches if (launch.name, launch.key) == (kernel, key))
-    candidates = [present]
-    for chosen in neighbours(present):
-        with overridden(kernel, chosen):
-            try:
-                results = run()
-            except Exception:  # what compilers and drivers refuse has many types
-                continue
-        if all(torch.dist(x.float(), y.float()) <= TOLERANCE * y.float().norm() for x, y in zip(results, expected, strict=True)):
-            candidates.append(chosen)
-    times = [[] for _ in candidates]
+        try:
+            launch, results = run(chosen)
+            if all(torch.dist(x.float(), y.float()) <= TOLERANCE * y.float().norm() for x, y in zip(results, expected, strict=True)):
+                timed.append((seconds(launch.run, device, quick=True), chosen))
+        except Exception:  # noqa: S112  what compilers and drivers refuse has many types
+            continue
+    finalists = [candidates[0], *(chosen for _, chosen in sorted(timed, key=lambda entry: entry[0])[:FINALISTS] if chosen != candidates[0])]
+    launches, times = [run(chosen)[0] for chosen in finalists], [[] for _ in finalists]
     for _ in range(ROUNDS):
-        for chosen, taken in zip(candidates, times, strict=True):
-            taken.append(seconds(launch._replace(configuration=chosen).run, device))
+        for launch, taken in zip(launches, times, strict=True):
+            taken.append(seconds(launch.run, device))
     medians = [statistics.median(taken) for taken in times]
-    best = min(range(len(candidates)), key=medians.__getitem__)
-    return candidates[best] if medians[best] < (1 - GAIN) * medians[0] else present
+    best = min(range(len(finalists)), key=medians.__getitem__)
+    best = best if medians[best] < (1 - GAIN) * medians[0] else 0
+    return Tuned(kernel, key, medians[0], medians[best], len(timed), finalists[best])
 
 
-def compile_in_processes(
-    cases: Callable[[], list[Case]], workers: int, deadline: Deadline
-) -> Callable[[list[tuple[int, str, Configuration]]], None]:
+def compile_in_processes(cases: Callable[[], list[Case]], workers: int) -> Callable[[list[Wanted], Deadline], None]:
     """For `tune`: what is to be timed is compiled by many processes, and found in Triton's cache after that."""
-    def compile_ahead(wanted: list[tuple[int, str, Configuration]]) -> None:
+    def compile_ahead(wanted: list[Wanted], deadline: Deadline) -> None:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(_compile, cases, wanted[i::workers], deadline) for i in range(workers)]:
                 done.exception()  # a compiler that takes its process down: what is missing is compiled when it is timed
@@ -239,7 +292,7 @@ def compile_in_processes(
     return compile_ahead
 
 
-def _compile(cases: Callable[[], list[Case]], wanted: list[tuple[int, str, Configuration]], deadline: Deadline) -> None:
+def _compile(cases: Callable[[], list[Case]], wanted: list[Wanted], deadline: Deadline) -> None:
     built = cases()
     for place, kernel, chosen in wanted:
         if deadline.over:
@@ -251,21 +304,31 @@ def _compile(cases: Callable[[], list[Case]], wanted: list[tuple[int, str, Confi
                 continue
 
 
-def training_throughput(model: str, backend: str | None, device: str, batch: int, size: int | None, steps: int) -> float:
+def training_throughput(
+    build: Callable[[], torch.nn.Module], backend: str | None, mode: str | None, device: str, batch: int, size: int, steps: int
+) -> float:
     """Images per second through forward, backward and an SGD step under bfloat16 autocast.
 
-    `backend` is that of the operators, see `zoo.kernels.default_backend`.
+    Args:
+        backend: of the operators, see `zoo.kernels.default_backend`.
+        mode: of `torch.compile`, around the whole network, in one graph; None for eager.
     """
-    network = timm.create_model(model, num_classes=1000).to(device).train()
-    size = size or cast(int, cast(dict[str, Any], network.pretrained_cfg)["input_size"][1])
+    torch.compiler.reset()
+    network = build().to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(1000, (batch,), device=device)
+    if mode is None:
+        compiled = network
+    elif device == "cpu":  # a dry run: the graphs are the same, and are not compiled
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+    else:
+        compiled = torch.compile(network, fullgraph=True, mode=mode)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
+            loss = torch.nn.functional.cross_entropy(compiled(images), labels)
         loss.backward()
         optimizer.step()
 

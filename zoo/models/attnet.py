@@ -21,7 +21,7 @@ from zoo.layers._positions_first import ChannelNorm, depthwise, pointwise, posit
 from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, named, stochastic_depth
 
 __all__ = ["AttNet", "GatedMlp", "checkpoint_filter_fn"]
 
@@ -151,8 +151,8 @@ class Stage(nn.Module):
         return channels_last(x)
 
 
-def _conv_norm(in_chans: int, dim: int, suffix: str = "", **dd: Any) -> dict[str, nn.Module]:
-    conv = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd)
+def _conv_norm(in_chans: int, dim: int, suffix: str = "", stride: int = 2, **dd: Any) -> dict[str, nn.Module]:
+    conv = nn.Conv2d(in_chans, dim, 3, stride=stride, padding=1, bias=False, **dd)
     return {f"conv{suffix}": conv, f"norm{suffix}": nn.BatchNorm2d(dim, **dd)}
 
 
@@ -160,7 +160,7 @@ class AttNet(StagedNetwork):
     """AttNet, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: widths and numbers of blocks of the four stages.
         mlp_ratios: of each stage; the gated MLP's hidden width is two thirds of that times its width.
         kernel_sizes: of each stage's attentive convolutions.
@@ -184,6 +184,7 @@ class AttNet(StagedNetwork):
         kernel_sizes: tuple[int, ...] = (3, 3, 3, 3),
         mlp_norm: bool = True,
         layer_scale: bool = True,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -198,11 +199,12 @@ class AttNet(StagedNetwork):
         self.stem = named(
             **_conv_norm(in_chans, dims[0] // 2, "1", **dd), act=nn.GELU(), **_conv_norm(dims[0] // 2, dims[0], "2", **dd))
         self.feature_info, stages = [], []
-        for i, (dim, kernel_size, ratio) in enumerate(zip(dims, kernel_sizes, mlp_ratios, strict=True)):
-            downsample = named(**_conv_norm(dims[i - 1], dim, **dd)) if i else nn.Identity()
+        strides = downsampling(len(dims), output_stride)
+        for i, (dim, kernel_size, ratio, (stride, reduction)) in enumerate(zip(dims, kernel_sizes, mlp_ratios, strides, strict=True)):
+            downsample = named(**_conv_norm(dims[i - 1], dim, stride=stride, **dd)) if i else nn.Identity()
             blocks = [Block(dim, kernel_size, ratio, mlp_norm, layer_scale, rate, **dd) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=partial(LayerNorm2d, eps=1e-5), **dd)

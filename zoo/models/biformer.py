@@ -21,7 +21,7 @@ from zoo.layers._attention import attend
 from zoo.layers._linear import linear
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, named, patch_conv, stochastic_depth
 
 __all__ = ["BiFormer", "GlobalAttention", "checkpoint_filter_fn"]
 
@@ -124,7 +124,7 @@ class BiFormer(StagedNetwork):
     """BiFormer, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: widths and numbers of blocks of the four stages.
         topks: regions routed to in each stage; None is attention over the whole map (`GlobalAttention`, 8 heads).
         head_dim: width of a head of the routing stages.
@@ -151,6 +151,7 @@ class BiFormer(StagedNetwork):
         mlp_ratio: float | tuple[float, ...] = 3.0,
         swin_layout: bool = False,
         lepe_of_values: bool = False,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_args: dict[str, Any] | list[dict[str, Any]] | None = None,
@@ -170,20 +171,21 @@ class BiFormer(StagedNetwork):
         else:
             self.stem = _conv_stem(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
-        for i, (dim, topk, ratio) in enumerate(zip(dims, topks, mlp_ratios, strict=True)):
+        strides = downsampling(len(dims), output_stride)
+        for i, (dim, topk, ratio, (stride, reduction)) in enumerate(zip(dims, topks, mlp_ratios, strides, strict=True)):
             if i == 0:
                 downsample: nn.Module = nn.Identity()
             elif swin_layout:
-                downsample = named(norm=nn.BatchNorm2d(dims[i - 1], **dd), conv=nn.Conv2d(dims[i - 1], dim, 2, stride=2, **dd))
+                downsample = named(norm=nn.BatchNorm2d(dims[i - 1], **dd), **patch_conv(dims[i - 1], dim, stride, **dd))
             else:
-                downsample = named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1, **dd), norm=nn.BatchNorm2d(dim, **dd))
+                downsample = named(conv=nn.Conv2d(dims[i - 1], dim, 3, stride, padding=1, **dd), norm=nn.BatchNorm2d(dim, **dd))
             if topk is None:
                 attention = partial(GlobalAttention, dim, lepe_of_values=lepe_of_values, **dd)
             else:
                 attention = partial(BiLevelRoutingAttention, dim, **{"num_heads": dim // head_dim, "topk": topk, **dd, **attn_args[i]})
             blocks = [Block(dim, attention(), ratio, rate, not swin_layout, **dd) for rate in drop_path_rates[i]]
             stages.append(Stage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(dims[-1], **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from zoo.layers import FullyAttentionalBlock
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, named, truncated_normal_
+from zoo.models.staged import StagedNetwork, downsampling, named, patch_conv, truncated_normal_
 
 __all__ = ["Fan", "checkpoint_filter_fn"]
 
@@ -135,15 +135,16 @@ class ClassAttentionHead(nn.Module):
         return blocks(torch.cat([token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1))
 
 
-def _conv_norm(in_chans: int, dim: int, **dd: Any) -> dict[str, nn.Module]:
-    return dict(conv=nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd), norm=nn.BatchNorm2d(dim, **dd))
+def _conv_norm(in_chans: int, dim: int, stride: int = 2, **dd: Any) -> dict[str, nn.Module]:
+    return dict(conv=nn.Conv2d(in_chans, dim, 3, stride, padding=1, bias=False, **dd), norm=nn.BatchNorm2d(dim, **dd))
 
 
 class Fan(StagedNetwork):
     """FAN and TAP-FAN, any input size.
 
     Args:
-        in_chans, num_classes, drop_rate, drop_path_rate, device, dtype: as in timm; stochastic depth is equally strong in all blocks.
+        in_chans, num_classes, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm; stochastic depth is equally
+            strong in all blocks.
         global_pool: "token" for class attention; otherwise as in timm, and without it ("catavgmax" not: a norm comes after it).
         embed_dim, depth, num_heads, mlp_ratio: of the fully attentional blocks, at stride 16.
         num_scales: of `TokenAwareAvgPool` (TAP-FAN); None: no pool.
@@ -178,6 +179,7 @@ class Fan(StagedNetwork):
         hybrid_depths: tuple[int, int] = (3, 3),
         head_init_scale: float = 1.0,
         class_attention_map: bool = False,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -190,10 +192,12 @@ class Fan(StagedNetwork):
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features, self.head_init_scale = embed_dim, head_init_scale
         self.hybrid = hybrid_dims is not None
+        strides, reductions = zip(*downsampling(4, output_stride), strict=True)
+        stride = strides[2]
         if hybrid_dims is None:
             dims = embed_dim // 8, embed_dim // 4, embed_dim // 2
             self.stem, *embedding = (named(**_conv_norm(*widths, **dd), act=nn.GELU()) for widths in pairwise((in_chans, *dims)))
-            downsample = named(**_conv_norm(dims[-1], embed_dim, **dd))
+            downsample = named(**_conv_norm(dims[-1], embed_dim, stride, **dd))
         else:
             dims = hybrid_dims[0], *hybrid_dims
             self.stem = named(conv=nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), norm=LayerNorm2d(dims[0], eps=1e-6, **dd))
@@ -201,15 +205,15 @@ class Fan(StagedNetwork):
                 ConvNeXtStage(*dims[i : i + 2], stride=i + 1, depth=hybrid_depths[i], ls_init_value=CONVNEXT_SCALE, conv_mlp=True,
                               norm_layer=partial(UnbiasedLayerNorm2d, eps=1e-6), **dd)
                 for i in range(2)]
-            downsample = named(conv=nn.Conv2d(dims[-1], embed_dim, 2, stride=2, **dd))
+            downsample = named(**patch_conv(dims[-1], embed_dim, stride, **dd))
         blocks = [FullyAttentionalBlock(embed_dim, num_heads, mlp_ratio, num_scales, drop_path_rate, **dd) for _ in range(depth)]
         self.stages = nn.Sequential(*embedding, FanStage(downsample, embed_dim, blocks, **dd))
-        self.coarser = None if class_attention_map else nn.MaxPool2d(2, ceil_mode=True)
+        self.coarser = None if class_attention_map else nn.MaxPool2d(2, ceil_mode=True) if strides[3] == 2 else nn.Identity()
         modules = ("stages.0", "stages.1", "stages.2", "head.blocks" if class_attention_map else "coarser")
         self.feature_info = [
-            dict(num_chs=width, reduction=4 * 2**i, module=modules[i]) for i, width in enumerate((*dims[1:], embed_dim, embed_dim))]
+            dict(num_chs=width, reduction=reductions[i], module=modules[i]) for i, width in enumerate((*dims[1:], embed_dim, embed_dim))]
         if class_attention_map:
-            self.feature_info[-1]["reduction"] = 16
+            self.feature_info[-1]["reduction"] = reductions[2]
         self.head = ClassAttentionHead(embed_dim, num_heads, mlp_ratio, num_classes, global_pool, drop_rate, class_attention_map, **dd)
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)

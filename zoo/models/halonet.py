@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.kernels._layout import channels_last
 from zoo.layers import HaloAttention
 from zoo.models.building import build_model_with_cfg
-from zoo.models.staged import StagedNetwork, named, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, named, stochastic_depth
 
 __all__ = ["HaloNet"]
 
@@ -81,7 +81,7 @@ class HaloNet(StagedNetwork):
     """HaloNet, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: width of queries and keys, and number of blocks, of the four stages.
         num_heads: of each stage.
         block_size, halo_size: b and h of the paper, in all stages (see `zoo.layers.HaloAttention`).
@@ -104,6 +104,7 @@ class HaloNet(StagedNetwork):
         value_ratio: float = 1.0,
         out_ratio: float = 1.0,
         final_dim: int | None = None,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -119,15 +120,16 @@ class HaloNet(StagedNetwork):
             conv=nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False, **dd), norm=nn.BatchNorm2d(width, **dd), act=nn.SiLU(),
             pool=nn.MaxPool2d(3, stride=2, padding=1))
         self.feature_info, stages = [], []
-        for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
+        strides = downsampling(len(dims), output_stride)
+        for i, (dim, heads, (stride, reduction)) in enumerate(zip(dims, num_heads, strides, strict=True)):
             blocks, dim_out = [], int(out_ratio * dim)
             for j, rate in enumerate(drop_path_rates[i]):
                 blocks.append(Block(
-                    width, dim_out, dim, int(value_ratio * dim), 2 if i and not j else 1, rate,
+                    width, dim_out, dim, int(value_ratio * dim), 1 if j else stride, rate,
                     num_heads=heads, dim_head=dim // heads, block_size=block_size, halo_size=halo_size, **dd))
                 width = dim_out
             stages.append(Stage(blocks))
-            self.feature_info.append(dict(num_chs=width, reduction=4 * 2**i, module=f"stages.{i}"))
+            self.feature_info.append(dict(num_chs=width, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.num_features = final_dim or width
         self.final_conv = nn.Identity()

@@ -23,7 +23,7 @@ from zoo.layers._spatial import pad_to_multiple
 from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, stochastic_depth
 
 __all__ = ["ConvMlp", "LITv2", "checkpoint_filter_fn"]
 
@@ -115,7 +115,7 @@ class LITv2(StagedNetwork):
     """LITv2, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths, num_heads: widths, numbers of blocks and heads of the four stages.
         windows: of each stage's HiLo attention; None is no attention.
         alpha: see `HiLoAttention`.
@@ -140,6 +140,7 @@ class LITv2(StagedNetwork):
         windows: tuple[int | None, ...] = (None, None, 2, 1),
         alpha: float = 0.9,
         mlp_ratio: float = 4.0,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_args: dict[str, Any] | None = None,
@@ -154,13 +155,14 @@ class LITv2(StagedNetwork):
 
         self.stem = PatchEmbed(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
-        for i, (dim, heads, window) in enumerate(zip(dims, num_heads, windows, strict=True)):
+        strides = downsampling(len(dims), output_stride)
+        for i, (dim, heads, window, (stride, reduction)) in enumerate(zip(dims, num_heads, windows, strides, strict=True)):
             blocks = []
             for rate in drop_path_rates[i]:
                 attn = None if window is None else HiLoAttention(dim, heads, window, alpha, **{**dd, **(attn_args or {})})
                 blocks.append(Block(dim, attn, mlp_ratio, rate, **dd))
-            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            stages.append(Stage(DeformableTokenMerging(dims[i - 1], dim, stride, **dd) if i else nn.Identity(), blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)

@@ -174,6 +174,27 @@ def stochastic_depth(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))
 
 
+def downsampling(stages: int, output_stride: int | None) -> list[tuple[int, int]]:
+    """Of each of so many stages behind a stem of stride 4, the stride and what it comes to: 1 and 4, 2 and 8, 2 and 16, …
+
+    With `output_stride`, 8, 16 or 32, no map gets coarser than that: stages that would make it so have stride 1, and more to do.
+    """
+    if output_stride not in (None, 8, 16, 32):
+        raise ValueError(f"output_stride must be 8, 16, 32 or None, got {output_stride!r}")
+    found, reduction = [], 4
+    for stage in range(stages):
+        stride = 2 if stage and (output_stride is None or reduction < output_stride) else 1
+        reduction *= stride
+        found.append((stride, reduction))
+    return found
+
+
+def patch_conv(dim: int, out_dim: int, stride: int, **dd: Any) -> dict[str, nn.Module]:
+    """A 2×2 convolution by its name `conv`, and with stride 1 before it what keeps the map's size."""
+    pad: dict[str, nn.Module] = {} if stride == 2 else {"pad": nn.ZeroPad2d((0, 1, 0, 1))}
+    return {**pad, "conv": nn.Conv2d(dim, out_dim, 2, stride, **dd)}
+
+
 def reset_parameters(network: nn.Module) -> None:
     """The values that modules give their parameters and buffers when they are made, children first."""
     network.apply(_reset)

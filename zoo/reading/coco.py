@@ -1,5 +1,5 @@
 """Boxes and masks as COCO's annotations have them."""
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,3 +26,10 @@ def compressed_run_lengths(mask: np.ndarray) -> dict:
     from pycocotools import mask as masks
     encoded = masks.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": cast(bytes, encoded["counts"]).decode()}
+
+
+def decoded(segmentation: dict) -> np.ndarray:
+    """The mask (H, W) bool of compressed run lengths."""
+    require("masks in COCO's form", "mm", "pycocotools")
+    from pycocotools import mask as masks
+    return masks.decode(cast(Any, segmentation)).astype(bool)

@@ -14,9 +14,11 @@ from PIL import Image
 
 from zoo.errors import InputError, require
 from zoo.files import make_folder, replacing
+from zoo.reading import yolo
 from zoo.reading.coco import box, run_lengths
 from zoo.reading.masks import check_split
 
+LAYOUTS = ("coco", "yolo")
 CLASSES = tuple(map(str, range(10)))
 HELD_OUT = 360  # of the 1797 digits
 COLOURFUL_SIDES, GREY_SIDES = (28, 49), (14, 25)  # pixels of a digit, the latter excluded; of the former before it is cut to its ink
@@ -139,38 +141,82 @@ def _free_place(taken: np.ndarray, shape: tuple[int, ...], random: np.random.Gen
 
 
 def write_digit_scenes(root: str | Path, train: int = 1000, val: int = 100, size: int = 96, seed: int = 0,
-                       progress: Callable[[str, int, int], None] = lambda split, done, scenes: None) -> None:
-    """Writes under `root`, for the splits train and val, whose scenes share no digit:
+                       progress: Callable[[str, int, int], None] = lambda split, done, scenes: None, layout: str = "coco") -> None:
+    """Writes under `root`, for the splits train and val, whose scenes share no digit, in the layout "coco":
 
         images/SPLIT/000000.png …            the pictures
         annotations/instances_SPLIT.json     COCO: boxes, masks as uncompressed run lengths, categories 0 to 9
         annotations/SPLIT/000000.png …       mmsegmentation: label maps, 0 the ground, 1 + digit its ink
 
+    and in the layout "yolo", see `zoo.reading.yolo`:
+
+        images/SPLIT/000000.png …            the pictures
+        labels/SPLIT/000000.txt …            of every digit the class and the outline of its ink
+        digits.yaml                          the data of models that detect, and of those that segment
+        pose/…, digits-pose.yaml             the same scenes with boxes and key points: the ends of the ink
+
     The scenes depend on the arguments alone. `progress` is called with the split, and how many of its scenes are done.
 
-    Raises InputError for counts below 1, for a size in which no digit has room, and where nothing can be written.
+    Raises InputError for another layout, counts below 1, for a size in which no digit has room, and where nothing can be written.
     """
+    if layout not in LAYOUTS:
+        raise InputError(f"the layout is one of {', '.join(LAYOUTS)}, not {layout!r}")
     if min(train, val) < 1 or size < COLOURFUL_SIDES[1]:
         raise InputError(f"{train} and {val} scenes of {size} pixels: there has to be one of each at least, of {COLOURFUL_SIDES[1]} pixels "
                          "or more")
     root = Path(root)
     for number, (split, scenes) in enumerate((("train", train), ("val", val))):
         digits = Digits(split)
-        folders = root / "images" / split, root / "annotations" / split
-        for folder in folders:
-            make_folder(folder)
-        coco = {"images": [], "annotations": [], "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)]}
+        write = (_CocoWriter if layout == "coco" else _YoloWriter)(root, split)
         for index in range(scenes):
-            scene = colourful_scene(digits, size, np.random.default_rng((seed, number, index)))
-            name = f"{index:06d}.png"
-            for folder, pixels in zip(folders, (scene.picture, scene.label_map), strict=True):
-                with replacing(folder / name) as written:
-                    Image.fromarray(pixels).save(written)
-            coco["images"].append({"id": index, "file_name": name, "width": size, "height": size})
-            for label, mask in zip(scene.labels, scene.masks, strict=True):
-                coco["annotations"].append({
-                    "id": len(coco["annotations"]) + 1, "image_id": index, "category_id": label, "iscrowd": 0,
-                    "area": int(mask.sum()), "bbox": box(mask), "segmentation": run_lengths(mask)})
+            write(f"{index:06d}", colourful_scene(digits, size, np.random.default_rng((seed, number, index))))
             progress(split, index + 1, scenes)
-        with replacing(root / "annotations" / f"instances_{split}.json") as written:
-            written.write_text(json.dumps(coco))
+        write.finish()
+
+
+class _CocoWriter:
+    def __init__(self, root: Path, split: str):
+        self.pictures, self.maps = root / "images" / split, root / "annotations" / split
+        self.index = root / "annotations" / f"instances_{split}.json"
+        for folder in (self.pictures, self.maps):
+            make_folder(folder)
+        self.coco: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in enumerate(CLASSES)]}
+
+    def __call__(self, stem: str, scene: DigitScene) -> None:
+        height, width = scene.picture.shape[:2]
+        for folder, pixels in ((self.pictures, scene.picture), (self.maps, scene.label_map)):
+            _save(folder / f"{stem}.png", pixels)
+        self.coco["images"].append({"id": int(stem), "file_name": f"{stem}.png", "width": width, "height": height})
+        for label, mask in zip(scene.labels, scene.masks, strict=True):
+            self.coco["annotations"].append({
+                "id": len(self.coco["annotations"]) + 1, "image_id": int(stem), "category_id": label, "iscrowd": 0,
+                "area": int(mask.sum()), "bbox": box(mask), "segmentation": run_lengths(mask)})
+
+    def finish(self) -> None:
+        with replacing(self.index) as written:
+            written.write_text(json.dumps(self.coco))
+
+
+class _YoloWriter:
+    def __init__(self, root: Path, split: str):
+        self.root, self.split = root, split
+        self.whole, self.pose = (
+            (folder / "images" / split, folder / "labels" / split) for folder in (root, root / "pose"))
+        for folder in (*self.whole, *self.pose):
+            make_folder(folder)
+
+    def __call__(self, stem: str, scene: DigitScene) -> None:
+        for (pictures, labels), line in ((self.whole, yolo.segment_line), (self.pose, yolo.pose_line)):
+            _save(pictures / f"{stem}.png", scene.picture)
+            with replacing(labels / f"{stem}.txt") as written:
+                written.write_text("".join(f"{line(label, mask)}\n" for label, mask in zip(scene.labels, scene.masks, strict=True)))
+
+    def finish(self) -> None:
+        for name, folder, points in (("digits", self.root, ()), ("digits-pose", self.root / "pose", yolo.ENDS)):
+            with replacing(self.root / f"{name}.yaml") as written:
+                written.write_text(yolo.data_file(folder, CLASSES, points))
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    with replacing(path) as written:
+        Image.fromarray(pixels).save(written)

@@ -53,8 +53,8 @@ def find_pictures(inputs: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
-    """The picture at `path`, turned upright as its EXIF data say, in 8 bits: RGB, or grey for one channel.
+def open_picture(path: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
+    """The picture at `path`, or in an open file, turned upright as its EXIF data say, in 8 bits: RGB, or grey for one channel.
 
     Integers of more than 8 bits count as 16 bits, 65535 being white; of floats, 1 is white.
 
@@ -71,25 +71,27 @@ def open_picture(path: str | Path, channels: int = 3) -> Image.Image:
 
 
 @contextlib.contextmanager
-def opening(path: str | Path, called: str = "picture") -> Iterator[Image.Image]:
-    """The picture at `path` as it is stored, of which only the head has been read.
+def opening(path: str | Path | BinaryIO, called: str = "picture") -> Iterator[Image.Image]:
+    """The picture at `path`, or in an open file, as it is stored, of which only the head has been read.
 
     Raises InputError for a file that is none, for what is found to be damaged inside the block, and for more pixels than Pillow takes
     for harmless, 178 million, or than the environment variable ZOO_MAX_PIXELS says.
     """
+    by_name = isinstance(path, str | Path)
+    called = f"{called} {path}" if by_name else called
     try:
         # of a file by name Pillow maps an uncompressed TIFF into memory, and then takes width for height where EXIF says to turn it
-        with Path(path).open("rb") as file, _open(file) as opened:
+        with Path(path).open("rb") if by_name else contextlib.nullcontext(path) as file, _open(file) as opened:
             yield opened
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"the {called} {path} is not a picture that can be read") from None
+        raise InputError(f"the {called} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"the {called} {path} cannot be read: {error}, if it is none: set the environment variable {MAX_PIXELS} to the "
+        raise InputError(f"the {called} cannot be read: {error}, if it is none: set the environment variable {MAX_PIXELS} to the "
                          "number of pixels that are to be read") from error
     except Exception as error:  # a damaged file surfaces as whatever its decoder stumbles over
-        raise InputError(f"the {called} {path} cannot be read: {error}") from error
+        raise InputError(f"the {called} cannot be read: {error}") from error
 
 
 def _open(file: BinaryIO) -> Image.Image:

@@ -1,0 +1,15 @@
+"""Scripts of benchmarks/ that compare layers and networks run: once, on small ones."""
+from benchmarks import halo_timm, pruned_heads
+
+
+def test_halo_attention_beside_timms(monkeypatch):
+    monkeypatch.setattr(halo_timm, "LAYERS", {"small": (16, 16, halo_timm.OURS | dict(num_heads=2))})
+    report = halo_timm.layers(batch=1, rounds=1)
+    assert report.markdown().count("| small |") == 2
+
+
+def test_networks_without_some_heads(monkeypatch):
+    monkeypatch.setattr(pruned_heads, "NAME", "vit_tiny_patch16_224")
+    monkeypatch.setattr(pruned_heads, "GONE", (1,))
+    report = pruned_heads.shares(batch=1, rounds=1)
+    assert report.markdown().count("| 1 of 3 heads gone, ") == 2
