@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from ultralytics import nn as names
 from ultralytics.engine import model as engine
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, torch_utils
@@ -33,8 +34,8 @@ def register() -> None:
         return
     for name, kind in NAMES.items():
         setattr(tasks, name, kind)
-    tasks.parse_model = parser_of(tasks.parse_model)
-    tasks.yaml_model_load = engine.yaml_model_load = loader_of(tasks.yaml_model_load)
+    tasks.parse_model = names.parse_model = parser_of(tasks.parse_model)
+    tasks.yaml_model_load = names.yaml_model_load = engine.yaml_model_load = loader_of(tasks.yaml_model_load)
     torch_utils.get_flops = counter_of(torch_utils.get_flops)
     exporting.torch2onnx = exporter_of(exporting.torch2onnx)
     callbacks.default_callbacks["on_pretrain_routine_start"].append(import_in_workers)
