@@ -162,7 +162,7 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
     imported = set(python(code).split())
     assert not imported & {
         "mmengine", "mmcv", "mmdet", "mmseg", "monai", "nilearn", "nibabel", "sklearn", "matplotlib", "captum", "pytorch_grad_cam",
-        "onnx", "onnxruntime", "imagecorruptions", "cv2", "ultralytics"}
+         "onnx", "onnxruntime", "imagecorruptions", "cv2", "supervision", "transformers", "ultralytics"}
 
 
 def test_what_users_write_stays():
