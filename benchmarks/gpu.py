@@ -187,7 +187,7 @@ def train(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -
             continue
         say(f"  {model}, {side}")
         build = functools.partial(timm.create_model, model) if own else functools.partial(rival, models[model], model)
-        size = 64 if args.dry_run else timm.get_pretrained_cfg(model).input_size[1]
+        size = 32 if args.dry_run else timm.get_pretrained_cfg(model).input_size[1]
         try:
             rate = benchmark.training_throughput(build, backend, mode, device, batch, size, steps)
         except Exception as error:  # of compilers, drivers and memory, as in `measure`; the rest is still worth measuring
