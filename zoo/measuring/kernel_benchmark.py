@@ -20,7 +20,8 @@ ROUNDS = 3  # that both sides take turns
 GAIN = 0.03  # by which a configuration must be faster to be taken
 SIZES = {  # of tiles and programs that are tried
     "QUERIES": (16, 32, 64, 128), "KEYS": (16, 32, 64, 128), "PATCH": (4, 8), "POSITIONS": (16, 32, 64, 128, 256),
-    "REGIONS": (16, 32, 64, 128, 256), "CHANNELS": (1, 4, 8, 16, 32, 64, 128), "OUTS": (16, 32, 64, 128), "TAPS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+    "REGIONS": (16, 32, 64, 128, 256), "CHANNELS": (1, 4, 8, 16, 32, 64, 128),
+    "OUTS": (16, 32, 64, 128), "TAPS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
 STAGES = (1, 2, 3, 4)
 MOST_TILINGS, FINALISTS = 40, 3
 FEWEST_NUMBERS, MOST_NUMBERS, SHARED_MEMORY = 1, 128, 160 << 10  # of a thread, float32 in registers; of a program, bytes
