@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,19 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16().requires_grad_()
 
 
+class Empty(torch.autograd.Function):
+    """What autograd itself takes: allocations, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(*maps)
+        return torch.empty_like(maps[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
 def cases() -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
     """Operators on small maps, and SDPA."""
     from zoo import kernels
@@ -103,6 +117,7 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
         "depthwise_dynamic_conv2d": (
             lambda: kernels.depthwise_dynamic_conv2d(x, kernel, theta, "triton"), (x, kernel, theta)),
         "token_aware_avg_pool": (lambda: kernels.token_aware_avg_pool(tokens, pools, "triton"), (tokens, pools)),
+        "an empty autograd.Function": (lambda: cast(Tensor, Empty.apply(*small)), tuple(small)),
         "SDPA (torch, CPU)": (lambda: F.scaled_dot_product_attention(queries, keys, values), (queries, keys, values)),
     }
 
@@ -186,7 +201,8 @@ def main() -> None:
         import triton
         commits = ", ".join(f"{name}: {_commit(path)}" for name, path in checkouts.items())
         ROOT.joinpath("benchmarks/host_time.md").write_text(
-            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, by\n"
+            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, and in brackets the\n"
+            "share of before; an empty Function is what autograd and the call of it take by themselves. By\n"
             f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
             f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}; {commits}.\n\n{text}\n")
 
