@@ -7,21 +7,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backends import in_forward_mode, in_functorch
-from ._exporting import is_exporting
+from ._exporting import is_exporting, known
 
 _AVAILABLE = torch.backends.mkldnn.is_available()
+_SMALL = 20480  # elements of a single image, up to which torch's own code convolves instead of oneDNN's
 _NARROWEST = 16  # channels on either side: below, oneDNN has slow code only
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b, as `F.linear`, of x (..., C) and `weight` (Co, C).
 
-    Plain float32 tensors on a CPU go through oneDNN's inner product, in eager mode: it has kernels for every instruction set, adds the
-    bias on the way and minds no odd widths, where the BLAS behind `F.linear` was measured at 0.4 to 0.95 of its speed on processors
-    with AVX-512, at half on some with AVX2. The result differs by rounding only. Elsewhere it is `F.linear`.
+    Plain float32 tensors on a CPU go through oneDNN: it has kernels for every instruction set, adds the bias on the way and minds no
+    odd widths, where the BLAS behind `F.linear` was measured at 0.4 to 0.95 of its speed on a processor with AVX-512, at half on
+    another. It is the inner product, and in compiled graphs, which take that of constant weights only, a 1×1 convolution of maps
+    (B, H, W, C). The result differs by rounding only. Elsewhere it is `F.linear`.
     """
     if not takes(x, weight):
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return F.conv2d(x.contiguous().permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _inner_product(x, weight, bias)
@@ -30,10 +34,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` does more than `F.linear` does: what records or transforms operators, and other kinds of tensors, meet that."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and x.dtype == weight.dtype == torch.float32
-    if not plain or torch.compiler.is_compiling() or is_exporting():
+    if not plain or not _AVAILABLE or x.device.type != "cpu" or is_exporting():
         return False
-    on_cpu = _AVAILABLE and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0 and min(weight.shape) >= _NARROWEST
-    return on_cpu and not torch.is_autocast_enabled("cpu") and not in_functorch() and not in_forward_mode()
+    if torch.compiler.is_compiling():
+        return x.ndim == 4 and (known((x.shape[0] > 1,)) or known((x.numel() > _SMALL,)))
+    fits = x.ndim > 1 and x.numel() > 0 and min(weight.shape) >= _NARROWEST
+    return fits and not torch.is_autocast_enabled("cpu") and not in_functorch() and not in_forward_mode()
 
 
 def _inner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -68,15 +68,23 @@ def depthwise_dynamic_conv2d_backward_kernels(
     x += batch * x_batch + c * x_channel
     grad += batch * grad_batch + c * grad_channel
     partial += ((tl.program_id(0) * samples + batch) * channels + c) * (KH * KW)
-    for place in tl.static_range(KH * KW):
-        total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    for u in tl.static_range(KH):  # a row of places at a time: of all, the sums take too many registers
+        sums = ()
+        for _ in tl.static_range(KW):
+            sums += (tl.zeros((CHANNELS, POSITIONS), tl.float32),)
         for first in range(tl.program_id(0) * POSITIONS, height * width, tl.num_programs(0) * POSITIONS):
             p = first + tl.arange(0, POSITIONS)[None, :]
-            i, j, on = _position(p, place // KW, place % KW, height, width, KH, KW, SIGN)
-            on &= c < channels
-            above = tl.load(grad + p // width * grad_row + p % width * grad_column, mask=on, other=0.0).to(tl.float32)
-            total += above * tl.load(x + i * x_row + j * x_column, mask=on, other=0.0).to(tl.float32)
-        tl.store(partial + place, tl.sum(total, 1, keep_dims=True), mask=c < channels)
+            i, j, on = p // width + SIGN * (u - KH // 2), p % width, (p < height * width) & (c < channels)
+            above = tl.load(grad + p // width * grad_row + j * grad_column, mask=on, other=0.0).to(tl.float32)
+            on &= (i >= 0) & (i < height)
+            at, added = x + i * x_row + j * x_column, ()
+            for v in tl.static_range(KW):
+                move = SIGN * (v - KW // 2)
+                there = on & (j + move >= 0) & (j + move < width)
+                added += (sums[v] + above * tl.load(at + move * x_column, mask=there, other=0.0).to(tl.float32),)
+            sums = added
+        for v in tl.static_range(KW):
+            tl.store(partial + (u * KW + v), tl.sum(sums[v], 1, keep_dims=True), mask=c < channels)
 
 
 def _key(x: Tensor) -> str:

@@ -3,7 +3,6 @@ from torch import Tensor
 from .._backends import choose, observed, public_operator, remembered
 from .._checking import check_tensors, check_whole, pair
 from .._layout import span, too_large
-from .._regions import check_map, check_regions
 from . import pooled, reference
 
 MOST_REGIONS = 256  # whose affinities registers hold
@@ -67,7 +66,7 @@ def region_routes(
         Nothing larger than regions × regions is held, by the kernel not even that.
 
     Raises:
-        ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
+        ValueError, TypeError: arguments that do not fit together, or a `topk` beyond the number of regions.
     """
     regions = pair("region_routes", "regions", regions)
     seen = observed((q, k, topk, backend))
@@ -83,9 +82,9 @@ def region_routes(
 @remembered
 def _chosen_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None) -> tuple[str, str, str]:
     """What chooses, and what takes the means of q and of k."""
-    check_map("q", "region_routes", q)
-    check_map("k", "region_routes", k)
-    check_regions("region_routes", regions)
+    check_tensors("region_routes", q=(q, "B, H, W, C"), k=(k, "B, H, W, C"))
+    check_whole("region_routes", "regions", 1, *regions)
+    check_whole("region_routes", "topk", 1, topk)
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
     if not 1 <= topk <= regions[0] * regions[1]:
