@@ -68,35 +68,44 @@ class Part(NamedTuple):
 
 
 @torch.library.custom_op("benchmarks::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, scores: int) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scores: int) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of the softmax's denominators."""
     raise NotImplementedError
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scores: int) -> Tensor:
-    return torch.empty_like(q)
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scores: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("benchmarks::attention_backward", mutates_args=())
-def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scores: int) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scores: int
+) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError
 
 
-@attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scores: int) -> tuple[Tensor, Tensor, Tensor]:
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scores: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scores = inputs
-    ctx.save_for_backward(*tensors, output)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_backward(grad, *ctx.saved_tensors, ctx.scores), None
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *ctx.saved_tensors, ctx.scores), None
 
 
-attention.register_autograd(_differentiate, setup_context=_keep)
+_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scores: int) -> Tensor:
+    return _attention(q, k, v, scores)[0]
 
 
 def padded(queries: int, keys: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._backends import autocasting
 from ._exporting import known
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -32,7 +33,7 @@ def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = F
         if any(known((length == 0,)) for letter, length in zip(letters, x.shape, strict=True) if letter != "B"):
             raise ValueError(f"{operator}: {name} must be ({axes}), of which B alone may be 0, got shape {tuple(x.shape)}")
     first, x = next((name, entry[0]) for name, entry in given.items())
-    mixed = tuple(given) if autocast and torch.is_autocast_enabled(x.device.type) else mixed
+    mixed = tuple(given) if autocast and autocasting(x.device.type) else mixed
     for name, (other, _) in given.items():
         if other.device != x.device:
             raise ValueError(f"{operator}: {name} must be on the device of {first} ({x.device}), got {other.device}")

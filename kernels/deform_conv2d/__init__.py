@@ -5,7 +5,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .._backends import choose, observed, public_operator, remembered
+from .._backends import autocasting, choose, observed, public_operator, remembered
 from .._checking import check_tensors, check_whole, pair
 from .._exporting import is_exporting, known
 from .._layout import span, too_large
@@ -82,7 +82,7 @@ def deform_conv2d(
         ways = {"reference": reference, "grid_sampled": grid_sampled, "torchvision": torchvision, "sampled": sampled, "gathered": gathered}
         return ways[chosen].deform_conv2d(x, offset, weight, bias, mask, *geometry)
     from . import triton
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasting(x.device.type):
         return triton.call(seen, x, offset, weight, bias, mask, *geometry)
     return triton.call(seen, x.to(torch.get_autocast_dtype(x.device.type)), offset, weight, bias, mask, *geometry).to(x.dtype)
 

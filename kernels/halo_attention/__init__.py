@@ -75,7 +75,8 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:
     widest = max(q.shape[4], v.shape[4])
     if widest > MOST_CHANNELS:
         return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}"
-    return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(2 * table.shape[0], v.shape[4]))
+    kept = 2 * (table.shape[0] + 6)  # of every query, for the backward pass: at most 3 places beside either end of each axis
+    return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(kept, v.shape[4]))
 
 
 def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale) -> None:

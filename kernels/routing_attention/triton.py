@@ -1,12 +1,15 @@
 """Routing attention in Triton: keys and values are read where they lie, through the routes.
 
 A program holds a tile of queries of one region and goes over the keys of the regions it is routed to, block by block, with a
-running softmax. The backward pass recomputes the attention from its logarithmic denominator, once for the gradient of the
-queries and once for that of keys and values: there a program holds keys of one region and goes over the queries of the regions
-routed to it, which the sorted routes list, so that nothing is added atomically.
+running softmax. Where regions fill blocks of their own, it walks route by route: a block then belongs to one route, which is
+one number, and one comparison says which of its keys there are. The backward pass recomputes the attention from its
+logarithmic denominator, once for the gradient of the queries and once for that of keys and values: there a program holds keys
+of one region and goes over the queries of the regions routed to it, which the sorted routes list, so that nothing is added
+atomically.
 
 Regions too small to fill the matrix units are packed: a program holds positions of the map in their order, whatever their
-regions, goes over the whole map and leaves out what the routes do, read from a set of 64 bits for every region.
+regions, goes over the whole map and leaves out what the routes do, read from a set of 64 bits for every region. What is left out has
+the factor 0 there, and NaN or infinity times 0 is NaN: where one came out, the program begins again, region by region.
 """
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -189,7 +192,7 @@ def routing_attention_forward(
         values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
         highest, total, sums = _add_values(highest, total, sums, scores, values, factors, WEIGHTED, PRECISION)
 
-    if PACKED:
+    if PACKED:  # noqa: SIM102  Triton compiles both sides of `and`
         if _broken(sums):
             highest = tl.full((QUERIES,), -float("inf"), tl.float32)
             total = tl.zeros((QUERIES,), tl.float32)
@@ -201,7 +204,7 @@ def routing_attention_forward(
                 scores = products(queries, load_rows(k, there, exists, k_position, k_channel, WIDTH, BLOCK), PRECISION)
                 scores = tl.where(sees & exists[None, :], scores * (scale * LOG2_E), -float("inf"))
                 values = load_rows(v, there, exists, v_position, v_channel, VALUE_WIDTH, VALUE_BLOCK)
-                highest, total, added = _add_values(highest, total, sums, scores, values, 1.0, False, PRECISION)
+                highest, total, added = _add_values(highest, total, sums, scores, values, 1.0, WEIGHTED, PRECISION)
                 sums = tl.where(sees, added, sums)
 
     nothing = total == 0.0
@@ -281,7 +284,7 @@ def routing_attention_backward_queries(
             grad_scores = _grad_scores(scores, grad_attention, seen, denominator[:, None], share[:, None], scale)
         sums = tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION)
 
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if _broken(sums):
             sums = tl.zeros((QUERIES, BLOCK), tl.float32)
             for turn in tl.range(regions * blocks, num_stages=1):
@@ -375,7 +378,7 @@ def routing_attention_backward_keys(
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(rows.dtype), rows, key_sums, input_precision=PRECISION)
 
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if _broken(key_sums) | _broken(value_sums):
             key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
             value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
@@ -449,8 +452,9 @@ class _Problem:
 
     def over_keys(self, kernel: Any, tensors: tuple[str, ...], **more: Any) -> Prepared:
         """Of a kernel whose programs hold queries."""
-        return Prepared(kernel, self.device, self.grid(self.queries, self.query_places, "QUERIES"),
-                        self.key(self.query_places, self.key_places), tensors, **self.arguments, **more, WALKED=self.walked(self.key_places))
+        return Prepared(
+            kernel, self.device, self.grid(self.queries, self.query_places, "QUERIES"), self.key(self.query_places, self.key_places),
+            tensors, **self.arguments, **more, WALKED=self.walked(self.key_places))
 
     def of_bits(self) -> Prepared | None:
         """Of the routed regions as bits, which packed regions are read by."""
@@ -461,7 +465,7 @@ class _Problem:
                         ("routes", "bits"), count=count, slots=self.slots, regions=self.regions)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "channel"), strides, strict=True)}
 
@@ -574,7 +578,8 @@ def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
     packed, regions16, regions32, regions64, walked64, walked128 = (  # side of the map, routes, weighted
         (side, topk, False) for side, topk in ((4, 2), (8, 2), (10, 2), (12, 2), (16, 2), (32, 1)))
-    everything, weighted128, half, single = (packed, regions16, regions32, regions64, walked128), (32, 1, True), torch.bfloat16, torch.float32
+    everything, weighted128 = (packed, regions16, regions32, regions64, walked128), (32, 1, True)
+    half, single = torch.bfloat16, torch.float32
     for dtype, width, shapes in (
         (half, 32, (packed, walked128, weighted128, regions16, regions32, regions64, (12, 2, True), walked64)), (half, 16, (packed,)),
         (half, 64, (packed, walked128)), (half, 128, everything), (single, 32, (packed, regions64, walked128)),

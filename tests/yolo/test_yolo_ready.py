@@ -113,3 +113,16 @@ def test_the_table_of_a_model_names_layers_and_widths(monkeypatch):
     tasks.parse_model({"nc": 3, "backbone": zoo_rows, "head": [[-1, 1, "Classify", ["nc"]]]}, 3)
     das, merging = (next(line for line in said if name in line) for name in ("zoo.layers.DAS", "zoo.layers.DeformableTokenMerging"))
     assert "[16, {'ratio': 0.5}]" in das and "[16, 32, {}]" in merging
+
+
+BACKBONES = [name for name in zoo.list_models("*_nano*") if "unet" not in name and "3d" not in name]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_network_is_a_backbone_or_says_why_not(name):
+    if getattr(zoo.MECHANISMS.get(zoo.mechanism_of(name)), "HIERARCHICAL", True):
+        network = YOLO(f"yolo11n-{name}.yaml", verbose=False).model.eval()
+        assert network.stride.tolist() == [8, 16, 32] and network.model[0].strides == [4, 8, 16, 32]
+    else:
+        with pytest.raises(InputError, match="one of 1 maps"):
+            YOLO(f"yolo11n-{name}.yaml", verbose=False)

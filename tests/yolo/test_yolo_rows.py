@@ -131,6 +131,9 @@ ROWS = {
     "does not take these arguments": [-1, 1, "biformer_nano", {"topck": 3}],
     "the arguments of a backbone are a mapping": [-1, 1, "biformer_nano", [3]],
     "there is no layer 'DSA'": [-1, 1, "C3k2+DSA", [64]],
+    "before the + is a block of Ultralytics": [-1, 1, "DAS+HaloAttention", []],
+    "and resnet18 is none": [-1, 1, "resnet18+DAS", []],
+    "row .-1, 0. is none": [[-1, 0], 1, "FeatureMap", [0]],
     "no residual blocks": [-1, 1, "Conv+DAS", [64]],
     "num_heads must divide dim": [-1, 1, "HiLoAttention", {"num_heads": 3}],
 }
@@ -138,7 +141,7 @@ ROWS = {
 
 @pytest.mark.parametrize("said", ROWS)
 def test_mistakes_end_in_a_sentence(said):
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")) as error:
+    with pytest.raises(ValueError, match=said.replace("+", r"\+")) as error:
         model_of(ROWS[said])
     assert isinstance(error.value, InputError) or said.startswith("num_heads must")
     assert "\n" not in str(error.value)

@@ -103,9 +103,9 @@ class Rows:
         where = f"row {number} of the model, {name}"
         if "+" in name:
             row[2], layer = name.split("+", 1)
-            self._check_known(number, row[2])
-            args, given = _split(args)
-            row[3] = args
+            if row[2] in LAYERS or not self._check_known(number, row[2]):
+                raise InputError(f"{where}: before the + is a block of Ultralytics, such as C3k2, and {row[2]} is none")
+            row[3], given = _split(args)
             self.attached[number] = layer, _bound(where, layer, [], given, ("keep_outputs", "where"))
         elif name in LAYERS:
             self._translate_layer(number, row, _bound(where, name, *_split(args)))
@@ -147,9 +147,9 @@ class Rows:
         else:
             row[3] = ["c2", args] if source == -1 else ["ch", [source], args]
 
-    def _feature_map(self, where: str, number: int, source: int, args: list[Any]) -> list[int]:
+    def _feature_map(self, where: str, number: int, source: int | list[int], args: list[Any]) -> list[int]:
         """The arguments of Ultralytics' Index: width and place."""
-        backbone = self.backbones.get(source if source >= 0 else number + source)
+        backbone = None if isinstance(source, list) else self.backbones.get(source if source >= 0 else number + source)
         if backbone is None:
             raise InputError(f"{where}: it takes one of the maps of a backbone, and row {source} is none")
         count = len(backbone.channels)
