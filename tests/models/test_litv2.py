@@ -1,6 +1,6 @@
 """What is particular to LITv2: where its offsets begin, sizes that nothing divides, and its export."""
-import timm
 import pytest
+import timm
 import torch
 from torch import nn
 
