@@ -37,6 +37,7 @@ def fell(losses: list[float]) -> bool:
     return min(losses[-3:]) < 0.95 * losses[0]
 
 
+@pytest.mark.long
 def test_torchvision_detectors(run_example):
     made = run_example("torchvision_detectors")
     assert made["losses"].keys() == {"Faster R-CNN", "Mask R-CNN", "RetinaNet"} and all(map(fell, made["losses"].values()))
