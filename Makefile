@@ -7,7 +7,7 @@ MM_READY := $(VENV)/.ready-mm
 BROWSER_READY := examples/browser/node_modules/.package-lock.json
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo mm browser test check timm-tests lint docs models measure own-data exports gpu clean
+.PHONY: demo mm browser test check timm-tests lint docs models measure own-data yolo exports gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m zoo demo
@@ -54,6 +54,10 @@ measure: $(READY)
 # What `zoo train MODEL DATA` reaches on small data of every kind: about ten minutes with two quiet cores.
 own-data: $(MM_READY)
 	$(BIN)/python -m benchmarks.own_data
+
+# Ready model files of zoo.yolo on digits, with plain YOLOs: some minutes each. Goes on where it was stopped.
+yolo: $(MM_READY)
+	$(BIN)/python -m benchmarks.yolo
 
 # Every model as ONNX, compared and timed: less than two hours with two cores. Goes on where it was stopped.
 exports: $(READY)

@@ -2,9 +2,11 @@
 
 The stub is the lowest there is: a library of the name libcuda.so.1 whose functions, cuLaunchKernelEx among them, return at once.
 All above it is real: kernels compiled for sm_90 with their configurations of sm_90, Triton's launcher in Python and in C, which
-unpacks every argument, torch's dispatcher, autograd and allocator. Tensors are on the CPU, as no CUDA runtime starts without a
-device: allocations cost what they cost there, what PyTorch computes between launches is kept tiny, and the guards that only CUDA
-tensors pass (the capability of the device, the current device) are left out on all sides. Nothing that is launched runs.
+unpacks every argument, torch's dispatcher, autograd and allocator. Nothing that is launched runs. Tensors are on the CPU, as no
+CUDA runtime starts without a device: allocations cost what they cost there, and so does what PyTorch computes between launches, which
+is small but not nothing (the two products of region_routes' gradient take 45 µs in bfloat16). What only CUDA tensors pass is left
+out on all sides: the capability of the device, and the switch to it at every launch, which prepared launches leave out too.
+Processor time is counted, because a shared machine lets processes wait.
 
     python -m benchmarks.host_time                      this checkout
     python -m benchmarks.host_time --before CHECKOUT    and another one, in turns; --write makes the table
@@ -22,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 5  # in which checkouts take turns, each in a process of its own
+ROUNDS = 3  # in which checkouts take turns, each in a process of its own
 SAMPLES, CALLS = 15, 60  # medians of so many samples of so many calls each
 STUB = r"""
 typedef unsigned long long u64;
@@ -70,35 +73,52 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16().requires_grad_()
 
 
+class Empty(torch.autograd.Function):
+    """What autograd itself takes: allocations, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(*maps)
+        return torch.empty_like(maps[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
 def cases() -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
     """Operators on small maps, and SDPA."""
     from zoo import kernels
     routes = torch.arange(4).expand(1, 16, 4)
-    maps, small = [leaf(1, 32, 32, 64) for _ in range(3)], [leaf(1, 8, 8, 64) for _ in range(3)]
+    (q, k, v), small = (leaf(1, 32, 32, 64) for _ in range(3)), [leaf(1, 8, 8, 64) for _ in range(3)]
     weights = leaf(1, 16, 4)
-    heads, tables = [leaf(1, 8, 8, 1, 16) for _ in range(3)], [leaf(21, 16) for _ in range(2)]
+    halo = *(leaf(1, 8, 8, 1, 16) for _ in range(3)), *(leaf(21, 16) for _ in range(2))
     x, offset, weight, mask = leaf(1, 16, 8, 8), leaf(1, 18, 8, 8), leaf(16, 16, 3, 3), leaf(1, 9, 8, 8)
     kernel, theta = leaf(1, 16, 3, 3), leaf(16)
     tokens, pools = leaf(1, 7, 7, 32), leaf(1, 7, 7, 4)
-    sdpa = [torch.randn(1, 2, 16, 32, requires_grad=True) for _ in range(3)]
+    queries, keys, values = (torch.randn(1, 2, 16, 32, requires_grad=True) for _ in range(3))
 
-    def routed(*qkv: Tensor, weights: Tensor | None = None) -> Tensor:
-        return kernels.routing_attention(*qkv, routes, (4, 4), 2, weights=weights, backend="triton")
+    def routed(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
+        return kernels.routing_attention(q, k, v, routes, (4, 4), 2, weights=weights, backend="triton")
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        return kernels.halo_attention(q, k, v, rel_h, rel_w, 8, 3, backend="triton")
 
     return {
-        "routing_attention": (lambda: routed(*maps), tuple(maps)),
+        "routing_attention": (lambda: routed(q, k, v), (q, k, v)),
         "routing_attention, packed": (lambda: routed(*small), tuple(small)),
-        "routing_attention, weighted": (lambda: routed(*maps, weights=weights), (*maps, weights)),
-        "region_means": (lambda: kernels.region_means(maps[0], (4, 4), "triton"), (maps[0],)),
-        "region_routes": (lambda: kernels.region_routes(*maps[:2], (4, 4), 4, "triton")[1], tuple(maps[:2])),
-        "halo_attention": (lambda: kernels.halo_attention(*heads, *tables, 8, 3, backend="triton"), (*heads, *tables)),
+        "routing_attention, weighted": (lambda: routed(q, k, v, weights), (q, k, v, weights)),
+        "region_means": (lambda: kernels.region_means(q, (4, 4), "triton"), (q,)),
+        "region_routes": (lambda: kernels.region_routes(q, k, (4, 4), 4, "triton")[1], (q, k)),
+        "halo_attention": (lambda: attended(*halo), halo),
         "deform_conv2d": (lambda: kernels.deform_conv2d(x, offset, weight, None, 1, 1, backend="triton"), (x, offset, weight)),
         "deform_conv2d, masked": (
             lambda: kernels.deform_conv2d(x, offset, weight, None, 1, 1, 1, mask, "triton"), (x, offset, weight, mask)),
         "depthwise_dynamic_conv2d": (
             lambda: kernels.depthwise_dynamic_conv2d(x, kernel, theta, "triton"), (x, kernel, theta)),
         "token_aware_avg_pool": (lambda: kernels.token_aware_avg_pool(tokens, pools, "triton"), (tokens, pools)),
-        "SDPA (torch, CPU)": (lambda: F.scaled_dot_product_attention(*sdpa), tuple(sdpa)),
+        "an empty autograd.Function": (lambda: cast(Tensor, Empty.apply(*small)), tuple(small)),
+        "SDPA (torch, CPU)": (lambda: F.scaled_dot_product_attention(queries, keys, values), (queries, keys, values)),
     }
 
 
@@ -158,7 +178,8 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
         cells = []
         for i in range(2):
             first = found[names[0]][case][i]
-            cells += [f"{found[name][case][i]:.0f}" + (f" ({found[name][case][i] / first:.2f})" if name != names[0] else "") for name in names]
+            cells += [f"{found[name][case][i]:.0f}" + ("" if name == names[0] else f" ({found[name][case][i] / first:.2f})")
+                      for name in names]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -180,7 +201,9 @@ def main() -> None:
         import triton
         commits = ", ".join(f"{name}: {_commit(path)}" for name, path in checkouts.items())
         ROOT.joinpath("benchmarks/host_time.md").write_text(
-            f"# Host time\n\nMicroseconds on the host, by `python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
+            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, and in brackets the\n"
+            "share of before; an empty Function is what autograd and the call of it take by themselves. By\n"
+            f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
             f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}; {commits}.\n\n{text}\n")
 
 

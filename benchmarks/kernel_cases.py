@@ -101,6 +101,7 @@ def halo_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[Cas
         layer = HaloAttention(dim, num_heads=heads, block_size=block, halo_size=halo).to(device, dtype)
         theirs = kernel_rivals.timm_halo(layer)
         x = leaf(device, dtype, batch, dim, length, length)
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()  # as the network's stages keep it
         rivals = {"timm": Side(lambda f=theirs, x=x: f(x), (x, *theirs.parameters()))}
         if stage in (1, 3):  # each takes a quarter of a minute to compile
             flex = functools.partial(kernel_rivals.flex_halo, heads=heads, block=block, halo=halo,

@@ -88,7 +88,7 @@ def varlen(qkv: Tensor, routes: Tensor, regions: int, heads: int, scale: float) 
     attend = varlen_attn if on_gpu(qkv) else _varlen_on_cpu
     most = -(-height // regions) * -(-width // regions)
     out = attend(q, k, v, *ends, most, routes.shape[2] * most, scale=scale).flatten(1)
-    return torch.zeros_like(out).index_copy(0, own.flatten(), out).reshape(b, height, width, -1)
+    return out.new_zeros(len(rows), out.shape[1]).index_copy(0, own.flatten(), out).reshape(b, height, width, -1)
 
 
 def _varlen_on_cpu(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, scale: float) -> Tensor:
@@ -110,12 +110,7 @@ def flex_routes(qkv: Tensor, routes: Tensor, regions: int, heads: int, scale: fl
 
 
 def _block_mask(routed: Tensor, places: int, size: int, on_map: Tensor | None) -> BlockMask:
-    """Of blocks of `size` positions, those with a routed pair of regions, (B, r, r), of `places` positions each."""
-    length = places * routed.shape[1]
-    of_blocks = torch.arange(-(-length // size), device=routed.device)[:, None] * size
-    first = torch.arange(routed.shape[1], device=routed.device) * places
-    holds = ((first < of_blocks + size) & (first + places > of_blocks)).to(torch.float32)  # (blocks, r)
-    needed = (holds @ routed.float() @ holds.T > 0)[:, None]
+    length, needed = places * routed.shape[1], needed_blocks(routed, places, size)[:, None]
     count, order = needed.sum(-1, dtype=torch.int32), needed.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -125,6 +120,14 @@ def _block_mask(routed: Tensor, places: int, size: int, on_map: Tensor | None) -
     whole = places % size == 0 and on_map is None  # a block then is one region's
     blocks = (torch.zeros_like(count), order, count, order) if whole else (count, order)
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=seen, seq_lengths=(length, length))
+
+
+def needed_blocks(routed: Tensor, places: int, size: int) -> Tensor:
+    """Which blocks of `size` positions hold a routed pair of regions, (B, r, r), of `places` positions each: (B, blocks, blocks)."""
+    block = torch.arange(-(-places * routed.shape[1] // size), device=routed.device)[:, None] * size
+    first = torch.arange(routed.shape[1], device=routed.device) * places
+    holds = ((first < block + size) & (first + places > block)).to(torch.float32)  # (blocks, r)
+    return holds @ routed.float() @ holds.T > 0
 
 
 def _flex(
@@ -175,9 +178,9 @@ def timm_halo(layer: HaloAttention) -> HaloAttn:
     """timm's layer with the same weights."""
     theirs = HaloAttn(
         layer.dim, layer.kv.out_channels - layer.q.out_channels, stride=layer.stride, num_heads=layer.num_heads, dim_head=layer.dim_head,
-        block_size=layer.block_size, halo_size=layer.halo_size)
-    theirs.load_state_dict(layer.state_dict())
-    return theirs.to(layer.q.weight)
+        block_size=layer.block_size, halo_size=layer.halo_size, device=layer.q.weight.device, dtype=layer.q.weight.dtype)
+    theirs.load_state_dict(layer.state_dict(), assign=layer.q.weight.is_meta)
+    return theirs
 
 
 def flex_halo(

@@ -5,6 +5,7 @@ has them for every kernel under "default", under beginnings of a key that the op
 "packed 16-bit 64"), and under an architecture and that key ("sm_90 packed 16-bit 64"); the most specific one is taken.
 `make gpu` measures and writes the latter.
 """
+import ast
 import contextlib
 import functools
 import hashlib
@@ -112,13 +113,6 @@ class Prepared:
         return Launch(self._kernel, self._grid, self._key, arguments, self.configuration)
 
 
-def launch(kernel: Any, grid: Callable[[Configuration], tuple[int, ...]], key: str = "", /, **arguments: Any) -> None:
-    """Prepares and runs at once."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in arguments.items() if name not in tensors}
-    Prepared(kernel, _device_of(arguments), grid, key, tuple(tensors), **numbers)(*tensors.values())
-
-
 def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
     """Keeps what `build` makes of its arguments, tensors and plain values, for others of the same shapes, strides, dtypes and device.
 
@@ -137,7 +131,7 @@ def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
     return plan
 
 
-def _precision(arguments: tuple) -> str | None:
+def _precision(arguments: tuple) -> object:
     """What `float32_precision` depends on beside the device."""
     return torch.backends.cuda.matmul.fp32_precision if arguments[0].dtype is torch.float32 else None
 
@@ -180,12 +174,23 @@ def entry(kernel: str, architecture: str, key: str) -> str:
 
 
 def digest(operator: str) -> str:
-    """Of the kernels of `zoo.kernels.<operator>` and their configurations: changes when their machine code may."""
+    """Of the kernels of `zoo.kernels.<operator>` and their configurations: changes when their machine code may.
+
+    That is with what is compiled, the constants, and the variants, but not with how launches are prepared.
+    """
     source = CONFIGURATIONS.parent.joinpath(operator, "triton.py").read_text()
     if "from .._tiles" in source:
         source += CONFIGURATIONS.with_name("_tiles.py").read_text()
+    counted = "\n".join(ast.unparse(part) for part in ast.parse(source).body if _is_compiled(part))
     chosen = {kernel: entries for kernel, entries in _configurations().items() if f"def {kernel}(" in source}
-    return hashlib.sha256((source + json.dumps(chosen, sort_keys=True)).encode()).hexdigest()[:16]
+    return hashlib.sha256((counted + json.dumps(chosen, sort_keys=True)).encode()).hexdigest()[:16]
+
+
+def _is_compiled(part: ast.stmt) -> bool:
+    """Whether machine code may depend on this part of a module."""
+    if isinstance(part, ast.FunctionDef):
+        return part.name == "compiled_variants" or any(ast.unparse(mark) in ("kernel", "triton.jit") for mark in part.decorator_list)
+    return isinstance(part, ast.Assign) and not ast.unparse(part.targets[0]).startswith("call")  # which are operators
 
 
 @contextlib.contextmanager

@@ -39,3 +39,8 @@ def position_stride(maps: Tensor) -> int | None:
     if width == 1:
         return row
     return column if height == 1 or row == width * column else None
+
+
+def even(maps: Tensor) -> Tensor:
+    """With rows that follow each other as positions do: a copy, where they do not."""
+    return maps if position_stride(maps) is not None else maps.contiguous()

@@ -67,13 +67,13 @@ def regions_at(x: Tensor, positions: Tensor) -> Tensor:
     return x.flatten(1, 2).index_select(1, positions.clamp(min=0).flatten()).unflatten(1, positions.shape)
 
 
-def check_map(name: str, operator: str, x: Tensor) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"{operator}: {name} must be (B, H, W, C), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{operator}: {name} must be of a floating dtype, got {x.dtype}")
-
-
-def check_regions(operator: str, regions: Sequence[int]) -> None:
-    if min(regions) < 1:
-        raise ValueError(f"{operator}: regions must be at least (1, 1), got {tuple(regions)}")
+def check_routes(operator: str, routes: Tensor, regions: int) -> None:
+    """Of the values on the CPU only: elsewhere they cannot be read without waiting."""
+    if routes.device.type != "cpu" or not routes.numel():
+        return
+    ordered = routes.sort(-1).values
+    for route in (ordered[..., 0].min().item(), ordered[..., -1].max().item()):
+        if not 0 <= route < regions:
+            raise ValueError(f"{operator}: routes must be 0 to {regions - 1} (the regions), got {route}")
+    if (twice := ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ValueError(f"{operator}: routes must have no region twice for the same region, got {ordered[..., 1:][twice][0].item()} again")

@@ -15,10 +15,14 @@ def remember(known: dict[Any, Result], arguments: tuple, state: Hashable, make: 
     What is made must hold none of the tensors. Of threads that meet here each makes its own.
     """
     key = (state, *[
-        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else tuple(x) if type(x) is list else (type(x), x)
+        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor)
+        else (type(x), x) if not isinstance(x, (tuple, list)) else (tuple, *map(type, x), *x)  # 2 and 2.0 are equal
         for x in arguments
     ])
-    result = known.get(key)
+    try:
+        result = known.get(key)
+    except TypeError:  # a wrong argument that cannot be hashed
+        return make(*arguments)
     if result is None:
         result = make(*arguments)
         while len(known) >= MOST:

@@ -2,9 +2,9 @@
 import triton
 import triton.language as tl
 
-# A map of another size compiles nothing anew, as it would if 16 divided one of its sizes and not the other's.
+# A map of another size, or a batch of another number of samples, compiles nothing anew, as it would if 16 divided one and not the other.
 kernel = triton.jit(do_not_specialize=[
-    "height", "width", "h", "w", "rows", "columns",
+    "images", "samples", "height", "width", "h", "w", "rows", "columns",
     "kv_height", "kv_width", "kv_h", "kv_w", "q_height", "q_width", "out_height", "out_width",
 ])
 

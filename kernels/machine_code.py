@@ -76,20 +76,34 @@ def table(compiled: list[MachineCode]) -> str:
 
 
 def _compile(launch: Launch, variant: str, target: Target, in_a_turn: tuple[str, ...] | None) -> MachineCode:
-    kernel, given = launch.kernel, launch.arguments | launch.configuration
-    values = [given[name] for name in kernel.arg_names]
-    types = [_type(value, parameter) for value, parameter in zip(values, kernel.params, strict=True)]
-    aligned = [i for i, value in enumerate(values) if types[i] != "constexpr" and _aligned(value, kernel.params[i])]
-    source = ASTSource(
-        kernel, dict(zip(kernel.arg_names, types, strict=True)),
-        constexprs={(i,): value for i, (value, kind) in enumerate(zip(values, types, strict=True)) if kind == "constexpr"},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    options = OPTIONS | {name: value for name, value in launch.configuration.items() if name not in kernel.arg_names}
-    compiled = triton.compile(source, target=target.gpu, options=options)
+    compiled, given = compile_launch(launch, target), launch.arguments | launch.configuration
     registers, spilled, turn = (_amd if target.gpu.backend == "hip" else _nvidia)(compiled)
     per_score = turn * given["num_warps"] / math.prod(given[name] for name in in_a_turn) if turn and in_a_turn else None
     return MachineCode(launch.name, variant, target, launch.configuration, registers, spilled, compiled.metadata.shared, per_score)
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """What Triton makes of it for this target."""
+    kernel = launch.kernel
+    types, constants, aligned = specialization(launch)
+    source = ASTSource(
+        kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs={(i,): value for i, value in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = OPTIONS | {name: value for name, value in launch.configuration.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=target.gpu, options=options)
+
+
+def specialization(launch: Launch) -> tuple[tuple[str, ...], tuple[tuple[int, Any], ...], tuple[int, ...]]:
+    """What a kernel is compiled for: types of its arguments, values of constants, and which arguments 16 divides, by their places.
+
+    Launches that differ in it are compiled one by one.
+    """
+    given = launch.arguments | launch.configuration
+    arguments = [(given[name], parameter) for name, parameter in zip(launch.kernel.arg_names, launch.kernel.params, strict=True)]
+    types = tuple(_type(value, parameter) for value, parameter in arguments)
+    constants = tuple((i, value) for i, (value, _) in enumerate(arguments) if types[i] == "constexpr")
+    return types, constants, tuple(i for i, argument in enumerate(arguments) if types[i] != "constexpr" and _aligned(*argument))
 
 
 def _type(value: Any, parameter: KernelParam) -> str:
@@ -110,13 +124,16 @@ def _aligned(value: Any, parameter: KernelParam) -> bool:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, int]:
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", dumped(compiled, "--dump-resource-usage"))[0]
+    return int(registers), int(stack), inner_loop_of_sass(dumped(compiled, "--dump-sass"))
+
+
+def dumped(compiled: Any, option: str) -> str:
+    """What NVIDIA's cuobjdump says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-                       for option in ("--dump-resource-usage", "--dump-sass"))
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-    return int(registers), int(stack), inner_loop_of_sass(code)
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def inner_loop_of_sass(code: str) -> int:

@@ -77,8 +77,9 @@ class ATConv(nn.Module):
 
     def kernels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, k, k), before the inhibition."""
-        pooled = x.flatten(2) @ _runs(self.kernel_size**2, x)
-        context = self.kernel_proj(pooled[..., None]).squeeze(-1)
+        positions = x.permute(2, 3, 0, 1).flatten(0, 1)  # (H·W, B, C)
+        pooled = (_runs(self.kernel_size**2, x).t() @ positions.flatten(1)).unflatten(1, positions.shape[1:])
+        context = convolved(self.kernel_proj, pooled[:, None].permute(2, 3, 0, 1)).squeeze(-1)
         return self.kernel_gen(F.gelu(context)).unflatten(-1, (self.kernel_size, self.kernel_size))
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from zoo.kernels import halo_attention
-from zoo.kernels._layout import in_layout_of
+from zoo.kernels._layout import channels_last, in_layout_of
 from zoo.kernels.halo_attention.reference import attention
 
 from ._capture import report
@@ -97,10 +97,10 @@ class HaloAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"HaloAttention: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        q, kv = self.q(x), self.kv(x)
-        heads = kv.unflatten(1, (self.num_heads, -1))
-        k, v = heads.split((self.dim_head, heads.shape[2] - self.dim_head), 2)
-        q, k, v = (y.permute(0, 3, 4, 1, 2) for y in (q.unflatten(1, (self.num_heads, -1)), k, v))
+        # GPUs multiply channels-last maps, into which they copy others anyway, and the kernels read such q, k, v in wide pieces.
+        image = channels_last(x) if x.device.type == "cuda" else x
+        q, kv = (conv(image).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, -1)) for conv in (self.q, self.kv))
+        k, v = kv.split((self.dim_head, kv.shape[4] - self.dim_head), 4)
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride
         rel_h, rel_w = (table[unread:] for table in self.pos_embed())
         report(self, attention=lambda: attention(q, k, rel_h, rel_w, self.block_size, self.halo_size, self.dim_head**-0.5))

@@ -94,7 +94,8 @@ def test_a_clone_tests_its_own_files(clone, broken):
 
 
 def test_the_wheel_holds_what_is_used_and_nothing_else(wheel):
-    expected = {"zoo/py.typed", "zoo/kernels/configurations.json"}
+    models = (str(path.relative_to(ROOT)) for path in ROOT.glob("zoo/yolo/models/*"))
+    expected = {"zoo/py.typed", "zoo/kernels/configurations.json", *models}
     for folder, place in ROOMS.items():
         expected |= {str(Path("zoo", place, path.relative_to(ROOT / folder))) for path in (ROOT / folder).rglob("*.py")}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
@@ -147,11 +148,11 @@ def test_import_needs_only_torch_torchvision_and_timm_and_changes_nothing_else()
 
 
 def test_rooms_wait_for_what_only_some_of_their_work_needs():
-    """Neither the engine nor what the extras install is imported with any module below zoo.mm."""
+    """Neither the engine nor what the extras install is imported with any module below zoo.mm and zoo.yolo."""
     code = """
 import importlib, pkgutil, sys, zoo
 for room in pkgutil.iter_modules(zoo.__path__):
-    if room.name not in ("mm", "tools", "configs"):
+    if room.name not in ("mm", "yolo", "tools", "configs"):
         module = importlib.import_module(f"zoo.{room.name}")
         for found in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}."):
             if not found.name.endswith("__main__"):
@@ -161,7 +162,7 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
     imported = set(python(code).split())
     assert not imported & {
         "mmengine", "mmcv", "mmdet", "mmseg", "monai", "nilearn", "nibabel", "sklearn", "matplotlib", "captum", "pytorch_grad_cam",
-        "onnx", "onnxruntime", "imagecorruptions", "cv2", "supervision", "transformers"}
+         "onnx", "onnxruntime", "imagecorruptions", "cv2", "supervision", "transformers", "ultralytics"}
 
 
 def test_what_users_write_stays():

@@ -25,6 +25,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (default: 15)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="both under torch.compile")
     parser.add_argument("--forward-only", action="store_true", help="no backward passes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's time there")
     return parser.parse_args(arguments)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable(args.json)
     against = None if args.against is None else load_callable(args.against)
     report = benchmark(args.models, against, batch=args.batch, size=args.size, dtype=args.dtype, threads=args.threads,
-                       rounds=args.rounds, device=args.device, passes=(FORWARD,) if args.forward_only else PASSES,
+                       rounds=args.rounds, device=args.device, compiled=args.compile, passes=(FORWARD,) if args.forward_only else PASSES,
                        progress=lambda step: print(f"{step} …", file=sys.stderr, flush=True))
     print(report.markdown())
     if args.json is not None:

@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import choose, public_operator
+from .._checking import check_number, check_tensors
 from . import blocked, reference
 
 __all__ = ["attention_similarity"]
@@ -31,15 +32,13 @@ def attention_similarity(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    for name, x in (("q", q), ("k", k)):
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(f"attention_similarity: {name} must be (B, heads, tokens, d) and floating, got {tuple(x.shape)} {x.dtype}")
+    check_tensors("attention_similarity", q=(q, "B, heads, N, d"), k=(k, "B, heads, M, d"))
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention_similarity: q and k must differ in tokens only, got {tuple(q.shape)} and {tuple(k.shape)}")
-    if q.dtype != k.dtype:
-        raise TypeError(f"attention_similarity: k must have the dtype of q ({q.dtype}), got {k.dtype}")
-    if not threshold >= 0:
+    check_number("attention_similarity", "threshold", threshold)
+    if threshold is None or threshold < 0:
         raise ValueError(f"attention_similarity: threshold must be at least 0, got {threshold}")
+    check_number("attention_similarity", "scale", scale)
     chosen = choose("attention_similarity", backend, q, lambda: "blocked")
     return {"reference": reference, "blocked": blocked}[chosen].attention_similarity(
         q, k, threshold, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -5,8 +5,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .._backends import choose, observed, public_operator, remembered
-from .._exporting import is_exporting
+from .._backends import autocasting, choose, observed, public_operator, remembered
+from .._checking import check_tensors, check_whole, pair
+from .._exporting import is_exporting, known
 from .._layout import span, too_large
 from . import gathered, grid_sampled, reference, sampled, torchvision
 
@@ -73,14 +74,15 @@ def deform_conv2d(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    geometry = tuple((p[0], p[1]) if isinstance(p, (tuple, list)) else (p, p) for p in (stride, padding, dilation))
+    given = dict(stride=stride, padding=padding, dilation=dilation)
+    geometry = [pair("deform_conv2d", name, p) if isinstance(p, (tuple, list)) else (p, p) for name, p in given.items()]
     seen = observed((x, offset, weight, bias, mask, backend))
     chosen = _chosen(seen, x, offset, weight, bias, mask, *geometry, backend)
     if chosen != "triton":
         ways = {"reference": reference, "grid_sampled": grid_sampled, "torchvision": torchvision, "sampled": sampled, "gathered": gathered}
         return ways[chosen].deform_conv2d(x, offset, weight, bias, mask, *geometry)
     from . import triton
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasting(x.device.type):
         return triton.call(seen, x, offset, weight, bias, mask, *geometry)
     return triton.call(seen, x.to(torch.get_autocast_dtype(x.device.type)), offset, weight, bias, mask, *geometry).to(x.dtype)
 
@@ -114,17 +116,10 @@ def _in_groups(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
 
 
 def _check(x, offset, weight, bias, mask, stride, padding, dilation) -> None:
-    tensors = {name: t for name, t in dict(x=x, offset=offset, weight=weight, bias=bias, mask=mask).items() if t is not None}
-    for name, t in tensors.items():
-        if not t.is_floating_point():
-            raise TypeError(f"deform_conv2d: {name} must be of a floating dtype, got {t.dtype}")
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"deform_conv2d: {name} must have the dtype of x ({x.dtype}), got {t.dtype}")
-        if t.ndim != (1 if name == "bias" else 4):
-            raise ValueError(f"deform_conv2d: {name} must have {1 if name == 'bias' else 4} dimensions, got shape {tuple(t.shape)}")
-    if min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError("deform_conv2d: stride and dilation must be at least 1 and padding at least 0, "
-                         f"got {stride}, {dilation} and {padding}")
+    check_tensors("deform_conv2d", (), True, x=(x, "B, C, H, W"), offset=(offset, "B, offset groups·kh·kw·2, Ho, Wo"),
+                  weight=(weight, "Co, C / groups, kh, kw"), bias=(bias, "Co"), mask=(mask, "B, offset groups·kh·kw, Ho, Wo"))
+    for name, least, values in (("stride", 1, stride), ("padding", 0, padding), ("dilation", 1, dilation)):
+        check_whole("deform_conv2d", name, least, *values)
     (b, channels, *size), (out_channels, group_width, *kernel) = x.shape, weight.shape
     groups = channels // max(1, group_width)
     if groups < 1 or groups * group_width != channels or out_channels % groups:
@@ -137,6 +132,9 @@ def _check(x, offset, weight, bias, mask, stride, padding, dilation) -> None:
                          f"got {offset.shape[1]}")
     out_size = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1
                      for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True))
+    if any(known((n < 1,)) for n in out_size):
+        raise ValueError(f"deform_conv2d: weight must have kernels that fit into x, {size[0]}×{size[1]} and padding {padding}, "
+                         f"got {kernel[0]}×{kernel[1]} with dilation {dilation}")
     if tuple(offset.shape[2:]) != out_size or offset.shape[0] != b:
         raise ValueError(f"deform_conv2d: offset must be ({b}, …, {out_size[0]}, {out_size[1]}), got shape {tuple(offset.shape)}")
     if mask is not None and tuple(mask.shape) != (b, offset.shape[1] // 2, *out_size):

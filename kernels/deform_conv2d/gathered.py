@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._linear import linear
 from ._blocked import register
 from ._blocks import Shape, blocks
 from .reference import positions
@@ -84,11 +85,6 @@ def _gather_backward(grad: Tensor, table: Tensor, index: Tensor, factors: Tensor
     return grad_table, grad_factors.view(n, four)
 
 
-def _image(rows: Tensor) -> Tensor:
-    """(P, C) as a channels-last image: oneDNN's 1×1 convolutions are faster than the BLAS (see `zoo.layers._linear`)."""
-    return rows[None, None].permute(0, 3, 1, 2)
-
-
 class _Block(NamedTuple):
     """What forward and backward pass know of a block: its place in the batch, its table, samples, mask (N, 1) and columns."""
 
@@ -115,8 +111,8 @@ def _blocks(x: Tensor, offset: Tensor, mask: Tensor | None, shape: Shape, inner:
 
 
 def _kernels(weight: Tensor, inner: torch.dtype) -> Tensor:
-    """(Co, K·C, 1, 1)."""
-    return weight.to(inner).permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
+    """(Co, K·C)."""
+    return weight.to(inner).permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
 def _forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, shape: Shape, out: Tensor) -> None:
@@ -124,9 +120,8 @@ def _forward(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mas
     inner = torch.promote_types(x.dtype, torch.float32)
     kernels, bias = _kernels(weight, inner), None if bias is None else bias.to(inner)
     for block in _blocks(x, offset, mask, shape, inner):
-        found = F.conv2d(_image(block.columns), kernels, bias).permute(0, 2, 3, 1)
         into = out.permute(0, 2, 3, 1)[block.images, block.rows]
-        into.copy_(found.view(into.shape))
+        into.copy_(linear(block.columns, kernels, bias).view(into.shape))
 
 
 def _backward(
@@ -140,10 +135,8 @@ def _backward(
     grad_kernels = torch.zeros_like(kernels)
     for images, rows, table, samples, block_mask, factors, columns in _blocks(x, offset, mask, shape, inner):
         above = grad[images, rows].to(inner).reshape(len(columns), -1)
-        grad_columns, grad_block, _ = torch.ops.aten.convolution_backward(
-            _image(above), _image(columns), kernels, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
-        grad_kernels += grad_block
-        grad_samples = grad_columns.permute(0, 2, 3, 1).reshape(-1, shape.channels)
+        grad_kernels += above.t() @ columns
+        grad_samples = linear(above, kernels.t()).reshape(-1, shape.channels)
         grad_table, grad_factors = _gather_backward(grad_samples, table, samples.index, factors)
         grad_x[images] += grad_table.view(grad_x[images].shape)
         if block_mask is not None:

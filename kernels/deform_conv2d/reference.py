@@ -51,7 +51,7 @@ def deform_conv2d(
             index = (row * width + column).flatten(2)[:, :, None].expand(-1, -1, maps.shape[2], -1)
             samples = samples + maps.gather(3, index) * (row_weight * column_weight).flatten(2)[:, :, None]  # (B, g, C/g, K·Ho·Wo)
     if mask is not None:
-        samples = samples * mask.reshape(b, offset_groups, 1, -1)
+        samples = samples * mask.reshape(b, offset_groups, 1, taps * out_size[0] * out_size[1])
     columns = samples.reshape(b, c // group_width, group_width * taps, out_size[0] * out_size[1])
     out = (weight.reshape(c // group_width, -1, group_width * taps) @ columns).reshape(b, out_channels, *out_size)
     return (out if bias is None else out + bias[:, None, None]).to(dtype)

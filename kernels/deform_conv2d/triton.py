@@ -24,6 +24,8 @@ from .._launch import Prepared, float32_precision, planned
 from .._tiles import kernel
 from . import reference
 
+WIDE = 16  # channels of a segment that fill a tile for matrix units
+MOST_TOGETHER = 4
 WEIGHT_PROGRAMS = 1024  # the gradient of the weight is split over positions until there are about as many
 
 
@@ -88,18 +90,20 @@ def deform_conv2d_forward(
     mask_batch, mask_channel, mask_row, mask_column, out_batch, out_channel, out_row, out_column,
     GROUP: tl.constexpr, OUT_GROUP: tl.constexpr, OFFSET_GROUP: tl.constexpr, SEGMENT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, PRECISION: tl.constexpr,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
+    TOGETHER: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
 ):
-    """One program per tile of positions, group, and tile of its output channels. The weight is (groups, kh·kw, C, Co)."""
+    """One program per tile of positions, TOGETHER groups, and tile of their output channels. The weight is (groups, kh·kw, C, Co)."""
     batch, i, j, on = _tile(tl.program_id(0), out_height, out_width, POSITIONS)
-    group, o = tl.program_id(1), tl.program_id(2) * OUTS + tl.arange(0, OUTS)
+    group, o = tl.program_id(1) * TOGETHER, tl.program_id(2) * OUTS + tl.arange(0, OUTS)
     x += batch * x_batch + group * GROUP * x_channel
     offset += batch * offset_batch + (i * offset_row + j * offset_column)[None, None, :]
     if mask is not None:
         mask += batch * mask_batch + (i * mask_row + j * mask_column)[None, None, :]
     weight += group * (KH * KW * GROUP * OUT_GROUP) + o[:, None]
     tap_of, channel_of = tl.arange(0, TAPS * CHANNELS) // CHANNELS, tl.arange(0, TAPS * CHANNELS) % CHANNELS
-    total = tl.zeros((OUTS, POSITIONS), tl.float32)
+    totals = ()
+    for _ in tl.static_range(TOGETHER):
+        totals += (tl.zeros((OUTS, POSITIONS), tl.float32),)
     for first in range(0, GROUP, SEGMENT):
         offset_group = (group * GROUP + first) // OFFSET_GROUP
         for tap in range(0, KH * KW, TAPS):
@@ -109,16 +113,23 @@ def deform_conv2d_forward(
                 offset_channel, mask_channel, KH, KW, SY, SX, PY, PX, DY, DX)
             for channel in range(0, SEGMENT, CHANNELS):
                 c = channel + tl.arange(0, CHANNELS)[None, :, None]
-                v00, v01, v10, v11 = _corners(x + (first + c) * x_channel, y, top, bottom, z, left, right, c < SEGMENT, x_row, x_column)
-                samples = factor * _between(_between(v00, v01, fx), _between(v10, v11, fx), fy)
-                columns = tl.reshape(samples, (TAPS * CHANNELS, POSITIONS)).to(weight.dtype.element_ty)
-                row = (tap + tap_of) * GROUP + first + channel + channel_of
                 there = (tap + tap_of < KH * KW) & (channel + channel_of < SEGMENT) & (o < OUT_GROUP)[:, None]
-                total = tl.dot(tl.load(weight + row * OUT_GROUP, mask=there, other=0.0), columns, total, input_precision=PRECISION)
-    if bias is not None:
-        total += tl.load(bias + group * OUT_GROUP + o, mask=o < OUT_GROUP, other=0.0).to(tl.float32)[:, None]
-    out += batch * out_batch + (group * OUT_GROUP + o)[:, None] * out_channel + i * out_row + j * out_column
-    tl.store(out, total, mask=(o < OUT_GROUP)[:, None] & on)
+                added = ()
+                for g in tl.static_range(TOGETHER):
+                    v00, v01, v10, v11 = _corners(
+                        x + (g * GROUP + first + c) * x_channel, y, top, bottom, z, left, right, c < SEGMENT, x_row, x_column)
+                    samples = factor * _between(_between(v00, v01, fx), _between(v10, v11, fx), fy)
+                    columns = tl.reshape(samples, (TAPS * CHANNELS, POSITIONS)).to(weight.dtype.element_ty)
+                    row = (g * KH * KW + tap + tap_of) * GROUP + first + channel + channel_of
+                    kernel = tl.load(weight + row * OUT_GROUP, mask=there, other=0.0)
+                    added += (tl.dot(kernel, columns, totals[g], input_precision=PRECISION),)
+                totals = added
+    out += batch * out_batch + i * out_row + j * out_column
+    for g in tl.static_range(TOGETHER):
+        total, channel = totals[g], (group + g) * OUT_GROUP + o
+        if bias is not None:
+            total += tl.load(bias + channel, mask=o < OUT_GROUP, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + channel[:, None] * out_channel, total, mask=(o < OUT_GROUP)[:, None] & on)
 
 
 @kernel
@@ -198,19 +209,21 @@ def deform_conv2d_backward_weight(
     offset_batch, offset_channel, offset_row, offset_column, mask_batch, mask_channel, mask_row, mask_column,
     GROUP: tl.constexpr, OUT_GROUP: tl.constexpr, OFFSET_GROUP: tl.constexpr, SEGMENT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, PRECISION: tl.constexpr,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
+    TOGETHER: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
 ):
-    """One program per share of the tiles of positions, tile of the reduction, and group and tile of its output channels.
+    """One program per share of the tiles of positions, tile of the reduction, and TOGETHER groups and tile of their output channels.
 
     `partial` is (shares, groups, kh·kw, C, Co).
     """
     per_segment, out_tiles = tl.cdiv(SEGMENT, CHANNELS), tl.cdiv(OUT_GROUP, OUTS)
     per_tap, part = per_segment * (GROUP // SEGMENT), tl.program_id(1)
-    group, o = tl.program_id(2) // out_tiles, tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
+    group, o = tl.program_id(2) // out_tiles * TOGETHER, tl.program_id(2) % out_tiles * OUTS + tl.arange(0, OUTS)
     tap, first, channel = part // per_tap * TAPS, part % per_tap // per_segment * SEGMENT, part % per_segment * CHANNELS
     offset_group = (group * GROUP + first) // OFFSET_GROUP
     t, c = tap + tl.arange(0, TAPS)[:, None, None], channel + tl.arange(0, CHANNELS)[None, :, None]
-    total = tl.zeros((OUTS, TAPS * CHANNELS), tl.float32)
+    totals = ()
+    for _ in tl.static_range(TOGETHER):
+        totals += (tl.zeros((OUTS, TAPS * CHANNELS), tl.float32),)
     for tile in range(tl.program_id(0), images * tl.cdiv(out_height * out_width, POSITIONS), tl.num_programs(0)):
         batch, i, j, on = _tile(tile, out_height, out_width, POSITIONS)
         y, top, bottom, fy, z, left, right, fx, factor = _places(
@@ -218,17 +231,22 @@ def deform_conv2d_backward_weight(
             None if mask is None else mask + batch * mask_batch + (i * mask_row + j * mask_column)[None, None, :],
             offset_group, t, i[None, None, :], j[None, None, :], on[None, None, :], height, width,
             offset_channel, mask_channel, KH, KW, SY, SX, PY, PX, DY, DX)
-        v00, v01, v10, v11 = _corners(x + batch * x_batch + (group * GROUP + first + c) * x_channel,
-                                      y, top, bottom, z, left, right, c < SEGMENT, x_row, x_column)
-        samples = factor * _between(_between(v00, v01, fx), _between(v10, v11, fx), fy)
-        columns = tl.reshape(samples, (TAPS * CHANNELS, POSITIONS)).to(x.dtype.element_ty)
-        above = tl.load(grad + batch * grad_batch + (group * OUT_GROUP + o)[:, None] * grad_channel + i * grad_row + j * grad_column,
-                        mask=(o < OUT_GROUP)[:, None] & on, other=0.0)
-        total = tl.dot(above.to(x.dtype.element_ty), tl.trans(columns), total, input_precision=PRECISION)
+        added = ()
+        for g in tl.static_range(TOGETHER):
+            v00, v01, v10, v11 = _corners(x + batch * x_batch + ((group + g) * GROUP + first + c) * x_channel,
+                                          y, top, bottom, z, left, right, c < SEGMENT, x_row, x_column)
+            samples = factor * _between(_between(v00, v01, fx), _between(v10, v11, fx), fy)
+            columns = tl.reshape(samples, (TAPS * CHANNELS, POSITIONS)).to(x.dtype.element_ty)
+            at = grad + batch * grad_batch + ((group + g) * OUT_GROUP + o)[:, None] * grad_channel + i * grad_row + j * grad_column
+            above = tl.load(at, mask=(o < OUT_GROUP)[:, None] & on, other=0.0).to(x.dtype.element_ty)
+            added += (tl.dot(above, tl.trans(columns), totals[g], input_precision=PRECISION),)
+        totals = added
     tap_of, channel_of = tap + tl.arange(0, TAPS * CHANNELS) // CHANNELS, channel + tl.arange(0, TAPS * CHANNELS) % CHANNELS
-    row = (tl.program_id(0) * (tl.num_programs(2) // out_tiles) + group) * (KH * KW) + tap_of
-    at = partial + (row.to(tl.int64) * GROUP + first + channel_of) * OUT_GROUP + o[:, None]
-    tl.store(at, total, mask=(tap_of < KH * KW) & (channel_of < SEGMENT) & (o < OUT_GROUP)[:, None])
+    groups = tl.num_programs(2) // out_tiles * TOGETHER
+    for g in tl.static_range(TOGETHER):
+        row = (tl.program_id(0) * groups + group + g) * (KH * KW) + tap_of
+        at = partial + (row.to(tl.int64) * GROUP + first + channel_of) * OUT_GROUP + o[:, None]
+        tl.store(at, totals[g], mask=(tap_of < KH * KW) & (channel_of < SEGMENT) & (o < OUT_GROUP)[:, None])
 
 
 def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry: Sequence[int]) -> dict[str, Any]:
@@ -245,18 +263,26 @@ def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *ge
     )
 
 
+def _together(problem: dict[str, Any]) -> int:
+    """Groups that share their offsets, and for which a program works out places and shares once."""
+    if problem["SEGMENT"] >= WIDE or problem["OFFSET_GROUP"] % problem["GROUP"]:
+        return 1
+    return math.gcd(MOST_TOGETHER, problem["OFFSET_GROUP"] // problem["GROUP"])
+
+
 @planned
 def _forward_plan(
     x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Prepared:
     problem = _problem(x, offset, weight, mask, stride, padding, dilation)
-    positions, groups = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1]
+    positions, groups, together = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1], _together(problem)
     return Prepared(
         deform_conv2d_forward, x.device,
-        lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups,
+        lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups // together,
                         triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"])),
-        _key(x, problem), ("x", "offset", "mask", "weight", "bias", "out"), **problem, **_strides("out", out))
+        _key(x, problem), ("x", "offset", "mask", "weight", "bias", "out"), **problem, **_strides("out", out),
+        TOGETHER=together)
 
 
 @planned
@@ -267,20 +293,21 @@ def _backward_plan(
     """Of the gradients of x, offset and mask, and of the weight's partial sums, and their shape."""
     problem = _problem(x, offset, weight, mask, stride, padding, dilation) | _strides("grad", grad)
     groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
-    images, positions, taps = x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
+    together, images, positions, taps = _together(problem), x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
     shares = min(images * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
 
     def weight_grid(chosen: dict[str, Any]) -> tuple[int, ...]:
         reductions = triton.cdiv(taps, chosen["TAPS"]) * (problem["GROUP"] // problem["SEGMENT"])
         return (shares, reductions * triton.cdiv(problem["SEGMENT"], chosen["CHANNELS"]),
-                groups * triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"]))
+                groups // together * triton.cdiv(problem["OUT_GROUP"], chosen["OUTS"]))
 
     maps = "grad", "x", "offset", "mask"
     return (
         Prepared(deform_conv2d_backward_samples, x.device,
                  lambda chosen: (images * triton.cdiv(positions, chosen["POSITIONS"]), triton.cdiv(taps, chosen["TAPS"]), offset_groups),
                  _key(x, problem), (*maps, "weight", "scale", "grad_x", "grad_offset", "grad_mask"), **problem),
-        Prepared(deform_conv2d_backward_weight, x.device, weight_grid, _key(x, problem), (*maps, "partial"), **problem, images=images),
+        Prepared(deform_conv2d_backward_weight, x.device, weight_grid, _key(x, problem), (*maps, "partial"), **problem, images=images,
+                 TOGETHER=together),
         (shares, groups, taps, problem["GROUP"], problem["OUT_GROUP"]))
 
 
@@ -290,7 +317,7 @@ def _strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 def _key(x: Tensor, problem: dict[str, Any]) -> str:
     """How wide a tile of channels can be, and the size of the dtype."""
-    width = "depthwise" if problem["SEGMENT"] == 1 else "narrow" if problem["SEGMENT"] < 16 else "wide"
+    width = "depthwise" if problem["SEGMENT"] == 1 else "narrow" if problem["SEGMENT"] < WIDE else "wide"
     return f"{width} {8 * x.itemsize}-bit"
 
 

@@ -1,7 +1,7 @@
-import torch
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors
 from .._layout import span, too_large
 from . import grouped, positions_first, reference
 
@@ -49,15 +49,12 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
 
 @remembered
 def _chosen(x: Tensor, kernels: Tensor, theta: Tensor | None, backend: str | None) -> str:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"depthwise_dynamic_conv2d: x must be (B, C, H, W) and floating, got {tuple(x.shape)} {x.dtype}")
-    if kernels.ndim != 4 or kernels.shape[:2] != x.shape[:2]:
+    check_tensors("depthwise_dynamic_conv2d", ("theta",), True, x=(x, "B, C, H, W"), kernels=(kernels, "B, C, k, k"), theta=(theta, "C"))
+    if kernels.shape[:2] != x.shape[:2]:
         raise ValueError(f"depthwise_dynamic_conv2d: kernels must be (B, C, k, k) with the B and C of x {tuple(x.shape)}, "
                          f"got {tuple(kernels.shape)}")
     if kernels.shape[2] % 2 == 0 or kernels.shape[3] % 2 == 0:
         raise ValueError(f"depthwise_dynamic_conv2d: kernels must have odd sides, got {tuple(kernels.shape[2:])}")
-    if kernels.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"depthwise_dynamic_conv2d: kernels must have the dtype of x ({x.dtype}), got {kernels.dtype}")
     if theta is not None and theta.shape != x.shape[1:2]:
         raise ValueError(f"depthwise_dynamic_conv2d: theta must be (C,) = ({x.shape[1]},), got {tuple(theta.shape)}")
     exported = "grouped" if isinstance(x.shape[0], int) and x.shape[0] else "reference"

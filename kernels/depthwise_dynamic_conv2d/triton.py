@@ -17,7 +17,7 @@ from torch import Tensor
 from .._backends import Direct, name_of, observed, register_flops
 from .._launch import Prepared, planned
 from .._tiles import kernel
-from .reference import flops, inhibited
+from .reference import flops
 
 PROGRAMS = 2048  # the gradient of the kernels is split over positions until there are about as many
 
@@ -68,15 +68,23 @@ def depthwise_dynamic_conv2d_backward_kernels(
     x += batch * x_batch + c * x_channel
     grad += batch * grad_batch + c * grad_channel
     partial += ((tl.program_id(0) * samples + batch) * channels + c) * (KH * KW)
-    for place in tl.static_range(KH * KW):
-        total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    for u in tl.static_range(KH):  # a row of places at a time: of all, the sums take too many registers
+        sums = ()
+        for _ in tl.static_range(KW):
+            sums += (tl.zeros((CHANNELS, POSITIONS), tl.float32),)
         for first in range(tl.program_id(0) * POSITIONS, height * width, tl.num_programs(0) * POSITIONS):
             p = first + tl.arange(0, POSITIONS)[None, :]
-            i, j, on = _position(p, place // KW, place % KW, height, width, KH, KW, SIGN)
-            on &= c < channels
-            above = tl.load(grad + p // width * grad_row + p % width * grad_column, mask=on, other=0.0).to(tl.float32)
-            total += above * tl.load(x + i * x_row + j * x_column, mask=on, other=0.0).to(tl.float32)
-        tl.store(partial + place, tl.sum(total, 1, keep_dims=True), mask=c < channels)
+            i, j, on = p // width + SIGN * (u - KH // 2), p % width, (p < height * width) & (c < channels)
+            above = tl.load(grad + p // width * grad_row + j * grad_column, mask=on, other=0.0).to(tl.float32)
+            on &= (i >= 0) & (i < height)
+            at, added = x + i * x_row + j * x_column, ()
+            for v in tl.static_range(KW):
+                move = SIGN * (v - KW // 2)
+                there = on & (j + move >= 0) & (j + move < width)
+                added += (sums[v] + above * tl.load(at + move * x_column, mask=there, other=0.0).to(tl.float32),)
+            sums = added
+        for v in tl.static_range(KW):
+            tl.store(partial + (u * KW + v), tl.sum(sums[v], 1, keep_dims=True), mask=c < channels)
 
 
 def _key(x: Tensor) -> str:
@@ -155,10 +163,10 @@ def _conv_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = call(seen, grad, kernels, theta, not ctx.transposed)
     grad_kernels, grad_theta = call_gradient(seen, x, grad, list(kernels.shape[2:]), ctx.transposed), None
     if theta is not None:
-        means = kernels.float().mean((2, 3))
-        share = theta.float().sigmoid()
-        grad_theta = (-share * (1 - share) * (means * grad_kernels.sum((2, 3))).sum(0)).to(theta.dtype)
-        grad_kernels = inhibited(grad_kernels, theta.float())
+        share, grad_means = theta.float().sigmoid(), grad_kernels.mean((2, 3), keepdim=True)
+        along = (kernels.sum((2, 3), dtype=torch.float32, keepdim=True) * grad_means).sum((0, 2, 3))
+        grad_theta = (along * (share - 1) * share).to(theta.dtype)
+        grad_kernels = torch.addcmul(grad_kernels, share[:, None, None], grad_means, value=-1)
     return grad_x.to(x.dtype), grad_kernels.to(kernels.dtype), grad_theta, None
 
 

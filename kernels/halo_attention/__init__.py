@@ -1,6 +1,7 @@
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_number, check_tensors, check_whole
 from .._layout import span, too_large
 from . import blocked, reference
 
@@ -52,7 +53,7 @@ def halo_attention(
         ValueError, TypeError: arguments that do not fit together.
     """
     seen = observed((q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale, backend))
-    chosen = _chosen(seen, q, k, v, rel_h, rel_w, block_size, halo_size, stride, backend)
+    chosen = _chosen(seen, q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale, backend)
     arguments = q, k, v, rel_h, rel_w, block_size, halo_size, q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
         from . import triton
@@ -62,9 +63,10 @@ def halo_attention(
 
 @remembered
 def _chosen(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block_size: int, halo_size: int, stride: int, backend: str | None
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block_size: int, halo_size: int, stride: int, scale: float | None,
+    backend: str | None,
 ) -> str:
-    _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride)
+    _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale)
     return choose("halo_attention", backend, q, lambda: "blocked", unsupported={"triton": lambda: _unsupported(q, k, v, rel_h)})
 
 
@@ -73,20 +75,18 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:
     widest = max(q.shape[4], v.shape[4])
     if widest > MOST_CHANNELS:
         return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}"
-    return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(2 * table.shape[0], v.shape[4]))
+    kept = 2 * (table.shape[0] + 6)  # of every query, for the backward pass: at most 3 places beside either end of each axis
+    return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(kept, v.shape[4]))
 
 
-def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride) -> None:
-    for name, x, ndim in (("q", q, 5), ("k", k, 5), ("v", v, 5), ("rel_h", rel_h, 2), ("rel_w", rel_w, 2)):
-        if x.ndim != ndim:
-            raise ValueError(f"halo_attention: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"halo_attention: {name} must be of a floating dtype, got {x.dtype}")
-        if x.dtype != q.dtype and ndim == 5:
-            raise TypeError(f"halo_attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}")
-    if block_size < 1 or halo_size < 0:
-        raise ValueError(f"halo_attention: block_size must be at least 1 and halo_size at least 0, got {block_size} and {halo_size}")
-    if stride < 1 or block_size % stride:
+def _check(q, k, v, rel_h, rel_w, block_size, halo_size, stride, scale) -> None:
+    maps = {name: (x, f"B, H, W, heads, {width}") for name, x, width in (("q", q, "d"), ("k", k, "d"), ("v", v, "e"))}
+    check_tensors("halo_attention", ("rel_h", "rel_w"), **maps, rel_h=(rel_h, "offsets, d"), rel_w=(rel_w, "offsets, d"))
+    check_number("halo_attention", "scale", scale)
+    check_whole("halo_attention", "block_size", 1, block_size)
+    check_whole("halo_attention", "halo_size", 0, halo_size)
+    check_whole("halo_attention", "stride", 1, stride)
+    if block_size % stride:
         raise ValueError(f"halo_attention: stride must divide block_size ({block_size}), got {stride}")
     (b, height, width, heads, d), rows = k.shape, block_size + 2 * halo_size + block_size // stride - 1
     queries = (b, (height + stride - 1) // stride, (width + stride - 1) // stride, heads, d)

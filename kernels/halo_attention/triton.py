@@ -3,12 +3,14 @@
 A program holds a tile of queries of one block and goes over the keys of its window with a running softmax. The backward pass
 recomputes the attention from its logarithmic denominator, once for the gradient of the queries and once for that of keys and
 values: there a program holds a patch of keys and goes over the queries of the blocks whose windows reach it, so that nothing is
-added atomically.
+added atomically. The smaller the patch, the fewer of these do not attend to it.
 
 The score of a relative position is the sum of one for its row and one for its column, products of the query and the tables. A
 block of keys is some rows of the window, each padded to a power of two. So the scores of columns are the same in every block
 and those of rows are a number per row: a program makes both once, of its queries, and reads nothing per query and key. What
-reaches them in the backward pass is summed per query and offset, and the tables' gradients are again products.
+reaches them in the backward pass is summed per query and offset, and the tables' gradients are again products, of every program a
+part. For the patches of keys it keeps every query's scores of its window's rows and columns: to make them again takes longer than
+to read them (benchmarks/halo.md).
 """
 import itertools
 import math
@@ -20,14 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import name_of, register_gradient
+from .._backends import autocasting, name_of, register_gradient
 from .._launch import Prepared, float32_precision, planned
-from .._layout import position_stride
+from .._layout import even, position_stride
 from .._tiles import kernel, load_rows, products, store_rows
 from . import reference
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_TILE, LARGEST_TILE = 16, 64  # queries that a program holds; matrix units take 16
+IN_A_TURN = {  # scores that a turn of the inner loop works out
+    "halo_attention_forward": ("QUERIES", "KEYS"), "halo_attention_backward_queries": ("QUERIES", "KEYS"),
+    "halo_attention_backward_keys": ("QUERIES", "PATCH", "PATCH"),
+}
 
 
 @triton.jit
@@ -83,7 +89,30 @@ def _offset_scores(
 @triton.jit
 def _taken(scores, offsets, TILE: tl.constexpr):
     """Of every query the scores of these offsets, (queries, n); of offsets beyond the tile, which no key has, any."""
-    return tl.gather(scores, tl.minimum(offsets, TILE - 1), 1)
+    return tl.gather(scores, tl.maximum(tl.minimum(offsets, TILE - 1), 0), 1)
+
+
+@triton.constexpr_function
+def _before(halo):
+    """Places of a query's scores of an axis that lie before its block: so many that 4 divides them, and 4 are read at a time."""
+    return -(-halo // 4) * 4
+
+
+@triton.constexpr_function
+def _length(block, halo):
+    """Scores of an axis that are kept for a query, those of its window and what makes it a multiple of 4."""
+    return _before(halo) + -(-(block + halo) // 4) * 4
+
+
+@triton.jit
+def _keep(
+    at, scores, first, on, BLOCK: tl.constexpr, HALO: tl.constexpr, OFFSET_TILE: tl.constexpr, AXIS_TILE: tl.constexpr,
+):
+    """Writes every query's scores of the places of its window along one axis, of which it has the first at offset `first`."""
+    place = tl.arange(0, AXIS_TILE)
+    key = place - (_before(HALO) - HALO)
+    taken = tl.where((key >= 0) & (key < BLOCK + 2 * HALO), _taken(scores, first[:, None] + key, OFFSET_TILE), -float("inf"))
+    tl.store(at[:, None] + place, taken, mask=on[:, None] & (place < _length(BLOCK, HALO)))
 
 
 @triton.jit
@@ -147,14 +176,27 @@ def halo_attention_forward(
     tl.store(logsumexp + per_query + own, highest + tl.log2(total), mask=on)
 
 
+@triton.jit
+def _to_table(
+    grad_queries, grad_scores, queries, table, grad_table, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, OFFSET_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
+):
+    """Writes the gradient of a table of which queries and offsets have these, and returns grad_queries + grad_scores table."""
+    offset, c, rounded = tl.arange(0, OFFSET_TILE), tl.arange(0, WIDTH_TILE), grad_scores.to(queries.dtype)
+    mask = (offset < OFFSETS)[:, None] & (c < WIDTH)
+    tl.store(grad_table + offset[:, None] * WIDTH + c, tl.dot(tl.trans(rounded), queries, input_precision=PRECISION), mask=mask)
+    entries = tl.load(table + offset[:, None] * WIDTH + c, mask=mask, other=0.0)
+    return _plus_products(grad_queries, rounded, entries, PRECISION)
+
+
 @kernel
 def halo_attention_backward_queries(
-    grad, q, k, v, table, out, logsumexp, shares, grad_q, grad_logits, scale, heads, columns, height, width, q_height, q_width,
-    grad_batch, grad_position, grad_head, grad_channel,
+    grad, q, k, v, table, out, logsumexp, shares, axis_scores, grad_q, grad_table, scale, heads, columns, height, width,
+    q_height, q_width,     grad_batch, grad_position, grad_head, grad_channel,
     q_batch, q_position, q_head, q_channel, k_batch, k_position, k_head, k_channel, v_batch, v_position, v_head, v_channel,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_TILE: tl.constexpr,
-    WINDOW_TILE: tl.constexpr, OFFSET_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    AXIS_TILE: tl.constexpr, WINDOW_TILE: tl.constexpr, OFFSET_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """As the forward kernel. Also keeps every query's share, the sum of its gradient times its output."""
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
@@ -176,17 +218,21 @@ def halo_attention_backward_queries(
     tl.store(shares + per_query + own, share, mask=on)
     denominator = tl.load(logsumexp + per_query + own, mask=on, other=0.0)
 
-    grad_logits += per_query * (2 * offsets) + own[:, None] * (2 * offsets)
     lane, start = tl.arange(0, KEYS), SIDE - 1 - i
     row_scores, all_column_scores = _offset_scores(
         q, table, position, on, q_position, q_channel, PRECISION, offsets, OFFSET_TILE, WIDTH, WIDTH_TILE)
+    length: tl.constexpr = _length(BLOCK, HALO)
+    axis_scores += (per_query + own) * (2 * length)
+    _keep(axis_scores, row_scores, start, on, BLOCK, HALO, OFFSET_TILE, AXIS_TILE)
+    _keep(axis_scores + length, all_column_scores - denominator[:, None], SIDE - 1 - j, on, BLOCK, HALO, OFFSET_TILE, AXIS_TILE)
     offset = tl.arange(0, OFFSET_TILE)
     sums = tl.zeros((QUERIES, WIDTH_TILE), tl.float32)
     row_sums = tl.zeros((QUERIES, OFFSET_TILE), tl.float32)
+    column_sums = tl.zeros((QUERIES, OFFSET_TILE), tl.float32)
     for left in range(0, window, across):
         key_j = left + lane % across
         column_scores = _taken(all_column_scores, SIDE - 1 - j[:, None] + key_j, OFFSET_TILE) - denominator[:, None]
-        column_sums = tl.zeros((QUERIES, KEYS), tl.float32)
+        of_columns = tl.zeros((QUERIES, KEYS), tl.float32)
         for top in range(0, window, KEYS // across):
             there, exists, seen = _keys_of(top + lane // across, key_j, row, column, height, width, BLOCK, HALO)
             keys = load_rows(k, there, exists, k_position, k_channel, WIDTH, WIDTH_TILE)
@@ -196,22 +242,26 @@ def halo_attention_backward_queries(
             attention = tl.exp2(tl.where(seen, scores, -float("inf")))
             grad_scores = attention * (products(above, values, PRECISION) - share[:, None])
             sums = tl.dot(grad_scores.to(keys.dtype), keys, sums, input_precision=PRECISION)
-            column_sums += grad_scores
+            of_columns += grad_scores
             for n in tl.static_range(KEYS // across):
                 of_row = tl.sum(tl.where(lane // across == n, grad_scores, 0.0), 1)
                 row_sums += tl.where(offset == (start + top + n)[:, None], of_row[:, None], 0.0)
-        place = left + tl.arange(0, across)
-        column_sums = tl.sum(tl.reshape(column_sums, (QUERIES, KEYS // across, across)), 1)
-        tl.store(grad_logits + (offsets + SIDE - 1 - j[:, None] + place), column_sums, mask=on[:, None] & (place < window))
+        place = offset - (SIDE - 1 - j[:, None] + left)
+        of_places = tl.sum(tl.reshape(of_columns, (QUERIES, KEYS // across, across)), 1)
+        column_sums += tl.where((place >= 0) & (place < across), _taken(of_places, place, across), 0.0)
 
-    tl.store(grad_logits + offset, row_sums, mask=on[:, None] & (offset < offsets))
+    sums *= scale
+    grad_table += (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * offsets * WIDTH)
+    sums = _to_table(sums, row_sums, queries, table, grad_table, PRECISION, offsets, OFFSET_TILE, WIDTH, WIDTH_TILE)
+    sums = _to_table(sums, column_sums, queries, table + offsets * WIDTH, grad_table + offsets * WIDTH, PRECISION, offsets, OFFSET_TILE,
+                     WIDTH, WIDTH_TILE)
     grad_q += batch * q_height * q_width * heads * WIDTH + head * WIDTH
-    store_rows(grad_q, sums * scale, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
+    store_rows(grad_q, sums, position, on, heads * WIDTH, WIDTH, WIDTH_TILE)
 
 
 @kernel
 def halo_attention_backward_keys(
-    grad, q, k, v, logits, logsumexp, shares, grad_k, grad_v, scale, heads, rows, columns, height, width, q_height, q_width,
+    grad, q, k, v, axis_scores, shares, grad_k, grad_v, scale, heads, rows, columns, height, width, q_height, q_width,
     grad_batch, grad_position, grad_head, grad_channel,
     q_batch, q_position, q_head, q_channel, k_batch, k_position, k_head, k_channel, v_batch, v_position, v_head, v_channel,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -220,20 +270,18 @@ def halo_attention_backward_keys(
 ):
     """One program per patch of PATCH × PATCH keys and head, and batch; scores and attention are (keys, queries) here."""
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
-    window: tl.constexpr = BLOCK + 2 * HALO
-    offsets: tl.constexpr = window + SIDE - 1
     keys: tl.constexpr = PATCH * PATCH
     grad += batch * grad_batch + head * grad_head
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     per_query = batch * q_height * q_width * heads
-    logits += per_query * (2 * offsets)
-    patches, place, side = tl.cdiv(width, PATCH), tl.arange(0, keys), tl.arange(0, PATCH)[:, None]
+    length: tl.constexpr = _length(BLOCK, HALO)
+    axis_scores += per_query * (2 * length)
+    patches, place, side = tl.cdiv(width, PATCH), tl.arange(0, keys), tl.arange(0, PATCH)
     top, left = tile // patches * PATCH, tile % patches * PATCH
     y, x = top + place // PATCH, left + place % PATCH
     position, on = y * width + x, (y < height) & (x < width)
-    on_row, on_column = top + side < height, left + side < width
     key_rows = load_rows(k, position, on, k_position, k_channel, WIDTH, WIDTH_TILE)
     values = load_rows(v, position, on, v_position, v_channel, VALUE_WIDTH, VALUE_TILE)
 
@@ -241,31 +289,27 @@ def halo_attention_backward_keys(
     first_row, first_column = tl.maximum(top - HALO, 0) // BLOCK, tl.maximum(left - HALO, 0) // BLOCK
     last_row = tl.minimum((top + PATCH - 1 + HALO) // BLOCK, rows - 1)
     across = tl.minimum((left + PATCH - 1 + HALO) // BLOCK, columns - 1) - first_column + 1
-    count = (last_row - first_row + 1) * across * SIDE * SIDE
+    tiles: tl.constexpr = (SIDE * SIDE + QUERIES - 1) // QUERIES
     key_sums = tl.zeros((keys, WIDTH_TILE), tl.float32)
     value_sums = tl.zeros((keys, VALUE_TILE), tl.float32)
-    for first in range(0, count, QUERIES):
-        entry = first + tl.arange(0, QUERIES)
-        block, within = entry // (SIDE * SIDE), entry % (SIDE * SIDE)
+    for turn in range((last_row - first_row + 1) * across * tiles):
+        block, within = turn // tiles, turn % tiles * QUERIES + tl.arange(0, QUERIES)
         row, column, i, j = first_row + block // across, first_column + block % across, within // SIDE, within % SIDE
         query_y, query_x = row * SIDE + i, column * SIDE + j
-        exists = (entry < count) & (query_y < q_height) & (query_x < q_width)
+        exists = (within < SIDE * SIDE) & (query_y < q_height) & (query_x < q_width)
         there = query_y * q_width + query_x
         own = there * heads + head
-        # Of rows and columns of the patch. Those outside the window or the map do not count.
-        key_i, key_j = top + side - (row * BLOCK - HALO), left + side - (column * BLOCK - HALO)
-        by_row, by_column = own * (2 * offsets) + SIDE - 1 - i, own * (2 * offsets) + offsets + SIDE - 1 - j
-        row_on, column_on = on_row & (key_i >= 0) & (key_i < window), on_column & (key_j >= 0) & (key_j < window)
-        row_scores = tl.load(logits + (by_row + key_i), mask=exists & row_on, other=-float("inf"))
-        column_scores = tl.load(logits + (by_column + key_j), mask=exists & column_on, other=-float("inf"))
-        of_positions = tl.reshape(row_scores[:, None, :] + column_scores[None, :, :], (keys, QUERIES))
+        # Of rows and columns of the patch. Those outside the window do not count.
+        key_i, key_j = top - row * BLOCK + _before(HALO) + side, left - column * BLOCK + _before(HALO) + side
+        at = axis_scores + own[:, None] * (2 * length)
+        row_scores = tl.load(at + key_i, mask=exists[:, None] & (key_i >= 0) & (key_i < length), other=-float("inf"))
+        column_scores = tl.load(at + (length + key_j), mask=exists[:, None] & (key_j >= 0) & (key_j < length), other=-float("inf"))
+        of_positions = tl.trans(tl.reshape(row_scores[:, :, None] + column_scores[:, None, :], (QUERIES, keys)))
 
         queries = load_rows(q, there, exists, q_position, q_channel, WIDTH, WIDTH_TILE)
         above = load_rows(grad, there, exists, grad_position, grad_channel, VALUE_WIDTH, VALUE_TILE)
-        denominator = tl.load(logsumexp + per_query + own, mask=exists, other=0.0)
         share = tl.load(shares + per_query + own, mask=exists, other=0.0)
-        scores = products(key_rows, queries, PRECISION) * (scale * LOG2_E) + of_positions
-        attention = tl.exp2(scores - denominator)
+        attention = tl.exp2(products(key_rows, queries, PRECISION) * (scale * LOG2_E) + of_positions)
         grad_scores = attention * (products(values, above, PRECISION) - share)
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
@@ -301,14 +345,9 @@ class _Problem:
         return self.heads * math.prod(triton.cdiv(n, chosen["PATCH"]) for n in self.size), self.batch
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int | None]:
     strides = x.stride(0), position_stride(x), x.stride(3), x.stride(4)
     return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "position", "head", "channel"), strides, strict=True)}
-
-
-def _even(x: Tensor) -> Tensor:
-    """With rows that follow each other as positions do: a copy, where they do not."""
-    return x if position_stride(x) is not None else x.contiguous()
 
 
 @planned
@@ -321,15 +360,17 @@ def _forward_plan(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, ha
 @planned
 def _backward_plan(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, block: int, halo: int, scale: float
-) -> tuple[Prepared, Prepared]:
-    """Of the gradient of queries, and of keys and values."""
+) -> tuple[Prepared, Prepared, int]:
+    """Of the gradient of queries, and of keys and values, and how many programs the former has."""
     problem = _Problem(q, k, v, rel_h, block, halo, scale)
-    maps = "grad", "q", "k", "v", "logsumexp", "shares"
-    return (
-        Prepared(halo_attention_backward_queries, q.device, problem.query_grid, problem.key,
-                 (*maps, "table", "out", "grad_q", "grad_logits"), **problem.query_arguments, **_strides("grad", grad)),
-        Prepared(halo_attention_backward_keys, q.device, problem.key_grid, problem.key, (*maps, "logits", "grad_k", "grad_v"),
-                 **problem.arguments, **_strides("grad", grad), rows=problem.rows))
+    maps = "grad", "q", "k", "v", "shares", "axis_scores"
+    of_queries = Prepared(
+        halo_attention_backward_queries, q.device, problem.query_grid, problem.key,
+        (*maps, "logsumexp", "table", "out", "grad_q", "grad_table"), **problem.query_arguments, **_strides("grad", grad),
+        AXIS_TILE=triton.next_power_of_2(_length(block, halo)))
+    of_keys = Prepared(halo_attention_backward_keys, q.device, problem.key_grid, problem.key, (*maps, "grad_k", "grad_v"),
+                       **problem.arguments, **_strides("grad", grad), rows=problem.rows)
+    return of_queries, of_keys, math.prod(problem.query_grid(of_queries.configuration))
 
 
 @torch.library.custom_op("zoo::halo_attention_triton", mutates_args=())
@@ -337,7 +378,7 @@ def halo_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `zoo.kernels.halo_attention`. Also returns the logarithm to base 2 of the softmax's denominators, (B, H/s, W/s, heads)."""
-    q, k, v = map(_even, (q, k, v))
+    q, k, v = map(even, (q, k, v))
     out, logsumexp = _empty_results(q, v)
     table = torch.cat((rel_h, rel_w)).float()
     _forward_plan(q, k, v, rel_h, block, halo, scale)(q, k, v, table, out, logsumexp)
@@ -359,7 +400,7 @@ def halo_attention_triton_backward(
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h and rel_w."""
-    if torch.is_autocast_enabled(q.device.type):  # asked first, as the context takes longer than a launch
+    if autocasting(q.device.type):  # asked first, as the context takes longer than a launch
         with torch.autocast(q.device.type, enabled=False):
             return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
     return _gradients(grad, q, k, v, rel_h, rel_w, block, halo, scale, out, logsumexp)
@@ -369,20 +410,19 @@ def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, block: int, halo: int, scale: float,
     out: Tensor, logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad, q, k, v = map(_even, (grad, q, k, v))
-    of_queries, of_keys = _backward_plan(grad, q, k, v, rel_h, block, halo, scale)
+    grad = grad if grad.stride(4) == 1 else grad.contiguous()  # read twice, and channels one by one cost more than a copy
+    grad, q, k, v = map(even, (grad, q, k, v))
+    of_queries, of_keys, programs = _backward_plan(grad, q, k, v, rel_h, block, halo, scale)
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    grad_q = torch.empty_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
-    table, rows = torch.cat((rel_h, rel_w)).float(), q.reshape(-1, q.shape[4]).float()
-    logits = rows @ (table * LOG2_E.value).t()
-    grad_logits, shares = torch.zeros_like(logits), torch.empty_like(logsumexp)
-    of_queries(grad, q, k, v, logsumexp, shares, table, out, grad_q, grad_logits)
-    of_keys(grad, q, k, v, logsumexp, shares, logits, grad_k, grad_v)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    axis_scores = logsumexp.new_empty(*logsumexp.shape, 2, _length(block, halo))
+    table, shares = torch.cat((rel_h, rel_w)).float(), torch.empty_like(logsumexp)
+    grad_table = table.new_empty(programs, *table.shape)
+    of_queries(grad, q, k, v, shares, axis_scores, logsumexp, table, out, grad_q, grad_table)
+    of_keys(grad, q, k, v, shares, axis_scores, grad_k, grad_v)
 
-    grad_q.view_as(rows).addmm_(grad_logits, table)
-    grad_table = grad_logits.t() @ rows
-    grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.chunk(2))
-    return grad_q.to(q.dtype), grad_k, grad_v, grad_rel_h, grad_rel_w
+    grad_rel_h, grad_rel_w = (x.to(rel_h.dtype, copy=True) for x in grad_table.sum(0).chunk(2))
+    return grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w
 
 
 @halo_attention_triton_backward.register_fake

@@ -1,8 +1,8 @@
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors, check_whole, pair
 from .._layout import span, too_large
-from .._regions import check_map, check_regions
 from . import pooled, reference
 
 MOST_REGIONS = 256  # whose affinities registers hold
@@ -25,20 +25,25 @@ def region_means(x: Tensor, regions: tuple[int, int], backend: str | None = None
     Returns:
         (B, rows·columns, C), regions row by row.
     """
-    regions = (regions[0], regions[1])
+    regions = pair("region_means", "regions", regions)
     seen = observed((x, backend))
-    chosen = _chosen_means(seen, x, regions, backend)
+    return _means(_chosen_means(seen, x, regions, backend), seen, x, regions)
+
+
+def _means(chosen: str, seen: bool, x: Tensor, regions: tuple[int, int]) -> Tensor:
     if chosen == "triton":
         from . import triton
         return triton.call_means(seen, x, list(regions))
     return {"reference": reference, "pooled": pooled}[chosen].region_means(x, regions)
 
 
-@remembered
-def _chosen_means(x: Tensor, regions: tuple[int, int], backend: str | None) -> str:
-    check_map("x", "region_means", x)
-    check_regions("region_means", regions)
+def _choose_means(x: Tensor, regions: tuple[int, int], backend: str | None) -> str:
+    check_tensors("region_means", x=(x, "B, H, W, C"))
+    check_whole("region_means", "regions", 1, *regions)
     return choose("region_means", backend, x, lambda: "pooled", unsupported={"triton": lambda: too_large(span(x))})
+
+
+_chosen_means = remembered(_choose_means)
 
 
 @public_operator
@@ -61,12 +66,12 @@ def region_routes(
         Nothing larger than regions × regions is held, by the kernel not even that.
 
     Raises:
-        ValueError: shapes that do not fit, or a `topk` beyond the number of regions.
+        ValueError, TypeError: arguments that do not fit together, or a `topk` beyond the number of regions.
     """
-    regions = (regions[0], regions[1])
+    regions = pair("region_routes", "regions", regions)
     seen = observed((q, k, topk, backend))
-    chosen = _chosen_routes(seen, q, k, regions, topk, backend)
-    q_means, k_means = (region_means(x, regions, backend) for x in (q, k))
+    chosen, *of_means = _chosen_routes(seen, q, k, regions, topk, backend)
+    q_means, k_means = (_means(name, seen, x, regions) for name, x in zip(of_means, (q, k), strict=True))
     if chosen == "triton":
         from . import triton
         scores, routes = triton.call_routes(seen, q_means, k_means, list(k.shape[1:3]), list(regions), topk)
@@ -75,14 +80,17 @@ def region_routes(
 
 
 @remembered
-def _chosen_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None) -> str:
-    check_map("q", "region_routes", q)
-    check_map("k", "region_routes", k)
-    check_regions("region_routes", regions)
+def _chosen_routes(q: Tensor, k: Tensor, regions: tuple[int, int], topk: int, backend: str | None) -> tuple[str, str, str]:
+    """What chooses, and what takes the means of q and of k."""
+    check_tensors("region_routes", q=(q, "B, H, W, C"), k=(k, "B, H, W, C"))
+    check_whole("region_routes", "regions", 1, *regions)
+    check_whole("region_routes", "topk", 1, topk)
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"region_routes: k must have q's batch and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"region_routes: topk must be 1 to {regions[0] * regions[1]} (the number of regions), got {topk}")
     count = regions[0] * regions[1]
     too_many = None if count <= MOST_REGIONS else f"the kernel takes at most {MOST_REGIONS} regions, not {count}"
-    return choose("region_routes", backend, q, lambda: "pooled", unsupported={"triton": lambda: too_many})
+    chosen = choose("region_routes", backend, q, lambda: "pooled", unsupported={"triton": lambda: too_many})
+    q_means, k_means = (_choose_means(x, regions, backend) for x in (q, k))
+    return chosen, q_means, k_means

@@ -1,8 +1,10 @@
+import torch
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_number, check_tensors, check_whole, pair
 from .._layout import span, too_large
-from .._regions import check_map, check_regions, region_size, settled
+from .._regions import check_routes, region_size, settled
 from . import blocked, dense, reference
 
 __all__ = ["routing_attention"]
@@ -30,13 +32,17 @@ def routing_attention(
         out_i = softmax(scale · q_i [w_ij k_j]ᵀ_{j ∈ routes(i)}) [w_ij v_j]_{j ∈ routes(i)},  per head
 
     Maps are cut into a grid of `regions` = (rows, columns) regions. Those at the bottom and on the right may reach over
-    the edge of the map; what lies outside is attended by nobody. A region routed only to empty regions gives 0.
+    the edge of the map; what lies outside is attended by nobody. A region routed only to empty regions gives 0. NaN and infinity
+    reach what is routed to them and nothing else, in the gradients too, but for the dense backend in compiled graphs.
 
     Args:
         q: (B, H, W, C), regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions.
         k: (B, Hk, Wk, C); v: (B, Hk, Wk, Cv), regions of `kv_size` positions (default: as for q, from Hk and Wk).
-            Widths are divisible by `num_heads`. float32, float64, float16, bfloat16; the softmax is at least float32.
-        routes: (B, rows·columns, n) int64, the routed regions, see `region_routes`. No region twice.
+            The grid covers the map. Widths are divisible by `num_heads`. float32, float64, float16, bfloat16; the softmax is at
+            least float32.
+        routes: (B, rows·columns, n) int64, the routed regions, see `region_routes`: 0 to rows·columns − 1, none twice for the same
+            region. Of other values the CPU raises, except in compiled graphs of the dense backend. GPUs do not ask: there the Triton
+            kernels leave out what is no region, and what comes twice counts once or twice; they touch no other memory.
         scale: default (C / num_heads)^-0.5.
         weights: (B, rows·columns, n), the factors w of the routed keys and values; default 1.
         backend: "reference" (every query region beside copies of its keys and values), "dense" (over the whole map, masked; without
@@ -54,31 +60,62 @@ def routing_attention(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
+    regions = pair("routing_attention", "regions", regions)
+    kv_size = None if kv_size is None else pair("routing_attention", "kv_size", kv_size)
+    seen = observed((q, k, v, routes, num_heads, scale, weights, backend))
+    chosen, of_keys = _chosen(seen, q, k, v, routes, regions, num_heads, kv_size, scale, weights, backend)
+    factor = (q.shape[-1] // num_heads) ** -0.5 if scale is None else float(scale)
+    arguments = q, k, v, routes, regions, num_heads, of_keys, factor, weights
+    if not seen and chosen != "blocked":
+        check_routes("routing_attention", routes, regions[0] * regions[1])
+    if chosen == "triton":
+        from . import triton
+        return triton.call(seen, *arguments)[0]
+    out = {"reference": reference, "dense": dense, "blocked": blocked}[chosen].routing_attention(*arguments)
+    if chosen == "dense" and not seen and out.device.type == "cpu" and out.isnan().any():
+        return blocked.routing_attention(*arguments)  # NaN times 0 may have reached what does not attend to it
+    return out
+
+
+@remembered
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int] | None,
+    scale: float | None, weights: Tensor | None, backend: str | None,
+) -> tuple[str, tuple[int, int]]:
+    """The backend, and the size of key regions."""
+    check_tensors("routing_attention", ("weights",), True, q=(q, "B, H, W, C"), k=(k, "B, H, W, C"), v=(v, "B, H, W, C"),
+                  weights=(weights, "B, regions, n"))
+    check_whole("routing_attention", "regions", 1, *regions)
+    check_whole("routing_attention", "num_heads", 1, num_heads)
+    check_number("routing_attention", "scale", scale)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_map(name, "routing_attention", x)
         if x.shape[-1] % num_heads:
             raise ValueError(f"routing_attention: num_heads must divide the channels of {name} ({x.shape[-1]}), got {num_heads}")
-    check_regions("routing_attention", regions)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"routing_attention: k must have the channels of q ({q.shape[-1]}), got {k.shape[-1]}")
     if v.shape[:3] != k.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(f"routing_attention: q, k, v must share the batch, k and v the map, got {[tuple(x.shape) for x in (q, k, v)]}")
-    if routes.ndim != 3 or routes.shape[:2] != (q.shape[0], regions[0] * regions[1]):
-        raise ValueError(f"routing_attention: routes must be (B, rows·columns, n) = ({q.shape[0]}, {regions[0] * regions[1]}, n), "
-                         f"got {tuple(routes.shape)}")
+    if not isinstance(routes, Tensor) or routes.dtype != torch.int64:
+        raise TypeError(f"routing_attention: routes must be a tensor of int64, got {getattr(routes, 'dtype', repr(routes))}")
+    if routes.device != q.device:
+        raise ValueError(f"routing_attention: routes must be on the device of q ({q.device}), got {routes.device}")
+    count = regions[0] * regions[1]
+    if routes.ndim != 3 or routes.shape[:2] != (q.shape[0], count) or routes.shape[2] < 1:
+        raise ValueError(f"routing_attention: routes must be (B, rows·columns, n) = ({q.shape[0]}, {count}, n), got {tuple(routes.shape)}")
+    if kv_size is None:
+        of_keys = region_size(*k.shape[1:3], regions=regions)
+    else:
+        check_whole("routing_attention", "kv_size", 1, *kv_size)
+        of_keys = kv_size
+        covered = regions[0] * of_keys[0], regions[1] * of_keys[1]
+        if k.shape[1] > covered[0] or k.shape[2] > covered[1]:
+            raise ValueError(f"routing_attention: k must have at most {covered[0]}×{covered[1]} positions, {regions} regions of "
+                             f"{of_keys}, got {k.shape[1]}×{k.shape[2]}")
     if weights is not None and weights.shape != routes.shape:
         raise ValueError(f"routing_attention: weights must have the shape of routes {tuple(routes.shape)}, got {tuple(weights.shape)}")
-    of_keys = region_size(*k.shape[1:3], regions=regions) if kv_size is None else kv_size
-    if scale is None:
-        scale = (q.shape[-1] // num_heads) ** -0.5
-    arguments = q, k, v, routes, tuple(regions), num_heads, tuple(of_keys), scale, weights
-    chosen = choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
+    return choose("routing_attention", backend, q, lambda: _fastest(k, routes, regions, of_keys, weights), unsupported={
         "triton": lambda: _unsupported(q, k, v, routes, regions, num_heads, of_keys),
-        "dense": lambda: None if weights is None else "it takes no weights"})
-    if chosen == "triton":
-        from . import triton
-        return triton.routing_attention(*arguments)[0]
-    return {"reference": reference, "dense": dense, "blocked": blocked}[chosen].routing_attention(*arguments)
+        "dense": lambda: None if weights is None else "it takes no weights"}), of_keys
 
 
 def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple[int, int], weights: Tensor | None) -> str:
@@ -92,7 +129,7 @@ def _fastest(k: Tensor, routes: Tensor, regions: tuple[int, int], kv_size: tuple
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: tuple[int, int], num_heads: int, kv_size: tuple[int, int]
                  ) -> str | None:
     """What the Triton kernels cannot do with these arguments."""
-    if not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype:  # as autocast has it
         return f"the kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     widest = max(q.shape[-1], v.shape[-1]) // num_heads
     if widest > WIDEST_HEAD:

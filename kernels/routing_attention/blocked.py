@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backends import register_gradient
-from .._regions import cut, divides, pad_to_grid, paste, positions, region_size
+from .._regions import check_routes, cut, divides, pad_to_grid, paste, positions, region_size
 from . import reference
 
 SCORES_AT_ONCE = {"cpu": 1 << 20}  # elements: 4 MiB of float32, which the caches hold
@@ -76,6 +76,7 @@ def _forward(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Any floating dtypes, at least float32 inside; that of q comes back. Also what `_empty_results` says."""
+    check_routes("routing_attention", routes, regions[0] * regions[1])
     problem = _problem(q, k, v, routes, regions, num_heads, kv_size, weights)
     (count, t, _), (s, e), n = problem.q.shape, problem.v.shape[1:], problem.rows.shape[1]
     like, logsumexp = _empty_results(q, v, regions, num_heads)

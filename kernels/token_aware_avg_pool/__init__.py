@@ -1,7 +1,7 @@
-import torch
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
+from .._checking import check_tensors
 from .._layout import span, too_large
 from . import convolved, recomputed, reference
 
@@ -39,11 +39,8 @@ def token_aware_avg_pool(x: Tensor, weights: Tensor, backend: str | None = None)
 
 @remembered
 def _chosen(x: Tensor, weights: Tensor, backend: str | None) -> str:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"token_aware_avg_pool: x must be (B, H, W, C) and floating, got {tuple(x.shape)} {x.dtype}")
-    if weights.ndim != 4 or weights.shape[:3] != x.shape[:3] or weights.shape[3] == 0:
+    check_tensors("token_aware_avg_pool", (), True, x=(x, "B, H, W, C"), weights=(weights, "B, H, W, K"))
+    if weights.shape[:3] != x.shape[:3]:
         raise ValueError("token_aware_avg_pool: weights must be (B, H, W, K) with the B, H and W of x "
-                         f"{tuple(x.shape)} and K at least 1, got {tuple(weights.shape)}")
-    if not weights.is_floating_point() or (weights.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(f"token_aware_avg_pool: weights must have the dtype of x ({x.dtype}), got {weights.dtype}")
+                         f"{tuple(x.shape)}, got {tuple(weights.shape)}")
     return choose("token_aware_avg_pool", backend, x, lambda: "recomputed", "convolved", {"triton": lambda: too_large(span(x))})

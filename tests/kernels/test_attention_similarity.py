@@ -105,8 +105,8 @@ def test_compiles_whole_and_is_registered_soundly():
 def test_bad_input_is_named():
     q, k = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6, 5)
     for arguments, error, message in [
-        ((q[0], k), ValueError, r"q must be \(B, heads, tokens, d\) and floating, got \(3, 4, 5\)"),
-        ((q, k.long()), ValueError, "k must be .* torch.int64"),
+        ((q[0], k), ValueError, r"q must be \(B, heads, N, d\), got shape \(3, 4, 5\)"),
+        ((q, k.long()), TypeError, "k must be .* torch.int64"),
         ((q, k[:, :2]), ValueError, r"differ in tokens only, got \(2, 3, 4, 5\) and \(2, 2, 6, 5\)"),
         ((q, k.double()), TypeError, "k must have the dtype of q"),
         ((q, k, -1.0), ValueError, "threshold must be at least 0, got -1.0"),

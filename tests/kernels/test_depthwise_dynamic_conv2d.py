@@ -182,8 +182,8 @@ def test_onnx_runs_at_other_sizes(free_batch, operator, tmp_path):
 def test_bad_input_is_named():
     x, kernels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 3, 3)
     for arguments, error, message in [
-        ((x[0], kernels), ValueError, r"x must be \(B, C, H, W\) and floating, got \(3, 4, 4\)"),
-        ((x.long(), kernels), ValueError, "floating, got .* torch.int64"),
+        ((x[0], kernels), ValueError, r"x must be \(B, C, H, W\), got shape \(3, 4, 4\)"),
+        ((x.long(), kernels), TypeError, "floating dtype, .* torch.int64"),
         ((x, kernels[:1]), ValueError, r"kernels must be .* got \(1, 3, 3, 3\)"),
         ((x, kernels[..., :2]), ValueError, r"odd sides, got \(3, 2\)"),
         ((x, kernels.double()), TypeError, r"dtype of x \(torch.float32\), got torch.float64"),

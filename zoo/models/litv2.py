@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.kernels._exporting import is_exporting
 from zoo.layers import DeformableTokenMerging, HiLoAttention
 from zoo.layers._initialization import fan_out_normal_
 from zoo.layers._linear import linear
@@ -34,7 +35,13 @@ REPORTED_TOP1 = {"litv2_s": 82.0, "litv2_m": 83.3, "litv2_b": 83.6, "litv2_b_384
 
 @notrace_module
 class ConvMlp(nn.Module):
-    """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding."""
+    """fc2(GELU(dwconv3×3(fc1(x)))), NHWC → NHWC. The convolution tells positions apart: LITv2 has no position embedding.
+
+    Without gradients on the CPU, large hidden maps are made an image at a time, which the caches hold from one step to the next.
+    Where one of the modules has hooks or is not what was built here, they are called once for all images instead.
+    """
+
+    LARGE = 1 << 20  # numbers in the hidden map of an image
 
     def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -48,10 +55,16 @@ class ConvMlp(nn.Module):
         fan_out_normal_(self.dwconv)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(self.dwconv, nn.Conv2d):  # hooks may have kept x
-            return linear(self.fc2, F.gelu(x))
-        return linear(self.fc2, torch.ops.aten.gelu_(x))  # a fresh map costs as much as the arithmetic
+        plain = is_plain(self.fc1, nn.Linear) and is_plain(self.dwconv, nn.Conv2d) and is_plain(self.fc2, nn.Linear)
+        if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or x.device.type != "cpu":
+            return linear(self.fc2, F.gelu(self._convolved(x)))
+        large = x.shape[1] * x.shape[2] * self.fc1.out_features >= self.LARGE
+        # In place, as a fresh map costs as much as the arithmetic.
+        parts = [linear(self.fc2, torch.ops.aten.gelu_(self._convolved(part))) for part in (x.split(1) if large else [x])]
+        return torch.cat(parts) if large else parts[0]
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        return self.dwconv(linear(self.fc1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):

@@ -1,11 +1,11 @@
 """What rows of a model file are built of. A checkpoint names these classes, so that loading one imports `zoo.yolo`."""
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 import zoo.layers
-from zoo.errors import InputError, near_misses
+from zoo.backbones import FeatureMaps
+from zoo.errors import InputError
 
 MAPS = ("ATConv", "DAS", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")
 TOKENS = ("BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "FullyAttentionalBlock", "HiLoAttention",
@@ -36,10 +36,10 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """All feature maps of a timm model, zoo's among them: (B, 3, H, W) → a list of (B, `channels[i]`, H / `strides[i]`, W / `strides[i]`).
+    """The maps of a timm model at strides 4, 8, 16 and 32: (B, 3, H, W) → a list of (B, `channels[i]`, H / `strides[i]`, W / `strides[i]`).
 
     Args:
-        name: of a model that timm knows.
+        name: of a model that timm knows, zoo's among them.
         args: further arguments of `timm.create_model`, such as `pretrained` or `drop_path_rate`.
 
     Raises InputError for a name, or an argument, that is not known, and for a model without feature maps.
@@ -47,19 +47,11 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, **args: Any):
         super().__init__()
-        if not timm.is_model(name):
-            raise InputError(f"there is no model {name!r}{near_misses(name, timm.list_models())}")
         try:
-            network = timm.create_model(name, num_classes=0, **args)
+            self.maps = FeatureMaps(name, **args)
         except TypeError as error:
             raise InputError(f"model {name} does not take these arguments, {args}: {error}") from error
-        info = getattr(network, "feature_info", None)
-        if not info or not hasattr(network, "forward_intermediates"):
-            raise InputError(f"model {name} gives no feature maps: it has no forward_intermediates")
-        self.channels = [level["num_chs"] for level in info]
-        self.strides = [level["reduction"] for level in info]
-        self.indices = network.prune_intermediate_layers(list(range(len(info))), prune_norm=True)
-        self.network = network
+        self.channels, self.strides = (list(of.values()) for of in (self.maps.channels, self.maps.strides))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.network.forward_intermediates(x, indices=self.indices, intermediates_only=True)
+        return list(self.maps(x).values())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from ultralytics import nn as names
 from ultralytics.engine import model as engine
 from ultralytics.nn import tasks
 from ultralytics.utils import callbacks, torch_utils
@@ -24,15 +25,18 @@ from .modules import Backbone, Layer
 from .ready import loader_of
 from .rows import NAMES, parser_of
 
+COUNTED = tasks.DetectionModel, tasks.SegmentationModel, tasks.PoseModel, tasks.OBBModel, tasks.ClassificationModel
+
 
 def register() -> None:
     """Makes zoo's names known to Ultralytics, once."""
     if all(name in vars(tasks) for name in NAMES):
         return
-    vars(tasks).update(NAMES)
-    tasks.parse_model = parser_of(tasks.parse_model)
-    tasks.yaml_model_load = engine.yaml_model_load = loader_of(tasks.yaml_model_load)
-    torch_utils.get_flops = gflops
+    for name, kind in NAMES.items():
+        setattr(tasks, name, kind)
+    tasks.parse_model = names.parse_model = parser_of(tasks.parse_model)
+    tasks.yaml_model_load = names.yaml_model_load = engine.yaml_model_load = loader_of(tasks.yaml_model_load)
+    torch_utils.get_flops = counter_of(torch_utils.get_flops)
     exporting.torch2onnx = exporter_of(exporting.torch2onnx)
     callbacks.default_callbacks["on_pretrain_routine_start"].append(import_in_workers)
     allow_in_restricted_loading()
@@ -51,20 +55,26 @@ def allow_in_restricted_loading() -> None:
         loader._registry = {**(loader._registry or loader._build()), **allowed, "zoo.attach._run_attached": run_attached}
 
 
-def gflops(model: nn.Module, imgsz: int | list[int] | tuple[int, ...] = 640) -> float:
-    """Billions of floating point operations for an image of that size, by torch's own counter, on tensors without data."""
-    height, width = imgsz if isinstance(imgsz, (list, tuple)) else (imgsz, imgsz)
-    model = torch_utils.unwrap_model(model)
-    copied = deepcopy(model)
-    strides = getattr(copied.model[-1], "stride", None)
-    copied = copied.to("meta").eval()
-    if strides is not None:
-        copied.model[-1].stride = strides  # whose values the head reads
-    channels = next(copied.parameters()).shape[1]
-    known = {torch.ops.torchvision.deform_conv2d: lambda x, weight, offset, *_, **__: deform_flops(x, offset, weight)}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
-        copied(torch.empty(1, channels, height, width, device="meta", dtype=next(copied.parameters()).dtype))
-    return counter.get_total_flops() / 1e9
+def counter_of(original: Callable[..., float]) -> Callable[..., float]:
+    """Ultralytics' counter, which misses what is no module, and for models of the tasks here torch's, on tensors without data."""
+
+    def gflops(model: nn.Module, imgsz: int | list[int] | tuple[int, ...] = 640) -> float:
+        model = torch_utils.unwrap_model(model)
+        if type(model) not in COUNTED:
+            return original(model, imgsz)
+        height, width = imgsz if isinstance(imgsz, (list, tuple)) else (imgsz, imgsz)
+        copied: Any = deepcopy(model)
+        strides = getattr(copied.model[-1], "stride", None)
+        copied = copied.to("meta").eval()
+        if strides is not None:
+            copied.model[-1].stride = strides  # whose values the head reads
+        image = torch.empty(1, copied.yaml["channels"], height, width, device="meta", dtype=next(copied.parameters()).dtype)
+        known = {torch.ops.torchvision.deform_conv2d: lambda x, weight, offset, *_, **__: deform_flops(x, offset, weight)}
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
+            copied(image)
+        return counter.get_total_flops() / 1e9
+
+    return gflops
 
 
 def exporter_of(original: Callable[..., str]) -> Callable[..., str]:

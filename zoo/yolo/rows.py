@@ -103,9 +103,9 @@ class Rows:
         where = f"row {number} of the model, {name}"
         if "+" in name:
             row[2], layer = name.split("+", 1)
-            self._check_known(number, row[2])
-            args, given = _split(args)
-            row[3] = args
+            if row[2] in LAYERS or not self._check_known(number, row[2]):
+                raise InputError(f"{where}: before the + is a block of Ultralytics, such as C3k2, and {row[2]} is none")
+            row[3], given = _split(args)
             self.attached[number] = layer, _bound(where, layer, [], given, ("keep_outputs", "where"))
         elif name in LAYERS:
             self._translate_layer(number, row, _bound(where, name, *_split(args)))
@@ -128,7 +128,7 @@ class Rows:
         if not timm.is_model(name):
             modules = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
             raise InputError(f"row {number} of the model: there is no layer or model {name!r}"
-                             f"{near_misses(name, [*LAYERS, FEATURE_MAP, *modules, *timm.list_models()])}")
+                             f"{near_misses(name, {*LAYERS, FEATURE_MAP, *modules, *timm.list_models()})}")
         return False
 
     def _translate_layer(self, number: int, row: list[Any], args: dict[str, Any]) -> None:
@@ -140,16 +140,16 @@ class Rows:
             row[0], row[3] = source[0], ["ch", source, args]  # the parser has the width of its output from the one map
         elif isinstance(source, list):
             raise InputError(f"row {number} of the model, {name}: it takes one map, got from = {source}")
-        elif (width := args.pop(OUT_WIDTH.get(name), None)) is not None:
+        elif (width := args.pop(OUT_WIDTH.get(name, ""), None)) is not None:
             row[2], row[3] = wide(name), [width, args]
         elif name == "DeformableTokenMerging":
             raise InputError(f"row {number} of the model, {name}: its first argument is missing, the width of its output, as Conv has it")
         else:
             row[3] = ["c2", args] if source == -1 else ["ch", [source], args]
 
-    def _feature_map(self, where: str, number: int, source: int, args: list[Any]) -> list[int]:
+    def _feature_map(self, where: str, number: int, source: int | list[int], args: list[Any]) -> list[int]:
         """The arguments of Ultralytics' Index: width and place."""
-        backbone = self.backbones.get(source if source >= 0 else number + source)
+        backbone = None if isinstance(source, list) else self.backbones.get(source if source >= 0 else number + source)
         if backbone is None:
             raise InputError(f"{where}: it takes one of the maps of a backbone, and row {source} is none")
         count = len(backbone.channels)
@@ -158,12 +158,12 @@ class Rows:
                              f"{', '.join(map(str, backbone.strides))}, counted from 0 or from -1 backwards; got {args}")
         return [backbone.channels[args[0]], args[0]]
 
-    def finish(self, model: nn.Sequential, save: list[int], verbose: bool) -> tuple[nn.Sequential, list[int]]:
+    def finish(self, model: Any, save: list[int], verbose: bool) -> tuple[nn.Sequential, list[int]]:
         for number, sources in self.sources.items():
             model[number].f = sources
             save = sorted([*save, *(source % number for source in sources if source != -1)])
         for number, (layer, args) in self.attached.items():
-            module = attach(model[number], partial(Layer, layer), **args)
+            module: Any = attach(model[number], partial(Layer, layer), **args)
             module.np = sum(parameter.numel() for parameter in module.parameters())
             if verbose:
                 tasks.LOGGER.info(f"{layer} after the sums in row {number}, which has {module.np:,} parameters with it")
