@@ -201,7 +201,7 @@ def main() -> None:
         import triton
         commits = ", ".join(f"{name}: {_commit(path)}" for name, path in checkouts.items())
         ROOT.joinpath("benchmarks/host_time.md").write_text(
-            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, and in brackets the\n"
+            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing; in brackets the\n"
             "share of before; an empty Function is what autograd and the call of it take by themselves. By\n"
             f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
             f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}; {commits}.\n\n{text}\n")

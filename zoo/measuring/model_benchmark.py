@@ -225,7 +225,7 @@ def _synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool) -> dict[str, str]:
+def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool = False) -> dict[str, str]:
     processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
     distinct = set(sizes.values())
     shown = distinct.pop() if len(distinct) == 1 else ", ".join(f"{name} {size}" for name, size in sizes.items())
