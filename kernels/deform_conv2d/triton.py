@@ -275,7 +275,7 @@ def _forward_plan(
     dilation: Sequence[int],
 ) -> Prepared:
     problem = _problem(x, offset, weight, mask, stride, padding, dilation)
-    positions, groups, together = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1], _together(problem, 4, WIDE - 1)
+    positions, groups, together = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1], _together(problem, 8 // x.itemsize, WIDE - 1)
     return Prepared(
         deform_conv2d_forward, x.device,
         lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups // together,
@@ -292,7 +292,7 @@ def _backward_plan(
     """Of the gradients of x, offset and mask, and of the weight's partial sums, and their shape."""
     problem = _problem(x, offset, weight, mask, stride, padding, dilation) | _strides("grad", grad)
     groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
-    # The weight's sums of several wider groups, or of more in float32, take too many registers.
+    # The weight's sums of several wider groups take too many registers.
     together = _together(problem, 8 // x.itemsize, 1)
     images, positions, taps = x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
     shares = min(images * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
