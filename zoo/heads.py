@@ -89,7 +89,8 @@ def head_importance(
         By the name of the layer (of HiLo's two kinds of heads with `.hi` and `.lo`), (heads,), float64, on the CPU. Norm 1 in every
         layer, or 0 where the loss does not depend on it.
 
-    Difference from the authors' code: sums, not means over tokens, which the norm takes out again.
+    Difference from the authors' code (pmichel31415/pytorch-pretrained-BERT, examples/classifier_eval.py): sums, not means over tokens,
+    which the norm takes out again.
 
     Raises:
         InputError: a network without such layers, or no batches.

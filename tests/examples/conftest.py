@@ -1,5 +1,4 @@
 """Networks that have learned something of digits, as ONNX files of `zoo export`."""
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,6 @@ from zoo.checkpoints import ModelInfo
 from zoo.exporting.onnx import export_onnx
 from zoo.reading.digits import CLASSES, Digits, grey_scene
 from zoo.reading.pictures import picture_tensor
-
-# transformers asks whether the hub's package `kernels` is there, and would take the checkout's folder of that name for it
-sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")
