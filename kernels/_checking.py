@@ -15,13 +15,13 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = False, /, **tensors: tuple[Any, str]) -> None:
     """That every tensor has the axes that its text names ("B, H, W, C"), a floating dtype, and dtype and device of the first.
 
-    None is passed over. Axes beyond a batch "B" may not be empty.
+    Axes beyond a batch "B" may not be empty. Where the text ends with a question mark, None is passed over.
 
     Args:
         mixed: those of any floating dtype.
         autocast: whether all are under autocast.
     """
-    given = {name: entry for name, entry in tensors.items() if entry[0] is not None}
+    given = {name: (x, axes.rstrip("?")) for name, (x, axes) in tensors.items() if x is not None or not axes.endswith("?")}
     for name, (x, axes) in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor ({axes}), got {type(x).__name__}")
