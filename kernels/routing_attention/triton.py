@@ -416,8 +416,10 @@ class _Problem:
         self.batch, self.heads, self.regions, self.slots = batch, heads, regions[0] * regions[1], routes.shape[2]
         self.queries, self.keys = height * width, kv_height * kv_width
         self.query_places, self.key_places = h * w, kv_size[0] * kv_size[1]
-        self.packed = weights is None and self._packing_pays()
         width_of_head, value_width_of_head = channels // heads, value_channels // heads
+        # Registers do not hold packed tiles of the widest heads in float32.
+        wide = q.dtype == torch.float32 and max(width_of_head, value_width_of_head) > 64
+        self.packed = weights is None and not wide and self._packing_pays()
         block, value_block = (max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width_of_head, value_width_of_head))
         self.arguments = dict(
             scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],
