@@ -21,7 +21,8 @@ def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = F
         mixed: those of any floating dtype.
         autocast: whether all are under autocast.
     """
-    given = {name: (x, axes.rstrip("?")) for name, (x, axes) in tensors.items() if x is not None or not axes.endswith("?")}
+    given: dict[str, tuple[Any, str]] = {
+        name: (x, axes.rstrip("?")) for name, (x, axes) in tensors.items() if x is not None or not axes.endswith("?")}
     for name, (x, axes) in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor ({axes}), got {type(x).__name__}")
