@@ -43,8 +43,10 @@ def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = F
 
 
 def check_whole(operator: str, name: str, least: int, *values: Any) -> None:
-    """That these are whole numbers, not booleans, and at least so large."""
+    """That these are whole numbers, not booleans, and at least so large. Traces of torch.jit hold tensors, which are not asked."""
     for value in values:
+        if isinstance(value, Tensor) and torch.jit.is_tracing():
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{operator}: {name} must be whole, got {value!r}")
         if value < least:

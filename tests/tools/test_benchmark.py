@@ -177,7 +177,11 @@ def test_volumes():
 
 def test_the_header_names_the_kind_of_cpu_and_what_is_compiled(clock, monkeypatch):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+
+    def note(model):
+        compiled.append(model)
+
+    monkeypatch.setattr(nn.Module, "compile", note)
     for wanted, mode in ((False, "eager"), (True, "torch.compile")):
         facts = benchmark(["any"], lambda name: Rival(clock, 3.0, "rival"), size=(8, 8), rounds=1, threads=1, compiled=wanted).facts
         assert facts["mode"] == mode and torch.backends.cpu.get_cpu_capability() in facts["machine"]
