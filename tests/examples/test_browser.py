@@ -34,8 +34,8 @@ def build():
     spec.loader.exec_module(module)
     with (BROWSER / "package-lock.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
-        if not module.RUNTIME.is_dir():
-            assert not npm(["ci", "--prefix", str(BROWSER), "--ignore-scripts", "--no-audit", "--no-fund"])
+        if not module.RUNTIME.is_dir() and npm(["ci", "--prefix", str(BROWSER), "--ignore-scripts", "--no-audit", "--no-fund"]):
+            pytest.skip("needs onnxruntime-web, which npm could not fetch: make browser")
     return module.build
 
 
