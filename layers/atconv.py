@@ -79,7 +79,7 @@ class ATConv(nn.Module):
     def kernels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, k, k), before the inhibition."""
         runs = _runs(self.kernel_size**2, x)
-        if is_exporting():
+        if is_exporting():  # as few operators as by hand
             pooled = (x.flatten(2) @ runs)[..., None]
         else:  # no map is copied
             positions = x.permute(2, 3, 0, 1).flatten(0, 1)  # (H·W, B, C)

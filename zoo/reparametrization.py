@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from zoo.errors import InputError, first_few
-from zoo.patterns import matching
+from zoo.modules import matching
 
 NORMS = nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 Layer = nn.Linear | nn.Conv2d

@@ -284,7 +284,7 @@ def routing_attention_backward_queries(
             grad_scores = _grad_scores(scores, grad_attention, seen, denominator[:, None], share[:, None], scale)
         sums = tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION)
 
-    if PACKED:  # noqa: SIM102
+    if PACKED:  # noqa: SIM102  as in the forward kernel
         if _broken(sums):
             sums = tl.zeros((QUERIES, BLOCK), tl.float32)
             for turn in tl.range(regions * blocks, num_stages=1):
@@ -378,7 +378,7 @@ def routing_attention_backward_keys(
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(rows.dtype), rows, key_sums, input_precision=PRECISION)
 
-    if PACKED:  # noqa: SIM102
+    if PACKED:  # noqa: SIM102  as in the forward kernel
         if _broken(key_sums) | _broken(value_sums):
             key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
             value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
