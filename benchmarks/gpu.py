@@ -30,6 +30,7 @@ import zoo  # noqa: F401  registers the models
 from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.kernels import default_backend
+from zoo.kernels._backends import interpreted
 from zoo.kernels._launch import CONFIGURATIONS, add_configurations, architecture
 from zoo.measuring import kernel_benchmark as benchmark
 from zoo.tools._cli import run
@@ -66,8 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    if args.dry_run and not interpreted():  # asked when Triton is imported, which it is by now
+        command = [sys.executable, "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(command, check=False, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
     steps = [step for step in STEPS if not args.steps or step in args.steps]
     if len(steps) > 1:
         failed = [step for step, left in remaining(steps, args.seconds) if not run_alone(step, left, args)]
@@ -187,7 +189,7 @@ def train(device: str, deadline: benchmark.Deadline, args: argparse.Namespace) -
             continue
         say(f"  {model}, {side}")
         build = functools.partial(timm.create_model, model) if own else functools.partial(rival, models[model], model)
-        size = 64 if args.dry_run else timm.get_pretrained_cfg(model).input_size[1]
+        size = 32 if args.dry_run else timm.get_pretrained_cfg(model).input_size[1]
         try:
             rate = benchmark.training_throughput(build, backend, mode, device, batch, size, steps)
         except Exception as error:  # of compilers, drivers and memory, as in `measure`; the rest is still worth measuring

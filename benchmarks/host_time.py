@@ -199,21 +199,18 @@ def main() -> None:
     print(text)
     if args.write:
         import triton
+
+        from zoo.measuring.model_benchmark import cpu_name
         commits = ", ".join(f"{name}: {_commit(path)}" for name, path in checkouts.items())
         ROOT.joinpath("benchmarks/host_time.md").write_text(
-            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing, and in brackets the\n"
+            "# Host time\n\nMicroseconds of processor time per call on the host, up to a CUDA driver that does nothing; in brackets the\n"
             "share of before; an empty Function is what autograd and the call of it take by themselves. By\n"
-            f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {_processor()}, one thread, "
+            f"`python -m benchmarks.host_time`, {time.strftime('%Y-%m-%d')}, {cpu_name()}, one thread, "
             f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}; {commits}.\n\n{text}\n")
 
 
 def _commit(path: Path) -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=path, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found.group(1) if found else platform.processor()
 
 
 if __name__ == "__main__":

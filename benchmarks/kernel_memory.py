@@ -180,8 +180,8 @@ EVERYTHING = [
 ]
 
 
-def measured(run: Callable[[], Tensor], layer: nn.Module | None) -> int:
-    """Bytes that autograd keeps of a call, those of parameters and buffers left out. Kernels need not run for it, and do not."""
+def measured(run: Callable[[], Tensor], layer: nn.Module | None, launching: bool = False) -> int:
+    """Bytes that autograd keeps of a call, those of parameters and buffers left out. Kernels need not run for it."""
     storages = {}
     own = {x.untyped_storage()._cdata for x in (*layer.parameters(), *layer.buffers())} if layer else set()
 
@@ -191,7 +191,7 @@ def measured(run: Callable[[], Tensor], layer: nn.Module | None) -> int:
             storages[storage._cdata] = storage
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), recording():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), recording(launching=launching):
         run()
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -2,7 +2,7 @@
 
 Every side runs on tensors without memory, and every call of an operator that touches memory is one kernel, whose time is the longest
 of three: to move its bytes, to multiply its matrices, and to issue the instructions of its inner loop. Instructions are counted in
-machine code: of our kernels by `python -m benchmarks.kernel_table`, of flash attention in the torch that is installed. Only attention
+machine code: of our kernels as they are launched, of flash attention in the torch that is installed. Only attention
 is bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of matrices.
 """
 import contextlib
@@ -23,12 +23,12 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from zoo import kernels
 from zoo.files import replacing
-from zoo.kernels import _backends, _launch
+from zoo.kernels import _backends, _launch, machine_code
 from zoo.kernels.machine_code import CUOBJDUMP, inner_loop_of_sass
+from zoo.kernels.routing_attention.triton import IN_A_TURN
 from zoo.measuring.kernel_benchmark import PASSES, Side
 
 from . import kernel_cases, kernel_rivals
-from .kernel_table import FILE as MACHINE_CODE
 
 FILE = Path(__file__).with_name("kernels_model.md")
 DTYPE = torch.bfloat16
@@ -163,15 +163,17 @@ def _routed_scores(launch: _launch.Launch) -> int:
 
 
 def _counted(launch: _launch.Launch, target: str) -> float:
-    """Instructions of a warp for each score, from the table of machine code."""
-    words = launch.key.split()
-    places = {"packed": 4, "regions16": 16, "regions32": 25, "regions64": 256}[words[0]]
-    variant = f"bfloat16, {words[-1]} channels a head, regions of {places}"
-    row = re.search(rf"^\| `{launch.name}` \| {variant} \| {target} \|.*\| ([\d.]+) \|$", MACHINE_CODE.read_text(), re.MULTILINE)
-    if row is None:
-        raise LookupError(f"{MACHINE_CODE.name} counts no {launch.name}, {variant}, {target}: run python -m benchmarks.kernel_table")
-    return float(row[1])
+    """Instructions of a warp for each score, in the machine code that the launch becomes."""
+    given = launch.arguments | launch.configuration
+    constants = *(item for item in given.items() if item[0].isupper() or item[0] in launch.configuration),
+    if (launch.name, target, constants) not in _COUNTS:
+        (compiled_for,) = (one for one in machine_code.TARGETS if one.name == target)
+        compiled = machine_code._compile(launch, "", compiled_for, IN_A_TURN[launch.name])
+        _COUNTS[launch.name, target, constants] = compiled.instructions or 0.0
+    return _COUNTS[launch.name, target, constants]
 
+
+_COUNTS: dict[Any, float] = {}
 
 GATHERS = {aten.index_select.default, aten.gather.default, aten.index.Tensor}  # read as much as they write
 SCATTERS = {aten.index_add_.default, aten.index_add.default, aten.scatter_add_.default, aten.scatter_add.default,
@@ -243,6 +245,13 @@ def parts(side: Side, kind: str, fused: bool, own: dict[str, dict[str, float]]) 
     return counted.parts
 
 
+class _LookedOn(TorchDispatchMode):
+    """Operators then go through torch.library, which asks no kernels for tensors without memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def modelled() -> Iterator[None]:
     """Operators run their kernels on tensors without memory, and rivals what stands for flash attention."""
@@ -274,7 +283,8 @@ def modelled() -> Iterator[None]:
           mock.patch.object(torch, "is_autocast_enabled", lambda *device: False),  # refuses to be asked about tensors without memory
           mock.patch.object(kernel_rivals, "flex_routes", flex_routes), mock.patch.object(kernel_rivals, "_flex", flex),
           mock.patch.object(kernel_rivals, "halo_mask", lambda length, block, halo, device: real_mask(length, block, halo, "cpu")),
-          mock.patch.object(kernel_rivals, "_varlen_on_cpu", varlen), mock.patch.object(kernel_rivals, "varlen", varlen_routes)):
+          mock.patch.object(kernel_rivals, "_varlen_on_cpu", varlen), mock.patch.object(kernel_rivals, "varlen", varlen_routes),
+          _LookedOn()):
         yield
 
 
@@ -351,8 +361,11 @@ def page(found: list[Row]) -> str:
     flash = {target: flash_instructions(target) for target in ("sm_80", "sm_90")}
     counts = [f"{of['forward']:.3f} + {of['backward']:.3f} on {target}" for target, of in flash.items()]
     lines += ["", f"Flash attention of 32 channels a head, of torch {torch.__version__}, takes for each score of its tiles of 128 × 128 "
-              f"(forward + backward) {' and '.join(counts)} instructions of a warp; ours are in "
-              f"[{MACHINE_CODE.name}]({MACHINE_CODE.name}).", ""]
+              f"(forward + backward) {' and '.join(counts)} instructions of a warp. Ours take, by problem:", ""]
+    for kernel in sorted({entry[:2] for entry in _COUNTS}):
+        counted = sorted({f"{instructions:.3f}" for entry, instructions in _COUNTS.items() if entry[:2] == kernel})
+        lines.append(f"- `{kernel[0]}` on {kernel[1]}: {', '.join(counted)}")
+    lines += [""]
     ours = {(row.operator, row.case, row.kind): row for row in found if row.side == "ours"}
 
     def ratio(row: Row, device: str = "H100") -> float:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from zoo.measuring.model_benchmark import cpu_name
 from zoo.reading.digits import Digits, grey_scene, write_digit_scenes
 
 TABLE = Path(__file__).with_suffix(".md")
@@ -124,10 +125,9 @@ def run(name: str, goal: Goal, folder: Path) -> dict:
 
 def write_table(rows: dict[str, dict]) -> None:
     cores = len(os.sched_getaffinity(0))
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     lines = [
         "# One's own data, in one command", "",
-        f"`zoo train MODEL DATA` from random weights, without further arguments, on {cores} cores of {models[0] if models else 'a CPU'}, "
+        f"`zoo train MODEL DATA` from random weights, without further arguments, on {cores} cores of {cpu_name()}, "
         f"{platform.python_implementation()} {platform.python_version()}, torch {torch.__version__}. Each row is the best checkpoint on "
         "the part for validation. `make own-data` measures it again.", "",
         "| data | model | metric | needed | reached | wall time | CPU time | load |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]

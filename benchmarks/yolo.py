@@ -25,6 +25,7 @@ from ultralytics import YOLO
 
 import zoo.yolo
 from zoo.files import replacing
+from zoo.measuring.model_benchmark import cpu_name
 from zoo.reading.digits import write_digit_scenes
 
 TABLE = Path(__file__).with_suffix(".md")
@@ -81,7 +82,7 @@ def write_table(rows: dict[str, dict[str, float]]) -> None:
     lines = [
         "# YOLO with zoo's mechanisms, on scenes of digits", "",
         f"From random weights, {SCENES[0]} scenes of {SIZE}×{SIZE} pixels for {EPOCHS} epochs, evaluated on {SCENES[1]} scenes of "
-        f"other digits; {torch.get_num_threads()} thread of {platform.machine()}, CPython {platform.python_version()}, torch "
+        f"other digits; {torch.get_num_threads()} thread of {cpu_name()}, CPython {platform.python_version()}, torch "
         f"{torch.__version__}, Ultralytics {ultralytics.__version__}. Time per image: the median of the fused network's, float32, batch "
         f"1. Wanted is an mAP50 of {GOAL}. `python -m benchmarks.yolo` measures it again, and goes on where it was stopped.", "",
         f"| model file | parameters | GFLOPs at {LARGE} | mAP50 | mAP50–95 | wall time | CPU time | ms at {SIZE} | ms at {LARGE} | load |",

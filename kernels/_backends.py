@@ -136,7 +136,7 @@ def observed(arguments: tuple) -> bool:
     """Whether more than values is wanted of a call: a graph, what a mode or a transform makes of it, or a subclass."""
     return (torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, arguments))
             or torch._C._dispatch_tls_local_include_set().raw_repr() & ~USUAL_KEYS != 0
-            or forward_ad._current_level >= 0)
+            or in_forward_mode())
 
 
 def autocasting(device: str) -> bool:

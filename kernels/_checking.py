@@ -15,13 +15,14 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = False, /, **tensors: tuple[Any, str]) -> None:
     """That every tensor has the axes that its text names ("B, H, W, C"), a floating dtype, and dtype and device of the first.
 
-    None is passed over. Axes beyond a batch "B" may not be empty.
+    Axes beyond a batch "B" may not be empty. Where the text ends with a question mark, None is passed over.
 
     Args:
         mixed: those of any floating dtype.
         autocast: whether all are under autocast.
     """
-    given = {name: entry for name, entry in tensors.items() if entry[0] is not None}
+    given: dict[str, tuple[Any, str]] = {
+        name: (x, axes.rstrip("?")) for name, (x, axes) in tensors.items() if x is not None or not axes.endswith("?")}
     for name, (x, axes) in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor ({axes}), got {type(x).__name__}")
@@ -42,8 +43,10 @@ def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = F
 
 
 def check_whole(operator: str, name: str, least: int, *values: Any) -> None:
-    """That these are whole numbers, not booleans, and at least so large."""
+    """That these are whole numbers, not booleans, and at least so large. Traces of torch.jit hold tensors, which are not asked."""
     for value in values:
+        if isinstance(value, Tensor) and torch.jit.is_tracing():
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{operator}: {name} must be whole, got {value!r}")
         if value < least:

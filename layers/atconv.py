@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.kernels import depthwise_dynamic_conv2d
+from zoo.kernels._exporting import is_exporting
 from zoo.kernels._layout import in_layout_of
 from zoo.kernels.depthwise_dynamic_conv2d.reference import inhibited
 
@@ -77,9 +78,13 @@ class ATConv(nn.Module):
 
     def kernels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, k, k), before the inhibition."""
-        positions = x.permute(2, 3, 0, 1).flatten(0, 1)  # (H·W, B, C)
-        pooled = (_runs(self.kernel_size**2, x).t() @ positions.flatten(1)).unflatten(1, positions.shape[1:])
-        context = convolved(self.kernel_proj, pooled[:, None].permute(2, 3, 0, 1)).squeeze(-1)
+        runs = _runs(self.kernel_size**2, x)
+        if is_exporting():  # as few operators as by hand
+            pooled = (x.flatten(2) @ runs)[..., None]
+        else:  # no map is copied
+            positions = x.permute(2, 3, 0, 1).flatten(0, 1)  # (H·W, B, C)
+            pooled = (runs.t() @ positions.flatten(1)).unflatten(1, positions.shape[1:])[:, None].permute(2, 3, 0, 1)
+        context = convolved(self.kernel_proj, pooled).squeeze(-1)
         return self.kernel_gen(F.gelu(context)).unflatten(-1, (self.kernel_size, self.kernel_size))
 
     def extra_repr(self) -> str:

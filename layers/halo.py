@@ -97,8 +97,7 @@ class HaloAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"HaloAttention: x must be (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
-        # GPUs multiply channels-last maps, into which they copy others anyway, and the kernels read such q, k, v in wide pieces.
-        image = channels_last(x) if x.device.type == "cuda" else x
+        image = channels_last(x)  # of which projections and attention are faster, and the kernels read q, k, v in wide pieces
         q, kv = (conv(image).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, -1)) for conv in (self.q, self.kv))
         k, v = kv.split((self.dim_head, kv.shape[4] - self.dim_head), 4)
         unread = self.block_size + 2 * self.halo_size - self.block_size // self.stride

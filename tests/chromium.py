@@ -1,4 +1,5 @@
 """A headless Chromium for tests of pages: what it shows, and what it asks the network for."""
+import contextlib
 import itertools
 import json
 import shutil
@@ -18,6 +19,7 @@ class Chromium:
 
     def __init__(self, profile: Path):
         assert PROGRAM is not None
+        self.open_sockets = contextlib.ExitStack()
         command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
                    "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -25,7 +27,7 @@ class Chromium:
         self.wait(lambda: port.exists() and port.read_text().count("\n"), "Chromium does not start")
         pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"))
         address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        self.socket = connect(address, max_size=None, ping_interval=None, close_timeout=1)
+        self.socket = self.open_sockets.enter_context(connect(address, max_size=None, ping_interval=None, close_timeout=1))
         self.numbers, self.asked = itertools.count(), []
         self.call("Network.enable")
 
@@ -60,6 +62,6 @@ class Chromium:
             time.sleep(0.05)
 
     def close(self) -> None:
-        self.socket.close()
+        self.open_sockets.close()
         self.process.terminate()
         self.process.wait(timeout=30)

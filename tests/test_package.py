@@ -162,7 +162,12 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
     imported = set(python(code).split())
     assert not imported & {
         "mmengine", "mmcv", "mmdet", "mmseg", "monai", "nilearn", "nibabel", "sklearn", "matplotlib", "captum", "pytorch_grad_cam",
-         "onnx", "onnxruntime", "imagecorruptions", "cv2", "supervision", "transformers", "ultralytics"}
+        "onnx", "onnxruntime", "imagecorruptions", "cv2", "supervision", "transformers", "ultralytics"}
+
+
+def test_the_checkout_on_the_path_is_not_the_hubs_package_of_kernels():
+    """transformers looks for one of that name, whose `get_kernel` it takes."""
+    assert python("import zoo, kernels; print(hasattr(kernels, 'routing_attention'))", cwd=ROOT).strip() == "False"
 
 
 def test_what_users_write_stays():

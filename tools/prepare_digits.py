@@ -1,4 +1,4 @@
-"""Writes scenes of handwritten digits, in the formats of COCO and of mmsegmentation, for the *_digits configs, or in that of YOLO."""
+"""Writes scenes of handwritten digits in the formats of COCO and mmsegmentation, for the *_digits configs, or of YOLO."""
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError, near_misses
 from zoo.models import MECHANISMS
-from zoo.patterns import matching
+from zoo.modules import evaluating, matching
 
 NAMES = {name: family.ATTACHABLE for name, family in MECHANISMS.items() if hasattr(family, "ATTACHABLE")}
 
@@ -169,17 +169,12 @@ def _example(model: nn.Module) -> Tensor:
 
 def _run(model: nn.Module, example: Tensor) -> None:
     """A pass that leaves no trace in the model."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(example)
     except Exception as error:
         shape = tuple(example.shape)
         raise InputError(f"{type(model).__name__} does not run on an example of shape {shape}: {str(error).splitlines()[0]}") from error
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Probe(TorchFunctionMode):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
 from zoo.layers import HiLoAttention, TokenMixing
+from zoo.modules import evaluating
 
 
 class _Kind(NamedTuple):
@@ -89,7 +90,8 @@ def head_importance(
         By the name of the layer (of HiLo's two kinds of heads with `.hi` and `.lo`), (heads,), float64, on the CPU. Norm 1 in every
         layer, or 0 where the loss does not depend on it.
 
-    Difference from the authors' code: sums, not means over tokens, which the norm takes out again.
+    Difference from the authors' code (pmichel31415/pytorch-pretrained-BERT, examples/classifier_eval.py): sums, not means over tokens,
+    which the norm takes out again.
 
     Raises:
         InputError: a network without such layers, or no batches.
@@ -99,7 +101,7 @@ def head_importance(
     loss, seen = loss or _cross_entropy, 0
     device = next(model.parameters()).device
     for inputs, targets in batches:
-        with _evaluation(model), torch.enable_grad(), _outputs(layers) as outputs:
+        with evaluating(model), torch.enable_grad(), _outputs(layers) as outputs:
             value = loss(model(inputs.to(device)), targets.to(device) if isinstance(targets, Tensor) else targets)
             taken = list(outputs)  # checkpointed layers run again
             gradients = torch.autograd.grad(value, [c for _, c in taken], allow_unused=True)
@@ -230,17 +232,6 @@ def _outputs(layers: Mapping[str, _Heads]) -> Iterator[list[tuple[str, Tensor]]]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _cross_entropy(output: Any, targets: Any) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from zoo.errors import InputError, first_few
-from zoo.patterns import matching
+from zoo.modules import matching
 
 NORMS = nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 Layer = nn.Linear | nn.Conv2d
@@ -77,8 +77,9 @@ def reparametrize(model: nn.Module, where: str | Iterable[str] | None = None, *,
     `torch.nn.utils.parametrize.cached()`. With DistributedDataParallel the vectors are the same everywhere: they are broadcast buffers,
     and follow from the weights alone.
 
-    Differences from the authors' code (apple/ml-sigma-reparam): given weights are kept; grouped convolutions; σ in float32 under autocast;
-    no buffers that only report. The output layer is meant to stay plain, as their example has it: leave it out by `where`.
+    Differences from the authors' code (apple/ml-sigma-reparam, vision/layers.py): given weights are kept; grouped convolutions; σ in
+    float32 under autocast; no buffers that only report. The output layer is meant to stay plain, as their example has it: leave it out by
+    `where`.
 
     Raises:
         InputError: no such module or layer, one whose weights are all 0 or not finite, are shared with another or have a parametrization

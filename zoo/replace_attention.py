@@ -12,7 +12,7 @@ from zoo.errors import InputError, first_few, near_misses
 from zoo.layers import HedgehogAttention, NormalizedAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
-from zoo.patterns import matching
+from zoo.modules import matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention}

@@ -35,18 +35,21 @@ def build(model: Path) -> str:
                              "at the centre")
     if not RUNTIME.is_dir():
         raise InputError(f"there is no {RUNTIME}; set it up with: npm ci --prefix {HERE}")
-    encoded = lambda path: base64.b64encode(path.read_bytes()).decode()  # noqa: E731
     parts = {
         "title": html.escape(f"{info.name}: {info.task}"),
         "said": json.dumps(said, ensure_ascii=False).replace("<", "\\u003c"),
-        "model": encoded(model),
-        "wasm": encoded(RUNTIME / "ort-wasm-simd-threaded.wasm"),
+        "model": _encoded(model),
+        "wasm": _encoded(RUNTIME / "ort-wasm-simd-threaded.wasm"),
         "runtime": (RUNTIME / "ort.wasm.bundle.min.mjs").read_text(encoding="utf-8"),
     }
     page = (HERE / "page.html").read_text(encoding="utf-8")
     for name, text in parts.items():
         page = page.replace(f"{{{{{name}}}}}", text)
     return page
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _in_groups(x: Tensor, offset: Tensor, weight: Tensor) -> str | None:
 
 def _check(x, offset, weight, bias, mask, stride, padding, dilation) -> None:
     check_tensors("deform_conv2d", (), True, x=(x, "B, C, H, W"), offset=(offset, "B, offset groups·kh·kw·2, Ho, Wo"),
-                  weight=(weight, "Co, C / groups, kh, kw"), bias=(bias, "Co"), mask=(mask, "B, offset groups·kh·kw, Ho, Wo"))
+                  weight=(weight, "Co, C / groups, kh, kw"), bias=(bias, "Co?"), mask=(mask, "B, offset groups·kh·kw, Ho, Wo?"))
     for name, least, values in (("stride", 1, stride), ("padding", 0, padding), ("dilation", 1, dilation)):
         check_whole("deform_conv2d", name, least, *values)
     (b, channels, *size), (out_channels, group_width, *kernel) = x.shape, weight.shape

@@ -25,7 +25,6 @@ from .._tiles import kernel
 from . import reference
 
 WIDE = 16  # channels of a segment that fill a tile for matrix units
-MOST_TOGETHER = 4
 WEIGHT_PROGRAMS = 1024  # the gradient of the weight is split over positions until there are about as many
 
 
@@ -263,11 +262,11 @@ def _problem(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *ge
     )
 
 
-def _together(problem: dict[str, Any]) -> int:
-    """Groups that share their offsets, and for which a program works out places and shares once."""
-    if problem["SEGMENT"] >= WIDE or problem["OFFSET_GROUP"] % problem["GROUP"]:
+def _together(problem: dict[str, Any], most: int, widest: int) -> int:
+    """Groups that share their offsets, and for which a program works out places and shares once; 1 where they are wider."""
+    if problem["SEGMENT"] > widest or problem["OFFSET_GROUP"] % problem["GROUP"]:
         return 1
-    return math.gcd(MOST_TOGETHER, problem["OFFSET_GROUP"] // problem["GROUP"])
+    return math.gcd(most, problem["OFFSET_GROUP"] // problem["GROUP"])
 
 
 @planned
@@ -276,7 +275,7 @@ def _forward_plan(
     dilation: Sequence[int],
 ) -> Prepared:
     problem = _problem(x, offset, weight, mask, stride, padding, dilation)
-    positions, groups, together = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1], _together(problem)
+    positions, groups, together = out.shape[2] * out.shape[3], x.shape[1] // weight.shape[1], _together(problem, 8 // x.itemsize, WIDE - 1)
     return Prepared(
         deform_conv2d_forward, x.device,
         lambda chosen: (out.shape[0] * triton.cdiv(positions, chosen["POSITIONS"]), groups // together,
@@ -293,7 +292,9 @@ def _backward_plan(
     """Of the gradients of x, offset and mask, and of the weight's partial sums, and their shape."""
     problem = _problem(x, offset, weight, mask, stride, padding, dilation) | _strides("grad", grad)
     groups, offset_groups = x.shape[1] // weight.shape[1], x.shape[1] // problem["OFFSET_GROUP"]
-    together, images, positions, taps = _together(problem), x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
+    # The weight's sums of several wider groups take too many registers.
+    together = _together(problem, 8 // x.itemsize, 1)
+    images, positions, taps = x.shape[0], grad.shape[2] * grad.shape[3], problem["KH"] * problem["KW"]
     shares = min(images * triton.cdiv(positions, 64), max(1, WEIGHT_PROGRAMS * 64 * 32 // weight.numel()))
 
     def weight_grid(chosen: dict[str, Any]) -> tuple[int, ...]:

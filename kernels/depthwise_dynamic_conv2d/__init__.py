@@ -49,7 +49,7 @@ def depthwise_dynamic_conv2d(x: Tensor, kernels: Tensor, theta: Tensor | None = 
 
 @remembered
 def _chosen(x: Tensor, kernels: Tensor, theta: Tensor | None, backend: str | None) -> str:
-    check_tensors("depthwise_dynamic_conv2d", ("theta",), True, x=(x, "B, C, H, W"), kernels=(kernels, "B, C, k, k"), theta=(theta, "C"))
+    check_tensors("depthwise_dynamic_conv2d", ("theta",), True, x=(x, "B, C, H, W"), kernels=(kernels, "B, C, k, k"), theta=(theta, "C?"))
     if kernels.shape[:2] != x.shape[:2]:
         raise ValueError(f"depthwise_dynamic_conv2d: kernels must be (B, C, k, k) with the B and C of x {tuple(x.shape)}, "
                          f"got {tuple(kernels.shape)}")

@@ -1,11 +1,12 @@
+import torch
 from torch import Tensor
 
-from .._backends import choose, observed, public_operator, remembered
+from .._backends import choose, name_of, observed, public_operator, remembered
 from .._checking import check_number, check_tensors, check_whole
 from .._layout import span, too_large
 from . import blocked, reference
 
-MOST_CHANNELS = 128
+MOST_CHANNELS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # of a head, of which registers hold no more
 
 __all__ = ["halo_attention"]
 
@@ -40,7 +41,7 @@ def halo_attention(
         halo_size: h.
         scale: default d^-0.5.
         backend: "reference" (plain gather), "blocked" or "pytorch" (some blocks at a time), "triton"; default what suits the device,
-            see `zoo.kernels`. The kernels take up to 128 channels a head, of which registers hold no more.
+            see `zoo.kernels`. The kernels take up to 128 channels a head, 64 in float32.
 
     Returns:
         (B, ⌈H / stride⌉, ⌈W / stride⌉, heads, e) in the dtype of q. Differentiable any number of times in q, k, v, rel_h and rel_w.
@@ -73,8 +74,8 @@ def _chosen(
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> str | None:
     """What the kernels cannot do, as a clause."""
     widest = max(q.shape[4], v.shape[4])
-    if widest > MOST_CHANNELS:
-        return f"the kernels take at most {MOST_CHANNELS} channels a head, not {widest}"
+    if widest > MOST_CHANNELS[q.dtype]:
+        return f"the kernels take at most {MOST_CHANNELS[q.dtype]} channels a head in {name_of(q.dtype)}, not {widest}"
     kept = 2 * (table.shape[0] + 6)  # of every query, for the backward pass: at most 3 places beside either end of each axis
     return too_large(span(q), span(k), span(v), q.shape[1] * q.shape[2] * q.shape[3] * max(kept, v.shape[4]))
 

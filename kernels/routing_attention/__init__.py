@@ -33,7 +33,8 @@ def routing_attention(
 
     Maps are cut into a grid of `regions` = (rows, columns) regions. Those at the bottom and on the right may reach over
     the edge of the map; what lies outside is attended by nobody. A region routed only to empty regions gives 0. NaN and infinity
-    reach what is routed to them and nothing else, in the gradients too, but for the dense backend in compiled graphs.
+    reach what is routed to them and nothing else, in the gradients too; but for the dense backend in compiled graphs, and for what
+    of them its incoming gradient holds.
 
     Args:
         q: (B, H, W, C), regions of ⌈H/rows⌉ × ⌈W/columns⌉ positions.
@@ -84,7 +85,7 @@ def _chosen(
 ) -> tuple[str, tuple[int, int]]:
     """The backend, and the size of key regions."""
     check_tensors("routing_attention", ("weights",), True, q=(q, "B, H, W, C"), k=(k, "B, H, W, C"), v=(v, "B, H, W, C"),
-                  weights=(weights, "B, regions, n"))
+                  weights=(weights, "B, regions, n?"))
     check_whole("routing_attention", "regions", 1, *regions)
     check_whole("routing_attention", "num_heads", 1, num_heads)
     check_number("routing_attention", "scale", scale)

@@ -284,7 +284,7 @@ def routing_attention_backward_queries(
             grad_scores = _grad_scores(scores, grad_attention, seen, denominator[:, None], share[:, None], scale)
         sums = tl.dot(grad_scores.to(key_rows.dtype), key_rows, sums, input_precision=PRECISION)
 
-    if PACKED:  # noqa: SIM102
+    if PACKED:  # noqa: SIM102  as in the forward kernel
         if _broken(sums):
             sums = tl.zeros((QUERIES, BLOCK), tl.float32)
             for turn in tl.range(regions * blocks, num_stages=1):
@@ -378,7 +378,7 @@ def routing_attention_backward_keys(
         value_sums = tl.dot(attention.to(above.dtype), above, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(grad_scores.to(rows.dtype), rows, key_sums, input_precision=PRECISION)
 
-    if PACKED:  # noqa: SIM102
+    if PACKED:  # noqa: SIM102  as in the forward kernel
         if _broken(key_sums) | _broken(value_sums):
             key_sums = tl.zeros((KEYS, BLOCK), tl.float32)
             value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
@@ -416,8 +416,10 @@ class _Problem:
         self.batch, self.heads, self.regions, self.slots = batch, heads, regions[0] * regions[1], routes.shape[2]
         self.queries, self.keys = height * width, kv_height * kv_width
         self.query_places, self.key_places = h * w, kv_size[0] * kv_size[1]
-        self.packed = weights is None and self._packing_pays()
         width_of_head, value_width_of_head = channels // heads, value_channels // heads
+        # Registers do not hold packed tiles of the widest heads in float32.
+        wide = q.dtype == torch.float32 and max(width_of_head, value_width_of_head) > 64
+        self.packed = weights is None and not wide and self._packing_pays()
         block, value_block = (max(SMALLEST_TILE, triton.next_power_of_2(n)) for n in (width_of_head, value_width_of_head))
         self.arguments = dict(
             scale=scale, heads=heads, slots=self.slots, regions=self.regions, columns=regions[1],

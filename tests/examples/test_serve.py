@@ -18,6 +18,7 @@ from zoo.predicting.exported import ExportedNetwork, exported_info
 from zoo.reading.digits import Digits
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def png(size: tuple[int, int]) -> bytes:
     (png((64, 64))[:-30], 422, "the picture cannot be read: image file is truncated"),
     (png((2000, 2000)), 422, "it has 4000000 pixels, and ZOO_MAX_PIXELS=1000000"),
     (bytes(10_000_001), 413, "the picture has more than 10000000 bytes"),
-])
+], ids=["text", "nothing", "cut off", "too many pixels", "too many bytes"])
 def test_what_cannot_be_used_is_refused_in_words(service, body, status, says):
     answer = httpx.post(f"{service}/classes", content=body, timeout=60)
     assert answer.status_code == status and says in answer.json()["detail"]

@@ -30,7 +30,7 @@ def test_backbone(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_classifier(name, tmp_path):
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=name, num_labels=5)).eval()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     loss = model.train()(PICTURES, labels=torch.tensor([1, 2])).loss
     loss.backward()
     assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]

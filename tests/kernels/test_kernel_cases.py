@@ -146,7 +146,7 @@ def test_the_grid_leaves_out_what_does_not_fit():
 def test_every_kernel_has_a_grid():
     for kernel, entries in json.loads(_launch.CONFIGURATIONS.read_text()).items():
         for key, present in entries.items():
-            assert len(kernel_benchmark.tilings(key, present)) >= 10, f"{kernel} {key}"
+            assert len(kernel_benchmark.tilings(key, present)) >= 8, f"{kernel} {key}"
 
 
 def test_launches_are_timed_with_buffers_of_their_own_tiles(monkeypatch):

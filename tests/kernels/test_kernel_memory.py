@@ -11,8 +11,9 @@ from zoo import kernels
 @pytest.mark.parametrize("one", kernel_memory.EVERYTHING, ids=lambda one: f"{one.name}-{one.side}")
 def test_formula_is_what_autograd_keeps(one):
     run, sizes, layer = one.build("cpu", True)
+    launching = one.name == "BiLevelRoutingAttention"  # whose routes are made by one kernel and looked at before the next
     with kernels.default_backend("triton"):
-        assert kernel_memory.measured(run, layer) == one.bytes(sizes, "cpu")
+        assert kernel_memory.measured(run, layer, launching) == one.bytes(sizes, "cpu")
 
 
 @pytest.mark.parametrize("name", ["routing_attention", "HaloAttention", "token_aware_avg_pool", "BiLevelRoutingAttention"])

@@ -145,7 +145,7 @@ def test_very_low_scores_beside_positions_off_the_map():
 def test_dispatch_avoids_the_dense_mask_where_regions_are_many(monkeypatch):
     called = []
     for name, formulation in FORMULATIONS.items():
-        monkeypatch.setattr(formulation, "routing_attention", lambda *_, name=name: called.append(name))
+        monkeypatch.setattr(formulation, "routing_attention", lambda q, *_, name=name: called.append(name) or q)
     for side, topk in ((14, 16), (28, 4), (56, 1), (8, 1)):
         x = torch.zeros(1, side, side, 32)
         routing_attention(x, x, x, torch.arange(topk).expand(1, 49, topk), (7, 7), 1)
@@ -257,7 +257,7 @@ WRONG = {
 
 
 @given(name=st.sampled_from(sorted(WRONG)), backend=st.sampled_from([None, *FORMULATIONS, "triton"]), weighted=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_wrong_arguments_end_in_one_sentence_on_every_backend(name, backend, weighted):
     changed, change, sentence = WRONG[name]
     q, k, v = torch.randn(3, 2, 6, 4, 4).unbind()

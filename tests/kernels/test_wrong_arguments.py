@@ -160,3 +160,12 @@ def test_backends_agree_near_the_border_with_gradients(operator, case):
         results[backend] = out, *torch.autograd.grad(out.square().sum(), tuple(leaves.values()), allow_unused=True, materialize_grads=True)
     for backend, found in results.items():
         torch.testing.assert_close(found, results["reference"], atol=1e-4, rtol=1e-4, msg=lambda text, b=backend: f"{b}: {text}")
+
+
+@pytest.mark.parametrize("operator", RIGHT)
+def test_only_what_may_be_left_out_may_be_none(operator):
+    arguments = RIGHT[operator]()
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name not in ("bias", "mask", "theta"):
+            with pytest.raises(TypeError, match=f"^{operator}: {name} must be a tensor .*, got NoneType"):
+                getattr(kernels, operator)(**arguments | {name: None})

@@ -34,6 +34,7 @@ def test_training_is_one_graph_forward_and_one_backward(name, operator, backend,
         found = step(compiled)
     assert len(graphs) == 2
     if backend is None:
-        torch.testing.assert_close(found, step(model))
+        for ours, plain in zip(found, step(model), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * (1 + plain.abs().max().item()))
     else:
         assert all(any(target.startswith(f"zoo.{operator}_triton") for target in graph) for graph in graphs)

@@ -1,4 +1,5 @@
 """What is particular to LITv2: where its offsets begin, sizes that nothing divides, and its export."""
+import pytest
 import timm
 import torch
 from torch import nn
@@ -36,6 +37,17 @@ def test_mlp_is_the_same_with_and_without_gradients():
     torch.testing.assert_close(mlp(x), expected)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("large, parts", [(1 << 20, 1), (0, 3)])
+def test_large_hidden_maps_are_made_an_image_at_a_time(large, parts):
+    mlp, x, made = ConvMlp(24, 96), torch.randn(3, 5, 7, 24), []
+    expected = mlp(x)
+    convolved, mlp.LARGE = mlp._convolved, large
+    mlp._convolved = lambda part: made.append(len(part)) or convolved(part)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected.detach())
+    assert made == [3 // parts] * parts
 
 
 def test_exports_with_free_batch_and_sizes(tmp_path):

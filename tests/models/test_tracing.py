@@ -124,7 +124,8 @@ def test_features_by_torch_fx(name):
             hook.remove()
         present = [module for module in modules if module != "coarser"]  # FAN's, which is a feature and not on the way to the output
         found = create_feature_extractor(model, {module: module for module in present})(x)
-        assert all(torch.equal(found[module], value) for module, value in zip(present, expected, strict=True))
+        for module, value in zip(present, expected, strict=True):  # graphs hold plain linear layers
+            torch.testing.assert_close(found[module], value)
 
 
 LAYERS = {

@@ -173,3 +173,16 @@ def test_forward_passes_alone_of_volumes_beside_a_resnet_of_their_slices(main, c
 def test_volumes():
     report = benchmark(["attention_unet3d_nano"], size=(8, 8, 12), rounds=1, threads=1)
     assert "batch 4, 8x8x12" in report.facts["input"] and len(report.comparisons) == 2
+
+
+def test_the_header_names_the_kind_of_cpu_and_what_is_compiled(clock, monkeypatch):
+    compiled = []
+
+    def note(model):
+        compiled.append(model)
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    for wanted, mode in ((False, "eager"), (True, "torch.compile")):
+        facts = benchmark(["any"], lambda name: Rival(clock, 3.0, "rival"), size=(8, 8), rounds=1, threads=1, compiled=wanted).facts
+        assert facts["mode"] == mode and torch.backends.cpu.get_cpu_capability() in facts["machine"]
+    assert [model.name for model in compiled] == ["ours", "rival"]

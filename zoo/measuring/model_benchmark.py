@@ -225,8 +225,8 @@ def _synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool) -> dict[str, str]:
-    processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
+def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool = False) -> dict[str, str]:
+    processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     distinct = set(sizes.values())
     shown = distinct.pop() if len(distinct) == 1 else ", ".join(f"{name} {size}" for name, size in sizes.items())
     return {
@@ -239,7 +239,7 @@ def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: s
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor, with what ratios depend on: its family and model, as several kinds share a name, and the instructions torch takes."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -85,7 +85,7 @@ def opening(path: str | Path | BinaryIO, called: str = "picture") -> Iterator[Im
             yield opened
     except InputError:
         raise
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, ImportError):  # Ultralytics makes Pillow look for one more decoder, which need not be there
         raise InputError(f"the {called} is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"the {called} cannot be read: {error}, if it is none: set the environment variable {MAX_PIXELS} to the "

@@ -77,7 +77,10 @@ def _replaced(model: dict[str, Any], changes: dict[int, Any]) -> dict[str, Any]:
         parts.append(new)
         count += len(new)
         last[number] = count - 1
-    renumber = lambda source: source if source < 0 else last[source]  # noqa: E731
+
+    def renumber(source: int) -> int:
+        return source if source < 0 else last[source]
+
     for row in (row for part in parts for row in part):
         row[0] = [renumber(source) for source in row[0]] if isinstance(row[0], list) else renumber(row[0])
     split = len(model["backbone"])

@@ -1,5 +1,6 @@
-"""Names of modules, as `where` of what changes a built model takes them."""
-from collections.abc import Iterable
+"""What changes or asks a built model has to know of its modules: which are meant by `where`, and which are in training."""
+import contextlib
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -21,3 +22,15 @@ def matching(where: str | Iterable[str], modules: dict[str, nn.Module]) -> list[
 
 def _fits(name: list[str], pattern: list[str]) -> bool:
     return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Everything in evaluation mode inside, and as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
