@@ -16,15 +16,17 @@ All operators are leaves of `torch.fx` graphs, register with `torch.library` wha
 """
 if __name__ == "zoo.kernels":  # and not where a checkout on the path is taken for the package `kernels` of Hugging Face's hub
     from ._backends import backends, default_backend
+    from .attention_cross_entropy import attention_cross_entropy
     from .attention_similarity import attention_similarity
     from .deform_conv2d import deform_conv2d
     from .depthwise_dynamic_conv2d import depthwise_dynamic_conv2d
+    from .entmax import entmax
     from .halo_attention import halo_attention
     from .region_routes import region_means, region_routes
     from .routing_attention import routing_attention
     from .token_aware_avg_pool import token_aware_avg_pool
 
 __all__ = [
-    "attention_similarity", "backends", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d", "halo_attention", "region_means",
-    "region_routes", "routing_attention", "token_aware_avg_pool",
+    "attention_cross_entropy", "attention_similarity", "backends", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d",
+    "entmax", "halo_attention", "region_means", "region_routes", "routing_attention", "token_aware_avg_pool",
 ]

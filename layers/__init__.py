@@ -9,17 +9,20 @@ from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
+from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
+from .self_attention import AROUND, SelfAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HiLoAttention", "MultiAttentionGate", "PolarizedSelfAttention",
-    "SelectiveKernelUnit", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
+    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
-for _layer in [globals()[name] for name in __all__]:
+for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
     if isinstance(_layer, type):
         _layer.__prepare_scriptable__ = refuse_scripting

@@ -7,7 +7,7 @@ if not _command.import_is_put_off:
     from .attach import attach
     from .heads import head_importance, prune_heads
     from .layers import capture
-    from .losses import AttentionDiversificationLoss
+    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
@@ -25,10 +25,11 @@ if not _command.import_is_put_off:
         unet,
     )
     from .reparametrization import fold, reparametrize
+    from .replace_attention import replace_attention
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDiversificationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan",
-    "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads",
-    "reparametrize", "sknet", "unet", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attnet", "biformer",
+    "capture", "das", "deit", "fan", "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of",
+    "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
 ]

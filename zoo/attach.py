@@ -140,7 +140,8 @@ def _why_no_blocks(model: nn.Module, seen: "_Probe") -> str:
     how = "a layer for tokens, such as zoo.layers.ContextBroadcast, has to be written into its blocks"
     if isinstance(model, VisionTransformer):
         how = "into its MLPs goes context broadcasting, by timm.create_model(NAME, mlp_layer=zoo.models.deit.BroadcastingMlp)"
-    return f"the blocks of {kind} work on tokens, (B, N, C), and attach is for maps, (B, C, H, W); {how}"
+    return (f"the blocks of {kind} work on tokens, (B, N, C), and attach is for maps, (B, C, H, W); their attention is changed by "
+            f"zoo.replace_attention; {how}")
 
 
 def _check_channels_first(model: nn.Module, example: Tensor, seen: "_Probe", names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Losses on what happens inside a network."""
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
-from zoo.kernels import attention_similarity
+from zoo.kernels import attention_cross_entropy, attention_similarity
+from zoo.layers import HedgehogAttention, NormalizedAttention
+
+SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
 
 
 class AttentionDiversificationLoss(nn.Module):
@@ -95,7 +99,7 @@ def _kept() -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def _fused(model: nn.Module) -> Iterator[None]:
     """Lets timm's attention run as scaled_dot_product_attention, which computes the same."""
-    spelled_out = [m for m in model.modules() if isinstance(m, (Attention, AttentionRope, BeitAttention)) and not m.fused_attn]
+    spelled_out = [m for m in model.modules() if isinstance(m, SPELLED_OUT) and not m.fused_attn]
     if spelled_out and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "
                          "leave one of checkpointing and fused_attn=False")
@@ -106,3 +110,47 @@ def _fused(model: nn.Module) -> Iterator[None]:
     finally:
         for module in spelled_out:
             vars(module)["fused_attn"] = False
+
+
+class AttentionDistillationLoss(nn.Module):
+    """How far Hedgehog's linear attention is from the softmax attention whose place it took (arXiv 2402.04347); to be made small.
+
+        vit = zoo.replace_attention(vit, "hedgehog")
+        distillation = zoo.AttentionDistillationLoss()
+        distillation(vit, images).backward()
+
+    The network is run with softmax attention, as if nothing had been replaced, and without gradients; every layer's queries and keys
+    are what its feature maps learn from: gradients reach those alone. The loss is the mean over layers of
+    `zoo.kernels.attention_cross_entropy`. No attention matrix is kept: memory is linear in tokens. Nothing is left in the network.
+
+    In training mode what the network drops is dropped; distil in evaluation mode for the teacher's own attention.
+
+    Raises:
+        ValueError: in `forward`, a network without Hedgehog attention, or one that masks it.
+    """
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The loss, a scalar; images (B, …), as `model` takes them."""
+        layers = [module for module in model.modules() if isinstance(module, HedgehogAttention)]
+        if not layers:
+            raise InputError(f"{type(model).__name__} has no Hedgehog attention to distil; "
+                             "zoo.replace_attention(model, 'hedgehog') puts it in")
+        losses: list[Tensor] = []
+        hooks = [layer.register_forward_hook(partial(_taught, losses)) for layer in layers]
+        try:
+            with torch.no_grad():
+                model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(losses).mean()
+
+
+def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What softmax attention puts out in the place of `layer`, whose distance from it is added to `losses`."""
+    q, k, v, bias, scale, _ = args
+    if bias is not None:
+        raise InputError("the attention distillation loss is for attention without a mask")
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        losses.append(attention_cross_entropy(q, k, *layer.features(q, k), scale))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -32,10 +32,16 @@ OPERATORS = {  # a function of tensors and of a backend, and the tensors' shapes
                               [(1, 4, 4, 3), (1, 36, 2, 2), (2, 2, 3, 3), (1, 18, 2, 2)]),
     "depthwise_dynamic_conv2d": (kernels.depthwise_dynamic_conv2d, [(1, 2, 3, 4), (1, 2, 3, 3), (2,)]),
     "token_aware_avg_pool": (kernels.token_aware_avg_pool, [(1, 3, 4, 2), (1, 3, 4, 3)]),
+    "entmax": (lambda z, backend: kernels.entmax(z, 1.5, backend), [(2, 3, 5)]),
+    "entmax, sparsemax": (lambda z, backend: kernels.entmax(z, 2.0, backend), [(2, 3, 5)]),
+    "entmax, learned alpha": (lambda z, a, backend: kernels.entmax(z, 1 + a.sigmoid(), backend), [(2, 3, 5), (3, 1)]),
+    "attention_cross_entropy": (
+        lambda q, k, of_q, of_k, backend: kernels.attention_cross_entropy(q, k, of_q.sigmoid(), of_k.sigmoid(), 0.7, backend),
+        [(1, 2, 3, 2), (1, 2, 4, 2), (1, 2, 3, 5), (1, 2, 4, 5)]),
     "attention_similarity": (lambda q, k, backend: kernels.attention_similarity(q, k, 0.5, backend=backend), [(1, 2, 3, 2), (1, 2, 4, 2)]),
 }
 ONCE = {"torchvision"}  # whose operator has one derivative, and says so
-UNSUITED = {("routing_attention, weighted", "dense"), ("deform_conv2d, masked", "gathered")}
+UNSUITED = {("routing_attention, weighted", "dense"), ("deform_conv2d, masked", "gathered"), ("entmax, learned alpha", "sorted")}
 STEP = 1e-5
 
 
@@ -301,7 +307,7 @@ def test_counters_see_the_products_of_the_definition(name, kernel_device):
     counted = {backend: operations(name, backend, kernel_device if backend == "triton" else "cpu")
                for backend in kernels.backends(operator) if backend not in not_ours}
     forward = counted["grouped" if operator == "depthwise_dynamic_conv2d" else "reference"][0]
-    assert (forward > 0) == (operator not in ("region_means", "token_aware_avg_pool"))
+    assert (forward > 0) == (operator not in ("region_means", "token_aware_avg_pool", "entmax"))
     for backend, (found, both) in counted.items():
         if (operator, backend) in MORE:
             assert found > forward, backend

@@ -29,10 +29,13 @@ RIGHT = {  # the operators' arguments, by name
     "depthwise_dynamic_conv2d": lambda: dict(x=torch.randn(2, 3, 4, 5), kernels=torch.randn(2, 3, 3, 3), theta=torch.randn(3)),
     "token_aware_avg_pool": lambda: dict(x=torch.randn(2, 4, 5, 3), weights=torch.randn(2, 4, 5, 2)),
     "region_means": lambda: dict(x=torch.randn(2, 4, 5, 3), regions=(2, 2)),
+    "attention_cross_entropy": lambda: dict(
+        q=torch.randn(2, 2, 3, 4), k=torch.randn(2, 2, 5, 4), of_q=0.1 + torch.rand(2, 2, 3, 6), of_k=0.1 + torch.rand(2, 2, 5, 6),
+        scale=0.5),
     "attention_similarity": lambda: dict(q=torch.randn(2, 2, 3, 4), k=torch.randn(2, 2, 5, 4), threshold=0.5, scale=0.5),
 }
 LEAST = {"block_size": 1, "halo_size": 0, "stride": 1, "padding": 0, "dilation": 1, "regions": 1}
-FREE_DTYPE = {"rel_h", "rel_w", "theta"}
+FREE_DTYPE = {"rel_h", "rel_w", "theta", "of_q", "of_k"}
 # The axes of each tensor that have to fit others, and what may be named for it: the one or another.
 FITTING = {
     ("halo_attention", "q"): ((0, 1, 2, 3, 4), ("q",)), ("halo_attention", "k"): ((0, 1, 2, 3, 4), ("q", "v", "rel_h")),
@@ -45,6 +48,9 @@ FITTING = {
     ("depthwise_dynamic_conv2d", "kernels"): ((0, 1, 2, 3), ("kernels",)),
     ("depthwise_dynamic_conv2d", "theta"): ((0,), ("theta",)),
     ("token_aware_avg_pool", "x"): ((0, 1, 2), ("weights",)), ("token_aware_avg_pool", "weights"): ((0, 1, 2), ("weights",)),
+    ("attention_cross_entropy", "q"): ((0, 1, 2, 3), ("q and k", "of_q")),
+    ("attention_cross_entropy", "k"): ((0, 1, 2, 3), ("q and k", "of_k")),
+    ("attention_cross_entropy", "of_q"): ((0, 1, 2, 3), ("of_q", "of_k")), ("attention_cross_entropy", "of_k"): ((0, 1, 2, 3), ("of_k",)),
     ("attention_similarity", "q"): ((0, 1, 3), ("q and k",)), ("attention_similarity", "k"): ((0, 1, 3), ("q and k",)),
 }
 

@@ -9,29 +9,34 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.layers import AttentionRope, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
-from zoo.kernels import attention_similarity
+from zoo.kernels import attention_cross_entropy, attention_similarity, entmax
 from zoo.layers import (
     ATConv,
     AttentionGate,
     BiLevelRoutingAttention,
     ChannelProcessing,
     DeformableTokenMerging,
+    HedgehogAttention,
     HiLoAttention,
     PolarizedSelfAttention,
+    SelfAttention,
     TokenAwareAvgPool,
     TokenMixing,
 )
+from zoo.layers._capture import report
 from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
 from zoo.models.staged import named
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -197,6 +202,83 @@ def _adl(config: dict[str, Any], reference: str) -> nn.Module:
     return _Diversification(config["threshold"])
 
 
+class _Entmax(nn.Module):
+    """The operator, with alpha as a parameter where it is learned."""
+
+    def __init__(self, alpha: float | str):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1, 3, 1, 1)) if isinstance(alpha, str) else alpha
+
+    def forward(self, logits: Tensor) -> Tensor:
+        p = entmax(logits, self.alpha)
+        report(self, attention=p)
+        return p
+
+
+def _entmax(config: dict[str, Any], reference: str) -> nn.Module:
+    return _Entmax(config["alpha"])
+
+
+def _cog(config: dict[str, Any], reference: str) -> nn.Module:
+    return SelfAttention(config["dim"], config["num_heads"], "cog", qkv_bias=config["qkv_bias"])
+
+
+def _rela(config: dict[str, Any], reference: str) -> nn.Module:
+    return SelfAttention(config["dim"], config["num_heads"], "rela", qkv_bias=True)
+
+
+def _convert_rela(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    names = {"qkv_map": "qkv", "o_map": "proj", "post_scale": "mechanism.scale", "post_gate": "mechanism.gate"}
+    kinds = {"_W": ".weight", "_b": ".bias"}
+    return {names.get(name) or names[name[:-2]] + kinds[name[-2:]]: value.mT if name.endswith("_W") else value
+            for name, value in state.items()}
+
+
+def _gated_attention(config: dict[str, Any], reference: str) -> nn.Module:
+    """timm's attention, around which the mechanism is put: with its own elementwise gate, or the headwise one."""
+    biased, elementwise = config["qkv_bias"], config["elementwise_attn_output_gate"]
+    attention = AttentionRope(
+        config["hidden_size"], config["num_attention_heads"], qkv_fused=False, attn_head_dim=config["head_dim"], qkv_bias=biased,
+        proj_bias=biased, qk_norm=config["use_qk_norm"], norm_layer=partial(RmsNorm, eps=config["rms_norm_eps"]), gated=elementwise,
+        num_kv_heads=config["num_key_value_heads"])
+    return zoo.replace_attention(nn.Sequential(attention), "softmax", gate=None if elementwise else "head")
+
+
+def _convert_gated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`q_proj` holds of every head of keys its queries' rows, and then their gates'."""
+    attention, converted = model[0], {}
+    groups, width = attention.num_kv_groups, attention.head_dim
+    for name, value in state.items():
+        if not name.startswith("q_proj"):
+            converted[f"0.{name.replace('o_proj', 'proj')}"] = value
+            continue
+        rows = value.unflatten(0, (attention.num_kv_heads, -1))
+        converted[f"0.{name}"] = rows[:, : groups * width].flatten(0, 1)
+        converted[f"0.{name.replace('q_proj', 'gate')}"] = rows[:, groups * width :].flatten(0, 1)
+    return converted
+
+
+class _Hedgehog(HedgehogAttention):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        of_q, of_k = self.features(q, k)
+        loss = attention_cross_entropy(q.detach(), k.detach(), of_q, of_k)
+        report(self, **{"features.q": of_q, "distillation_loss": loss})
+        return super().forward(q, k, v)
+
+
+def _hedgehog(config: dict[str, Any], reference: str) -> nn.Module:
+    return _Hedgehog(config["num_heads"], config["head_dim"], config["feature_dim"], config["feature_map"],
+                     skip=config["skip_connection"], both_signs=config["fullspace"])
+
+
+def _convert_hedgehog(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace(".mlp.", "."): value for name, value in state.items()}
+
+
+def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
 def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
     config = {name: value for name, value in config.items() if name != "training"}
     build = {"SNLinear": nn.Linear, "SNConv2d": nn.Conv2d}.get(reference.split()[2], VisionTransformer)
@@ -205,9 +287,11 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
 
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, fan=_fan, hilo=_hilo, litv2=_litv2, polarized=_polarized, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    bra=_bra, cog=_cog, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2,
+    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
-    adl=lambda state, model: state, fan=_convert_fan, tap=fan.checkpoint_filter_fn,
+    adl=_as_it_is, cog=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog,
+    rela=_convert_rela, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
@@ -238,12 +322,13 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    given = ["input", "gating", *sorted(name for name in tensors if name.startswith("logits."))]
+    given = ["input", "gating", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
     inputs = {name: tensors[name].requires_grad_() for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:
         outputs = {"output": model(*inputs.values())}
     outputs |= maps.get("", {}) | attention  # what a single layer reports of itself, and token mixing's
+    outputs |= {"weights": maps["mechanism"]["attention"]} if "mechanism" in maps else {}
     names = [name.removeprefix("cotangent/") for name in tensors if name.startswith("cotangent/")]
     for name in names:
         _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
@@ -254,7 +339,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     converted = convert({**state, **grads}, model)  # conversion may look at neighbouring entries
     own_names = convert({name: torch.full_like(value, name in grads) for name, value in state.items()}, model)
     compared = [name for name in parameters if bool(own_names[name].flatten()[0])]
-    assert len(compared) == len(grads)
+    assert len(compared) == len(convert(grads, model) if case["family"] == "gated_attention" else grads)
     for name in compared:
         _close(f"gradient of {name}", parameters[name].grad, converted[name], GRADIENT_BOUND)
     changed = convert({**state, **after}, model)

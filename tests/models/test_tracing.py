@@ -136,6 +136,9 @@ LAYERS = {
     "BiLevelRoutingAttention": (functools.partial(layers.BiLevelRoutingAttention, 16, 2, 2, 2), (1, 5, 6, 16)),
     "HiLoAttention": (functools.partial(layers.HiLoAttention, 16, 2), (1, 5, 6, 16)),
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
+    "SelfAttention": (functools.partial(layers.SelfAttention, 16, 2, "entmax15", "head"), (1, 5, 16)),
+    "NormalizedAttention": (functools.partial(layers.NormalizedAttention, 2, 8, "cog"), *[(1, 2, 5, 8)] * 3),
+    "HedgehogAttention": (functools.partial(layers.HedgehogAttention, 2, 8), *[(1, 2, 5, 8)] * 3),
     **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
         "DAS", "ATConv", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")},
     **{name: (functools.partial(getattr(layers, name), 16, 8), (1, 16, 5, 6), (1, 8, 3, 3)) for name in (
@@ -157,8 +160,12 @@ def test_every_layer_is_traced_by_torch_fx_where_it_is_a_part(name):
         def forward(self, x, signal):
             return self.layer(2 * x, signal)
 
+    class PartOfThree(Part):
+        def forward(self, q, k, v):
+            return self.layer(2 * q, k, v)
+
     build, *shapes = LAYERS[name]
-    model, inputs = (Part, PartOfTwo)[len(shapes) - 1]().eval(), [torch.randn(shape) for shape in shapes]
+    model, inputs = (Part, PartOfTwo, PartOfThree)[len(shapes) - 1]().eval(), [torch.randn(shape) for shape in shapes]
     tracer = torch.fx.Tracer()
     tracer.is_leaf_module = lambda module, path: isinstance(module, tuple(get_notrace_modules())) or torch.fx.Tracer.is_leaf_module(
         tracer, module, path)

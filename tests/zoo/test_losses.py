@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
@@ -171,3 +172,63 @@ def test_nearly_uniform_attention_has_nothing_above_the_threshold():
     model = timm.create_model("test_vit", img_size=64)
     assert zoo.AttentionDiversificationLoss(2.0)(model, images())[1] == 0
     assert zoo.AttentionDiversificationLoss(0.9)(model, images())[1] > 0.5
+
+
+def linear(size=64, **args):
+    """A network with Hedgehog attention, and the one that it was."""
+    teacher = make("test_vit", img_size=size, **args)
+    student = make("test_vit", img_size=size, **args)
+    return zoo.replace_attention(student, "hedgehog"), teacher
+
+
+def test_distillation_is_the_cross_entropy_of_the_teachers_attention():
+    student, teacher = linear()
+    maps = []
+
+    def record(layer, inputs):
+        q, k, _ = layer.qkv(inputs[0]).reshape(*inputs[0].shape[:2], 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+        maps.append((q.detach(), k.detach(), (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).detach()))
+
+    for block in teacher.blocks:
+        block.attn.register_forward_pre_hook(record)
+    teacher(images())
+    losses = []
+    for block, (q, k, attention) in zip(student.blocks, maps, strict=True):
+        mechanism = block.attn.mechanism
+        ours = mechanism.feature_map_q(q) @ mechanism.feature_map_k(k).mT
+        losses.append(-(attention * (ours / ours.sum(-1, keepdim=True)).log()).sum(-1).mean())
+    expected, found = sum(losses) / len(losses), zoo.AttentionDistillationLoss()(student, images())
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    reached = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in student.named_parameters() if ".feature_map_" in name}
+    features = [parameter for name, parameter in student.named_parameters() if ".feature_map_" in name]
+    gradients = [parameter.grad for parameter in features]
+    torch.testing.assert_close(gradients, list(torch.autograd.grad(expected, features)), atol=1e-6, rtol=1e-4)
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_distillation_brings_the_attention_closer():
+    student, teacher = linear()
+    distillation, x = zoo.AttentionDistillationLoss(), images()
+    optimizer = torch.optim.Adam([p for name, p in student.named_parameters() if ".feature_map_" in name], 1e-2)
+    far, before = F.mse_loss(student(x), teacher(x)).item(), distillation(student, x).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = distillation(student, x)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.98 * before
+    assert F.mse_loss(student(x), teacher(x)).item() < far
+
+
+def test_distillation_keeps_no_attention_and_says_what_it_is_not_for():
+    student, _ = linear(size=160)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        zoo.AttentionDistillationLoss()(student, images(1, (160, 160))).backward()
+    attention = student.blocks[0].attn
+    tokens, heads = 101, attention.num_heads
+    assert max(t.numel() for t in kept) < heads * tokens * tokens
+    with pytest.raises(InputError, match="VisionTransformer has no Hedgehog attention to distil; zoo.replace_attention"):
+        zoo.AttentionDistillationLoss()(make("test_vit", img_size=64), images())

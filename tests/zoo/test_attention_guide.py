@@ -1,0 +1,8 @@
+"""The recipe of docs/guides/attention.md, on digits."""
+
+
+def test_hedgehog_in_two_stages(run_block, tmp_path):
+    ran = run_block("attention.md", "distil", tmp_path)
+    found = ran["found"]
+    assert ran["near"] < ran["far"]
+    assert found["softmax"] > 0.9 and found["fine-tuned"] > 0.9 and found["fine-tuned"] >= found["distilled"]
