@@ -1,5 +1,6 @@
 """What a classifier attends to: a picture of its mechanism for every stage, and attributions of its answer."""
 import contextlib
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import zoo.layers
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.seeing.attributions import heat, undisturbed
+from zoo.seeing.attributions import class_sensitivity, heat, undisturbed
 from zoo.seeing.figures import new_figure, overlay, render
 from zoo.seeing.mechanism_pictures import COLOURS, PICTURES, Captured, Point
 from zoo.seeing.page import Seen
@@ -69,6 +70,10 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     left.imshow(shown)
     overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
     caption = f"The picture, and how much each place speaks for {_answer(info, logits.softmax(0), target)}."
+    alike = class_sensitivity(model, image, method)
+    if math.isfinite(alike):
+        caption += (f" The heat of the most and of the least probable class correlate by {alike:.2f}: near 1 it shows what is in the "
+                    "picture rather than what speaks for a class.")
     return Seen(method, method.replace("_", " "), caption, render(figure), ("heat",))
 
 
