@@ -93,7 +93,7 @@ def aligned(attention: Tensor, grid: Grid) -> Tensor:
     """S' moved so that the query lies in the middle, mean over images and queries: (layers, heads, 2·rows - 1, 2·columns - 1)."""
     mean = _normalized(_spatial(attention, grid)).mean(0)
     rows, columns = grid[1:]
-    mean = mean.unflatten(-1, (rows, columns)).unflatten(-3, (rows, columns))  # (layers, heads, query row, query column, key row, key column)
+    mean = mean.unflatten(-1, (rows, columns)).unflatten(-3, (rows, columns))  # (layers, heads, queries, keys), of two axes each
     out = mean.new_zeros(*mean.shape[:2], 2 * rows - 1, 2 * columns - 1)
     for i in range(rows):
         for j in range(columns):

@@ -88,7 +88,7 @@ class BiasGradients:
     def __call__(self, image: Tensor) -> Tensor:
         self.release()
         size = (image.shape[2], image.shape[3])
-        tokens = _tokens(self.model, _features(self.model, image), size)
+        tokens = grid_of_tokens(self.model, _features(self.model, image), size)
         hooks = []
         for name, layer in self.model.named_modules():
             if (bias := _bias(layer)) is None:
@@ -134,7 +134,7 @@ def _gradcam(model: nn.Module, image: Tensor, target: int) -> Tensor:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     split, features = _Split(model), _features(model, image)
-    tokens = _tokens(model, features, (image.shape[2], image.shape[3]))
+    tokens = grid_of_tokens(model, features, (image.shape[2], image.shape[3]))
     if not tokens:
         _check_map("gradcam", model, features)
     layer = _block_before_last(model, image) if tokens else split.features
@@ -220,7 +220,7 @@ def _features(model: nn.Module, image: Tensor) -> object:
         return cast(Any, model).forward_features(image)
 
 
-def _tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
+def grid_of_tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
     """How features that are tokens, (1, N, C), lie on an image of this size; None if they do not, or are something else."""
     if not isinstance(features, Tensor) or features.ndim != 3:
         return None
@@ -250,7 +250,7 @@ def _layers_with_maps(model: nn.Module, image: Tensor) -> list[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    if _tokens(model, features, size):
+    if grid_of_tokens(model, features, size):
         found = found[:-1]
     count = min(LAYERS, len(found))
     return [found[(i + 1) * len(found) // count - 1] for i in range(count)]
@@ -259,7 +259,7 @@ def _layers_with_maps(model: nn.Module, image: Tensor) -> list[nn.Module]:
 def _placed(model: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor | None:
     """What a stage or a block puts out, as (1, C, H, W); None if it does not lie on an image of this size."""
     if x.ndim == 3:
-        tokens = _tokens(model, x, size)
+        tokens = grid_of_tokens(model, x, size)
         return _place(x, tokens) if tokens else None
     if x.ndim != 4:
         return None

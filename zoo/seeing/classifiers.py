@@ -2,6 +2,7 @@
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import zoo.layers
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
+from zoo.reading.pictures import open_picture
+from zoo.seeing.attention import Layer, collect
 from zoo.seeing.attributions import class_sensitivity, heat, undisturbed
 from zoo.seeing.figures import new_figure, overlay, render
 from zoo.seeing.mechanism_pictures import COLOURS, PICTURES, Captured, Point
@@ -75,6 +78,12 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
         caption += (f" The heat of the most and of the least probable class correlate by {alike:.2f}: near 1 it shows what is in the "
                     "picture rather than what speaks for a class.")
     return Seen(method, method.replace("_", " "), caption, render(figure), ("heat",))
+
+
+def attention(model: nn.Module, info: ModelInfo, path: Path) -> tuple[Image.Image, list[Layer]]:
+    """What the model sees of a picture, and the attention of its layers, see `zoo.seeing.attention.collect`."""
+    image, shown = _prepare(info, open_picture(path, info.input_size[0]))
+    return Image.fromarray((255 * shown).round().astype(np.uint8)), collect(model, image)
 
 
 def _answer(info: ModelInfo, probabilities: Tensor, target: int) -> str:
