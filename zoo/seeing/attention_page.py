@@ -165,7 +165,8 @@ def write(
 
 def _section(index: int, name: str, picture: Image.Image, layers: Sequence[Layer], found: Sequence[Sequence[dict[str, float]]]) -> str:
     factor = SHOWN / max(picture.size)
-    shown = picture.convert("RGB").resize(tuple(max(1, round(n * factor)) for n in picture.size), Image.Resampling.LANCZOS)
+    width, height = (max(1, round(n * factor)) for n in picture.size)
+    shown = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     kept = [_pooled(layer) for layer in layers]
     apart = sum(attention.numel() for attention, _ in kept) + sum(attention[0].numel() for attention, _ in kept) <= MOST
     most_heads = max(len(attention) for attention, _ in layers)
