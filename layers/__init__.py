@@ -11,6 +11,7 @@ from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMi
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
@@ -19,8 +20,9 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "MultipleInstanceHead",
+    "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing",
+    "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
