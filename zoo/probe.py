@@ -44,65 +44,48 @@ def head_for(dim: int, classes: int, pooling: Pooling = "attentive", queries: in
     return nn.Sequential(pool, nn.BatchNorm1d(width, EPS, affine=False), nn.Linear(width, classes))
 
 
-class Backbone(nn.Module):
-    """The tokens of a frozen network: images (B, C, H, W) → patch tokens (B, N, D), and the class token (B, 1, D) or None.
-
-    Always in evaluation mode. No graph is recorded through it, unless the images themselves require gradients, as attributions do.
-
-    Args:
-        network: see `probe`.
-        norm: see `probe`.
-    """
-
-    def __init__(self, network: nn.Module, norm: bool = True):
-        super().__init__()
-        called = type(network).__name__
-        if not callable(getattr(network, "forward_features", None)):
-            raise InputError(f"{called} has no forward_features, by which timm's networks hand over tokens or maps")
-        self.network = (network if norm else _without_last_norm(network)).requires_grad_(False).eval()
-        self.has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
-        self.num_prefix_tokens = int(cast(Any, getattr(network, "num_prefix_tokens", self.has_class_token)))
-        patches, _ = _tried(self, network)
-        self.num_features = patches.shape[-1]
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        tokens = cast(Any, self.network).forward_features(x)
-        if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
-            found = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise InputError(f"{type(self.network).__name__}.forward_features gives {found}, neither tokens (B, N, C) nor maps")
-        if tokens.ndim == 4:
-            channels_last = str(getattr(self.network, "output_fmt", "NCHW")) == "NHWC"
-            return tokens.flatten(1, 2) if channels_last else tokens.flatten(2).mT, None
-        class_token = tokens[:, :1] if self.has_class_token else None
-        return tokens[:, self.num_prefix_tokens :], class_token
-
-
 class Probe(nn.Module):
     """A head on a frozen network; see `zoo.probe`, which makes it. Images (B, C, H, W) → logits (B, classes).
 
     `backbone` is the network, always in evaluation mode, `head` what learns: its pooling, which reports its `attention` to
-    `zoo.capture`, a batch norm and a linear layer.
+    `zoo.capture`, a batch norm and a linear layer. No graph is recorded through the network, unless the images themselves require
+    gradients, as attributions let them.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Sequential, pooling: Pooling, class_token: bool):
+    def __init__(self, backbone: nn.Module, head: nn.Sequential, pooling: Pooling, class_token: bool):
         super().__init__()
-        if (class_token or pooling == "class") and not backbone.has_class_token:
-            raise InputError(f"{type(backbone.network).__name__} has no class token, of which a head could be made")
-        self.backbone, self.head, self.pooling, self.class_token = backbone, head, pooling, class_token
+        if (class_token or pooling == "class") and not has_class_token(backbone):
+            raise InputError(f"{type(backbone).__name__} has no class token, of which a head could be made")
+        self.backbone, self.head, self.pooling, self.class_token = backbone.requires_grad_(False).eval(), head, pooling, class_token
         self.num_classes = cast(nn.Linear, head[-1]).out_features
+        self.num_prefix_tokens = _prefix_tokens(backbone)
+        self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
+        self.feature_info = [{**info, "module": f"backbone.{info['module']}"} for info in getattr(backbone, "feature_info", [])]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The network's, tokens or maps."""
+        return cast(Any, self.backbone).forward_features(x)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits from the network's features."""
+        return self.head(self._pooled(*patches_and_class_token(self.backbone, features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
     def tokens(self, x: Tensor) -> Tensor:
         """What the head pools, (B, N, D): the patch tokens, behind the class token where that is asked for, or that alone."""
-        patches, class_token = self.backbone(x)
+        return self._pooled(*patches_and_class_token(self.backbone, self.forward_features(x)))
+
+    def _pooled(self, patches: Tensor, class_token: Tensor | None) -> Tensor:
         if self.pooling == "class":
             return cast(Tensor, class_token)
         return torch.cat([cast(Tensor, class_token), patches], 1) if self.class_token else patches
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.tokens(x))
 
 
 def probe(
@@ -137,10 +120,33 @@ def probe(
     """
     if isinstance(backbone, str):
         backbone = _pretrained(backbone)
-    tokens = Backbone(backbone, norm)
-    head = head_for(tokens.num_features, classes, pooling, queries, d_out)
+    if not callable(getattr(backbone, "forward_features", None)):
+        raise InputError(f"{type(backbone).__name__} has no forward_features, by which timm's networks hand over tokens or maps")
+    backbone = backbone if norm else _without_last_norm(backbone)
+    head = head_for(width_of(backbone), classes, pooling, queries, d_out)
     reference = next(backbone.parameters())
-    return Probe(tokens, head.to(reference.device), pooling, class_token)
+    return Probe(backbone, head.to(reference.device, reference.dtype), pooling, class_token)
+
+
+def patches_and_class_token(network: nn.Module, features: Any) -> tuple[Tensor, Tensor | None]:
+    """Of what the network's `forward_features` gave: patch tokens (B, N, D), and the class token (B, 1, D), or None."""
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"{type(network).__name__}.forward_features gives {found}, neither tokens (B, N, C) nor maps")
+    if features.ndim == 4:
+        channels_last = str(getattr(network, "output_fmt", "NCHW")) == "NHWC"
+        return features.flatten(1, 2) if channels_last else features.flatten(2).mT, None
+    return features[:, _prefix_tokens(network) :], features[:, :1] if has_class_token(network) else None
+
+
+def has_class_token(network: nn.Module) -> bool:
+    """Whether a class token is the first of its tokens."""
+    return isinstance(getattr(network, "cls_token", None), Tensor)
+
+
+def _prefix_tokens(network: nn.Module) -> int:
+    """How many tokens stand before the patches'."""
+    return int(cast(Any, getattr(network, "num_prefix_tokens", has_class_token(network))))
 
 
 def _pretrained(name: str) -> nn.Module:
@@ -176,19 +182,18 @@ def _without_last_norm(network: Any) -> nn.Module:
     return without
 
 
-def _tried(backbone: Backbone, network: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """What the backbone makes of an image of grey."""
+def width_of(network: nn.Module) -> int:
+    """How wide the network's tokens are, found out with an image. Raises InputError if it hands over none."""
     try:
-        with torch.no_grad():
-            patches, class_token = backbone(_image(network))
+        with evaluating(network), torch.no_grad():
+            patches, _ = patches_and_class_token(network, cast(Any, network).forward_features(_image(network)))
     except InputError:
         raise
     except Exception as error:  # every network stumbles in its own way
         raise InputError(f"{type(network).__name__} does not run on an image of its own size: {error}") from error
     if patches.shape[1] < 1:
-        raise InputError(f"{type(network).__name__}.forward_features hands over no patch tokens, only {backbone.num_prefix_tokens} of "
-                         "its own")
-    return patches, class_token
+        raise InputError(f"{type(network).__name__}.forward_features hands over no patch tokens, only {_prefix_tokens(network)} of its own")
+    return patches.shape[-1]
 
 
 def _image(network: Any) -> Tensor:
