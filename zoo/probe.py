@@ -60,7 +60,11 @@ class Probe(nn.Module):
         self.num_classes = cast(nn.Linear, head[-1]).out_features
         self.num_prefix_tokens = _prefix_tokens(backbone)
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
-        self.feature_info = [{**info, "module": f"backbone.{info['module']}"} for info in getattr(backbone, "feature_info", [])]
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The network's, with the names that its modules have here."""
+        return [{**info, "module": f"backbone.{info['module']}"} for info in getattr(self.backbone, "feature_info", [])]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

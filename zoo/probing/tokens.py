@@ -22,6 +22,7 @@ from zoo.reading.own_data import OwnData, Sample
 from zoo.reading.pictures import open_picture
 
 SHARD_BYTES = 64 << 20  # of tokens in float32, which is about what is held in memory while they are computed
+HALF_ERROR = 1e-3  # of float16, relative, above which tokens are beyond its range
 READERS = 4  # pictures that are read at once
 ORIGIN = "origin"  # under which a file records what its tokens depend on
 SHOWN = ("model", "norm")  # of that, what can be read
@@ -121,12 +122,14 @@ class _Computing:
             found = {"tokens": patches, "mean": patches.mean(1, keepdim=True)}
             if class_token is not None:
                 found["class_token"] = class_token
+            if not patches.isfinite().all():
+                raise InputError("the network gives tokens that are not finite numbers (NaN or infinity)")
             return {name: value.float().cpu() for name, value in found.items()}
 
 
 def _stored(values: Tensor) -> Tensor:
     half = values.half()
-    return (values if half.isinf().any() else half).contiguous()
+    return (half if (values - half).norm() <= HALF_ERROR * values.norm() else values).contiguous()
 
 
 def _origin(network: nn.Module, info: ModelInfo, data: OwnData, norm: bool) -> dict[str, str]:
