@@ -22,8 +22,8 @@ HEAD = """# Bags of digits
 
 `python -m benchmarks.bags`: {train} bags of 8 to 16 digits for training, drawn from the first {train_digits} of scikit-learn's, {val} for
 validation from the other {val_digits}; half of them hold one 9, the others none. Features are the 64 pixels, or those of timm's
-`test_resnet`, trained on digits 0 to 8 of the first part and frozen: it has never seen a 9. {epochs} epochs of AdamW at 1e-3, {seeds} seeds:
-means, with the least and the greatest. "Finds the 9": in how many bags with one it gets the most attention.
+`test_resnet`, trained on digits 0 to 8 of the first part and frozen: it has never seen a 9. {epochs} epochs of AdamW at 1e-3,
+{seeds} seeds: means, with the least and the greatest. "Finds the 9": in how many bags with one it gets the most attention.
 
 {facts}
 
@@ -74,8 +74,8 @@ def rows() -> list[str]:
             for seed in range(SEEDS):
                 generator, splits, drawn = torch.Generator().manual_seed(seed), {}, {}
                 for split, (count, digits) in (("train", TRAIN), ("val", VAL)):
-                    part, start = labels[: digits] if split == "train" else labels[-digits:], 0 if split == "train" else len(labels) - digits
-                    for i, chosen in enumerate(bags(part, count, generator)):
+                    start = 0 if split == "train" else len(labels) - digits
+                    for i, chosen in enumerate(bags(labels[start : start + digits], count, generator)):
                         drawn[f"{split} {i}"] = given[chosen + start]
                         splits.setdefault(split, []).append(Bag(f"{split} {i}", i % 2, ()))
                 trained = train_head(head, lambda bag, drawn=drawn: drawn[bag.name], splits, 2, given.shape[1], Recipe(EPOCHS, 1e-3, seed),

@@ -134,7 +134,8 @@ def test_bad_input_is_named(main, slides, files, trained, tmp_path):
         ([str(slides)], "--model names the network that computes their features"),
         ([str(files), "--model", "test_resnet"], "--model computes features of pictures"),
         ([str(tmp_path / "table.csv")], "rows are of a bag, its label, and maybe train, val or test"),
-        ([str(files), "--epochs", "0"], "there has to be 1 epoch or more"), ([str(files), "--folds", "13"], "12 different samples cannot be divided into 13"),
+        ([str(files), "--epochs", "0"], "there has to be 1 epoch or more"),
+        ([str(files), "--folds", "13"], "12 different samples cannot be divided into 13 folds"),
         ([str(files), "--head", str(tmp_path / "list.pt")], "is no head that `zoo bags` wrote"),
         ([str(files), "--head", str(trained / "acmil.pth")], r"the head takes features of width \d+, and these have 8"),
     ]:
