@@ -2,7 +2,7 @@
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,16 +114,16 @@ class MultipleInstanceHead(nn.Module):
     def forward(self, features: Tensor | Sequence[Tensor], offsets: Tensor | None = None) -> BagOutput:
         x, sizes = self._rows(features, offsets)
         h = self.proj(x).relu()
-        if self.kind == "gated":
+        if isinstance(self.attention, _GatedScores):
             scores = self.attention(h)
             attention = _softmax(self._masked(scores, sizes), sizes)
             pooled = _sums(attention, h, sizes)  # (K, B, hidden)
             whole = pooled.mean(0)
         else:
-            assert isinstance(self.attention, nn.ModuleList)
-            scores = torch.stack([attend.scores(query, h) for attend, query in zip(self.attention, self.queries[0], strict=True)], 1)
+            attends = cast(Sequence[_QueryAttention], self.attention)
+            scores = torch.stack([attend.scores(query, h) for attend, query in zip(attends, self.queries[0], strict=True)], 1)
             attention = _softmax(self._masked(scores, sizes), sizes)
-            pooled = torch.stack([attend.pool(attention[:, k], h, sizes) for k, attend in enumerate(self.attention)])
+            pooled = torch.stack([attend.pool(attention[:, k], h, sizes) for k, attend in enumerate(attends)])
             whole = self.bag_attention.pool(attention.mean(1), h, sizes)
         report(self, attention=attention)
         branch_logits = [branch(one) for branch, one in zip(self.branches, pooled, strict=False)]

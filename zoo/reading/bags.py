@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -150,5 +150,5 @@ def _hdf5(path: Path) -> Any:
     require("reading .h5 files", "bags", "h5py")
     import h5py
     with h5py.File(path) as file:
-        return {name: torch.from_numpy(file[name][()]) for name in FEATURES if name in file}
+        return {name: torch.from_numpy(cast(Any, file[name])[()]) for name in FEATURES if name in file}
 
