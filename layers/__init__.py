@@ -12,6 +12,7 @@ from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMi
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
@@ -22,8 +23,8 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
     "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
-    "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "TokenAwareAvgPool", "TokenMixing",
-    "capture",
+    "MultipleInstanceHead", "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool",
+    "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

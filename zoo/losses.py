@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
 from zoo.layers import HedgehogAttention, NormalizedAttention
+from zoo.layers.multiple_instance import BagOutput
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
 
@@ -144,6 +145,37 @@ class AttentionDistillationLoss(nn.Module):
             for hook in hooks:
                 hook.remove()
         return torch.stack(losses).mean()
+
+
+class MultipleInstanceLoss(nn.Module):
+    """The loss of ACMIL (arXiv 2311.07125, section 3), of what a `zoo.layers.MultipleInstanceHead` says of bags; to be made small.
+
+        CE(logits, y) + mean_k CE(branch_logits_k, y) + mean over pairs of branches of the cosine of their attention
+
+    The last makes branches look at different instances. With one branch, the first alone. Means over bags, and over heads.
+
+    Args of `forward`:
+        output: a `BagOutput` of B bags.
+        labels: (B), int64.
+
+    Returns:
+        The three terms by name, bag, branch and diversity, whose sum is the loss.
+
+    Raises:
+        InputError: labels of another shape.
+    """
+
+    def forward(self, output: BagOutput, labels: Tensor) -> dict[str, Tensor]:
+        if labels.shape != output.logits.shape[:1]:
+            raise InputError(f"labels must be ({len(output.logits)},), one of every bag, got shape {tuple(labels.shape)}")
+        terms = {"bag": F.cross_entropy(output.logits, labels)}
+        branches = output.branch_logits.shape[1]
+        if branches:
+            terms["branch"] = F.cross_entropy(output.branch_logits.flatten(0, 1), labels.repeat_interleave(branches))
+            above = torch.ones(branches, branches, dtype=torch.bool, device=labels.device).triu(1)
+            alike = [F.normalize(piece, dim=-1) @ F.normalize(piece, dim=-1).mT for piece in output.attention.split(output.sizes, -1)]
+            terms["diversity"] = torch.stack([cosines[..., above].mean() for cosines in alike]).mean()
+        return terms
 
 
 def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:

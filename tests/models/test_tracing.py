@@ -138,6 +138,7 @@ LAYERS = {
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
     "SelfAttention": (functools.partial(layers.SelfAttention, 16, 2, "entmax15", "head"), (1, 5, 16)),
     "NormalizedAttention": (functools.partial(layers.NormalizedAttention, 2, 8, "cog"), *[(1, 2, 5, 8)] * 3),
+    "MultipleInstanceHead": (functools.partial(layers.MultipleInstanceHead, 16, 2, 8, 2), (5, 16)),
     "HedgehogAttention": (functools.partial(layers.HedgehogAttention, 2, 8), *[(1, 2, 5, 8)] * 3),
     **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
         "DAS", "ATConv", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")},
