@@ -23,7 +23,8 @@ RECORD = "zoo_bags"  # under which a file says what its head is
 
 @dataclass(frozen=True)
 class Recipe:
-    """The authors': AdamW with weight decay 1e-5, one bag a step, the rate along a cosine."""
+    """The authors' (dazhangyu123/ACMIL, Step3_WSI_classification_ACMIL.py): AdamW with weight decay 1e-5, one bag a step, the rate along
+    a cosine."""
 
     epochs: int = 50
     lr: float = 1e-4
