@@ -5,6 +5,7 @@ __version__ = "0.2.0"
 
 if not _command.import_is_put_off:
     from .attach import attach
+    from .attention_removal import attention_share, choose_blocks, remove_attention
     from .heads import head_importance, prune_heads
     from .layers import capture
     from .losses import AttentionDistillationLoss, AttentionDiversificationLoss
@@ -17,6 +18,7 @@ if not _command.import_is_put_off:
         deit,
         fan,
         halonet,
+        lambda_deit,
         list_models,
         litv2,
         mechanism_of,
@@ -29,7 +31,8 @@ if not _command.import_is_put_off:
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attnet", "biformer",
-    "capture", "das", "deit", "fan", "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of",
-    "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attention_share", "attnet",
+    "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "lambda_deit", "list_models",
+    "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
+    "unet", "weights_in",
 ]
