@@ -105,7 +105,7 @@ def test_a_registered_model_with_a_file_of_weights(main, folder, tmp_path):
     ("whole.pth", ["--attention", "1", "--batch", "0"], "--batch 0: it is above 0"),
     ("test_vit", ["--attention", "1"], "there is no checkpoint test_vit; that is a model's name, whose weights would be random"),
     ("test_vit", ["--heads", "0.5", "--weights", "whole.pth"], "whole.pth does not hold the weights of test_vit"),
-    ("test_vit4", ["--attention", "1", "--pretrained"], "go with the name of a registered model, and test_vit4 is none"),
+    ("test_vid", ["--attention", "1", "--pretrained"], "go with the name of a registered model, and test_vid is none"),
     ("lambda_deit_nano_02", ["--attention", "1", "--pretrained"], "there are no weights of lambda_deit_nano_02 to download"),
 ])
 def test_what_cannot_be_pruned_is_said_and_nothing_is_written(main, folder, tmp_path, monkeypatch, model, arguments, said):
