@@ -5,9 +5,9 @@
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 import zoo
 from zoo.checkpoints import load_trained
@@ -44,8 +44,8 @@ def trained(name: str) -> Path:
 def entropies(model: nn.Module) -> Seen:
     """How much the attention of every block tells the network of the held-out digits."""
     digits = DigitsDataset("val", {"input_size": (1, SIDE, SIDE), "mean": (0.5,), "std": (0.5,)}, size=SIDE)
-    batches = [(batch["inputs"], batch["targets"]) for batch in DataLoader(digits, batch_size=64)]
-    choices = zoo.choose_blocks(model, batches, count=2)
+    images = torch.stack([digits.transform(digits.read(i)[0]) for i in range(len(digits))])
+    choices = zoo.choose_blocks(model, [(images, None)], count=2)
     figure, axes = new_figure(2)
     for number, (each, choice) in enumerate(zip(axes, choices, strict=True), 1):
         blocks = list(choice.entropies)
