@@ -8,7 +8,7 @@ import timm
 import torch
 
 import zoo
-from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
+from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 
 SIZE, NAMES = 224, [name for name in zoo.list_models(mechanism="removal") if "nano" not in name]
 HEAD = """# DeiT without some of its attention
@@ -28,9 +28,9 @@ def released(batch: int, rounds: int) -> Report:
         ours, whole = timm.create_model(name), timm.create_model(f"deit_{size}_patch16_224")
         parameters, all_ = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (ours, whole))
         for kind in PASSES:
-            comparisons.append(_compare(f"{name}, {parameters:.1f} of {all_:.1f} M parameters", kind, ours, whole, images, rounds,
+            comparisons.append(compare(f"{name}, {parameters:.1f} of {all_:.1f} M parameters", kind, ours, whole, images, rounds,
                                         time.perf_counter))
-    return Report(_facts(batch, {"DeiT": f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
+    return Report(facts(batch, {"DeiT": f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import zoo
-from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
+from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 
 NAME, SIZE = "vit_small_patch16_224", 224
 HEAD = """# σReparam beside plain layers
@@ -32,8 +32,8 @@ def costs(batches: tuple[int, ...], rounds: int) -> Report:
         images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         for what, model in models.items():
             for kind in PASSES:
-                comparisons.append(_compare(f"{what}, batch {batch}", kind, model, plain, images, rounds, time.perf_counter))
-    return Report(_facts(batches[-1], {NAME: f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
+                comparisons.append(compare(f"{what}, batch {batch}", kind, model, plain, images, rounds, time.perf_counter))
+    return Report(facts(batches[-1], {NAME: f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
 
 
 if __name__ == "__main__":
