@@ -1,5 +1,6 @@
 """Vision transformers whose attention fades out of some blocks, and which blocks those should be (arXiv 2404.05657)."""
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ def remove_attention(model: nn.Module, blocks: Iterable[int], share: float | Non
     if share is not None and not 0 <= share <= 1:
         raise InputError(f"share must be in [0, 1], or None to remove attention, got {share!r}")
     found = _blocks_of(model)
-    chosen = sorted(set(blocks))
+    if not isinstance(blocks, Iterable):
+        raise InputError(f"blocks must be several numbers of blocks, such as [{blocks!r}], got {blocks!r}")
+    chosen = list(dict.fromkeys(blocks))
     if wrong := [block for block in chosen if not isinstance(block, int) or not 0 <= block < len(found)]:
         raise InputError(f"blocks of {type(model).__name__} are 0 to {len(found) - 1}, got {first_few(wrong)}")
     if share is not None and (gone := [block for block in chosen if not has_attention(found[block])]):
@@ -94,7 +97,7 @@ def choose_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], count
     and statistics gathered batch by batch, in double precision.
 
     Raises:
-        InputError: no blocks, or not as many with all of their attention; fewer than two images; logits that are none.
+        InputError: no blocks, or not as many with all of their attention; fewer than two images; logits that are none, or do not differ.
     """
     found = _blocks_of(model)
     left = [place for place, block in enumerate(found) if has_attention(block) and not isinstance(block, DilutedBlock)]
@@ -104,7 +107,9 @@ def choose_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], count
     while len(chosen) < count:
         before = [choice.block for choice in chosen]
         whole, *others = _entropies(model, found, [[], *([*before, place] for place in left)], batches)
-        entropies = {place: abs(whole - other) for place, other in zip(left, others, strict=True)}
+        if not math.isfinite(whole):
+            raise InputError("the logits of a class are the same for all images, or not finite, and say nothing of what attention matters")
+        entropies = {place: math.inf if math.isnan(other) else abs(whole - other) for place, other in zip(left, others, strict=True)}
         chosen.append(Choice(min(left, key=lambda place: entropies[place]), entropies))
         left.remove(chosen[-1].block)
     return chosen

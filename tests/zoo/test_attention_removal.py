@@ -211,6 +211,8 @@ def test_mechanisms_may_be_replaced_before_and_after():
     (VIT, ([3],), "blocks of VisionTransformer are 0 to 2, got 3"),
     (VIT, ([0, -1],), "blocks of VisionTransformer are 0 to 2, got -1"),
     (VIT, (["blocks.0"],), "blocks of VisionTransformer are 0 to 2, got blocks.0"),
+    (VIT, (1,), r"blocks must be several numbers of blocks, such as \[1\], got 1"),
+    (VIT, ([0, None],), "blocks of VisionTransformer are 0 to 2, got None"),
     (VIT, ([0], 1.5), r"share must be in \[0, 1\], or None to remove attention, got 1.5"),
     (VIT, ([0], math.nan), r"share must be in \[0, 1\], or None to remove attention, got nan"),
     (lambda: zoo.remove_attention(VIT(), [1]), ([0, 1], 0.5), "a share of attention was asked for in block 1, where"),
@@ -276,6 +278,8 @@ def test_blocks_without_attention_are_no_choice():
     ([(torch.ones(2, 3, 32, 32), 0)], 4, "has 3 blocks with all of their attention, of which 4 were to be chosen"),
     ([(torch.ones(2, 3, 32, 32), 0)], 0, "of which 0 were to be chosen"),
     ([(torch.ones(1, 3, 32, 32), 0)], 1, "over images, and 1 came"),
+    ([(torch.ones(2, 3, 32, 32), 0)], 1, "the logits of a class are the same for all images, or not finite"),
+    ([(torch.full((2, 3, 32, 32), math.nan), 0)], 1, "the same for all images, or not finite"),
     (iter([(torch.randn(2, 3, 32, 32), 0)]), 2, "and 0 came; batches are gone through once per block"),
 ])
 def test_choices_that_cannot_be_made(batches, count, said):
