@@ -278,13 +278,19 @@ def test_blocks_without_attention_are_no_choice():
     ([(torch.ones(2, 3, 32, 32), 0)], 4, "has 3 blocks with all of their attention, of which 4 were to be chosen"),
     ([(torch.ones(2, 3, 32, 32), 0)], 0, "of which 0 were to be chosen"),
     ([(torch.ones(1, 3, 32, 32), 0)], 1, "over images, and 1 came"),
-    ([(torch.ones(2, 3, 32, 32), 0)], 1, "the logits of a class are the same for all images, or not finite"),
     ([(torch.full((2, 3, 32, 32), math.nan), 0)], 1, "the same for all images, or not finite"),
     (iter([(torch.randn(2, 3, 32, 32), 0)]), 2, "and 0 came; batches are gone through once per block"),
 ])
 def test_choices_that_cannot_be_made(batches, count, said):
     with pytest.raises(InputError, match=said):
         zoo.choose_blocks(VIT(), batches, count)
+
+
+def test_logits_that_do_not_differ_have_no_entropy():
+    model = VIT()
+    nn.init.zeros_(model.head.weight[1])
+    with pytest.raises(InputError, match="the logits of a class are the same for all images, or not finite"):
+        zoo.choose_blocks(model, [(torch.randn(2, 3, 32, 32), 0)], 1)
 
 
 def test_networks_without_logits_have_no_entropy():
