@@ -3,6 +3,7 @@ from ._capture import capture
 from ._scripting import refuse_scripting
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
+from .attention_removal import DilutedBlock, DilutedPostNormBlock, NoAttention
 from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
@@ -27,6 +28,6 @@ __all__ = [
     "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
-for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
+for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:
     if isinstance(_layer, type):
         _layer.__prepare_scriptable__ = refuse_scripting

@@ -5,6 +5,7 @@ __version__ = "0.2.0"
 
 if not _command.import_is_put_off:
     from .attach import attach
+    from .attention_removal import attention_share, choose_blocks, remove_attention
     from .heads import head_importance, prune_heads
     from .layers import capture
     from .losses import AttentionDistillationLoss, AttentionDiversificationLoss, MultipleInstanceLoss
@@ -17,6 +18,7 @@ if not _command.import_is_put_off:
         deit,
         fan,
         halonet,
+        lambda_deit,
         list_models,
         litv2,
         mechanism_of,
@@ -31,7 +33,7 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "MultipleInstanceLoss", "attach",
-    "attnet", "biformer",
-    "capture", "das", "deit", "fan", "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of",
-    "polarized", "probe", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
+    "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance",
+    "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention",
+    "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
 ]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers import AttentionRope, RmsNorm
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ from zoo.layers import (
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, unet
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -296,13 +296,31 @@ def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
     return EfficientProbing(config["dim"], config["num_queries"], config["d_out"])
 
 
+def _attention_removal(config: dict[str, Any], reference: str) -> nn.Module:
+    config = dict(config)
+    if "Block" in reference:
+        return zoo.remove_attention(Block(**{k: v for k, v in config.items() if k != "lambda_v"}), [0], share=config["lambda_v"])
+    epoch, diluted, gone = (config.pop(name) for name in ("epoch", "prune_layer", "done_layer"))
+    config.pop("frozen_stages", None)
+    if "models_shrink" in reference:
+        return lambda_deit.LambdaVisionTransformer(gone, **config)
+    model = zoo.remove_attention(VisionTransformer(**config), diluted, share=zoo.attention_share(epoch, epochs=300))
+    return zoo.remove_attention(model, gone, share=0.0)
+
+
+def _with_shares(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' λ is no part of their state."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("attention_share")} | state
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan, gated_attention=_gated_attention,
-    hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
+    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
+    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela,
+    sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
-    hedgehog=_convert_hedgehog, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
+    adl=_as_it_is, attention_removal=_with_shares, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan,
+    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,

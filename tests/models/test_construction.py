@@ -188,9 +188,9 @@ POOLS = ["avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fas
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name in LIGHT])
 def test_every_kind_of_pooling_is_obeyed_or_refused_at_once(name, pool):
     """As an argument and later; `head_hidden_size` is the width that the classifier is given."""
-    token = name.startswith(("deit", "tap_fan"))  # have a class token
-    before = name.startswith(("attnet", "tap_fan", "deit"))  # have a norm after pooling, of the map's width
-    refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or name.startswith("deit") and "fast" in pool
+    token = name.startswith(("deit", "lambda_deit", "tap_fan"))  # have a class token
+    before = name.startswith(("attnet", "tap_fan", "deit", "lambda_deit"))  # have a norm after pooling, of the map's width
+    refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or "deit" in name and "fast" in pool
     x = torch.empty(2, 3, 64, 64, device="meta")
     classes = 0 if not pool else 5  # linear classifiers take no map, in timm's networks neither
     if refused:

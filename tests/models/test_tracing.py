@@ -20,6 +20,7 @@ SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano")},
     **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
+    "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
 }
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 

@@ -1,5 +1,5 @@
 """Image classification as a task of the engine."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -10,10 +10,11 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from zoo.changes import Change, change
+from zoo.checkpoints import start_from
 from zoo.errors import InputError
 from zoo.losses import AttentionDiversificationLoss
 from zoo.mm.networks import create_network, freeze_but, plain
-from zoo.weights import load_weights
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -39,6 +40,8 @@ class ImageClassifier(BaseModel):
         weights: a file whose weights training starts from, but for the head's: the authors' (`zoo.models.released`), timm's, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         freeze: the head alone learns.
+        changes: what is done to the network once it is built and has its first weights, each a dict of `type`, one of
+            `zoo.changes.CHANGES`, and arguments; checkpoints record it.
 
     Raises InputError for an unknown name, loss, or argument.
     """
@@ -48,7 +51,7 @@ class ImageClassifier(BaseModel):
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy",
                  attention_diversification: float = 0.0, attention_threshold: float = 2.0, weights: str | None = None,
-                 freeze: bool = False):
+                 freeze: bool = False, changes: Sequence[Change] = ()):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
@@ -58,7 +61,9 @@ class ImageClassifier(BaseModel):
         self.loss = loss
         self.diversification_weight = attention_diversification
         self.diversification = AttentionDiversificationLoss(attention_threshold) if attention_diversification else None
+        self.changes = plain(list(changes))
         self.model = create_network(name, self.args)
+        change(self.model, self.changes)
         self.num_classes, self.weights, self.freeze = self.model.num_classes, weights, freeze
         try:
             self.mixup = None if mixup is None else Mixup(**mixup, label_smoothing=label_smoothing, num_classes=self.num_classes)
@@ -69,7 +74,9 @@ class ImageClassifier(BaseModel):
     def init_weights(self) -> None:
         """Loads `weights`, if there are any; timm has initialised the model, and the engine would do so again."""
         if self.weights is not None:
-            load_weights(self.model, self.weights, new_head=True)
+            fresh = create_network(self.name, self.args)
+            start_from(fresh, self.weights, self.changes)
+            self.model.load_state_dict(fresh.state_dict())
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
