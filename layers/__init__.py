@@ -1,6 +1,7 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from ._capture import capture
 from ._scripting import refuse_scripting
+from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .bi_level_routing_attention import BiLevelRoutingAttention
@@ -11,6 +12,7 @@ from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMi
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
@@ -18,9 +20,10 @@ from .self_attention import AROUND, SelfAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
+    "DeformableTokenMerging", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LengthScaledAttention",
+    "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "NormalizedAttention", "PolarizedSelfAttention",
+    "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
