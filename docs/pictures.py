@@ -17,7 +17,7 @@ from zoo.seeing.classifiers import mechanisms
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"
-STAGES = {"atconv": 1, "gates": -1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
+STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
 
 
 def network(mechanism: str) -> str:

@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -21,4 +22,4 @@ def known(facts: Iterable[bool]) -> bool:
 
 def at_least(n: int, least: int) -> int:
     """max(n, least), of sizes: also of those in graphs, whose larger one is found when the graph runs."""
-    return n.clamp(min=least) if isinstance(n, torch.Tensor) else torch.sym_max(n, least)
+    return cast(int, n.clamp(min=least) if isinstance(n, torch.Tensor) else torch.sym_max(n, least))

@@ -49,7 +49,7 @@ class _CosineAttention(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"{type(self).__name__}: x must be (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
 
-    def _heads(self, y: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
+    def _heads(self, y: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Queries, keys or values, (B, H, W, heads, d) each."""
         return y.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
 
@@ -64,10 +64,8 @@ class _CosineAttention(nn.Module):
         dtype, precise = self.cpb_fc1.weight.dtype, _precise(self.cpb_fc1.weight)
         distances = [axis.twice.to(precise) / 2 / (size - 1) * 8 for axis, size in zip((rows, columns), self.pretrain_size, strict=True)]
         y, x = ((r.sign() * (r.abs() + 1).log2() / 3).to(dtype) for r in distances)
-        table = self._table(y, x).permute(2, 0, 1)
-        pairs = table.index_select(1, rows.index.flatten()).index_select(2, columns.index.flatten())
-        (h, p), (w, s) = rows.index.shape, columns.index.shape
-        return pairs.reshape(-1, h, p, w, s).transpose(2, 3).reshape(-1, h * w, p * s)
+        pairs = rows.index[:, None, :, None] * x.shape[0] + columns.index[:, None]  # (H, W, rows of pools, columns of pools)
+        return F.embedding(pairs, self._table(y, x).flatten(0, 1)).flatten(0, 1).flatten(1, 2).permute(2, 0, 1)
 
     def _table(self, y: Tensor, x: Tensor) -> Tensor:
         """(rows, columns, heads) of all pairs of coordinates."""
@@ -93,11 +91,12 @@ class _Cells:
     """
 
     def __init__(self, n: int, ratio: int, device: torch.device):
-        self.n, self.count = n, at_least(n // ratio, 1)
+        least = at_least(n, ratio)
+        self.n, self.count = n, least // ratio
         cell, position = torch.arange(self.count, device=device), torch.arange(n, device=device)
         self.start, self.end = cell * n // self.count, ((cell + 1) * n + self.count - 1) // self.count
         uneven = (n % ratio + ratio - 1) // ratio  # 0 where the ratio divides n, and all distances are whole, or all half; else 1
-        last = 2 * (n - 1) - (n + self.count - 1) // self.count + 1  # twice the largest distance
+        last = 2 * least - ratio - 1  # twice the largest distance, or more where cells are larger than the ratio
         step = 2 - uneven
         self.twice = torch.arange(last * (1 + uneven) + 1, device=device) * step - last
         self.index = (2 * position[:, None] - (self.start + self.end - 1) + last) // step  # (n, p): which of `twice`
@@ -116,7 +115,7 @@ class _Cells:
 def _pooled(x: Tensor, rows: _Cells, columns: _Cells) -> Tensor:
     """(B, H, W, C) → (B, rows.count, columns.count, C), means of cells, as products, which export with free sizes."""
     (down, heights), (across, widths) = rows.weights(), columns.weights()
-    sums = across.to(x.dtype) @ (down.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])
+    sums = (down.to(x.dtype) @ (across.to(x.dtype) @ x).transpose(1, 2)).transpose(1, 2)
     return sums / (heights[:, None, None] * widths[:, None]).to(x.dtype)
 
 
@@ -229,9 +228,9 @@ class AggregatedAttention(_CosineAttention):
         _, h, w, _ = x.shape
         rows, columns = _Cells(h, self.sr_ratio, x.device), _Cells(w, self.sr_ratio, x.device)
         far = _pooled(F.gelu(self.sr(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1), rows, columns)
-        q = F.normalize(*self._heads(linear(self.q, x)), dim=-1)
+        (q,) = self._heads(linear(self.q, x), 1)
         (k, v), (far_k, far_v) = (self._heads(linear(self.kv, y), 2) for y in (x, self.norm(far)))
-        k, far_k = F.normalize(k, dim=-1), F.normalize(far_k, dim=-1)
+        q, k, far_k = (F.normalize(y, dim=-1) for y in (q, k, far_k))
 
         on_map = (rows.near()[:, None, :, None] & columns.near()[:, None]).flatten(2)  # (H, W, 9)
         scaled = self._scaled(q, on_map.sum(-1)[..., None, None] + rows.count * columns.count)

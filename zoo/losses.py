@@ -141,17 +141,17 @@ class LoadBalancingLoss(nn.Module):
 @contextlib.contextmanager
 def balances(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects `MixtureOfHeads.balance` of every layer that routes heads and runs inside."""
-    routers = [module for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
+    routers = [(module, module.routed) for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
     if not routers:
         raise InputError(f"{type(model).__name__} has no layer whose tokens pick heads, which the load balancing loss needs; "
                          "zoo.replace_attention(model, 'moh') puts it in")
     found: list[Tensor] = []
 
-    def take(router: MixtureOfHeads, scores: Tensor) -> None:
+    def take(router: MixtureOfHeads, layer: nn.Module, inputs: Any, scores: Tensor) -> None:
         with _kept():
             found.append(router.balance(scores))
 
-    hooks = [router.routed.register_forward_hook(lambda _, inputs, scores, router=router: take(router, scores)) for router in routers]
+    hooks = [scoring.register_forward_hook(partial(take, router)) for router, scoring in routers]
     try:
         yield found
     finally:
