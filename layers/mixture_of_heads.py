@@ -1,5 +1,6 @@
 """Mixture-of-head attention (MoH, arXiv 2410.11842): every token picks the heads that it listens to."""
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class MixtureOfHeads(nn.Module):
             allowed = f"1 to {routed}, the heads that are not shared" if routed else "0, as all heads are shared"
             raise ValueError(f"active_heads must be {allowed}, got {active_heads}")
         self.num_heads, self.shared_heads, self.active_heads = num_heads, shared_heads, active_heads
+        self.take_scores: Callable[[Tensor], None] | None = None  # of a loss, while it runs the network; hooks could not be compiled
         dd: dict[str, Any] = dict(bias=False, device=device, dtype=dtype)
         self.shared = nn.Linear(dim, shared_heads, **dd) if shared_heads > 1 else None
         self.routed = nn.Linear(dim, routed, **dd) if routed else None
@@ -75,7 +77,10 @@ class MixtureOfHeads(nn.Module):
         elif self.shared_heads:
             gates.append(x.new_ones(()).expand(*x.shape[:-1], 1))
         if self.routed is not None:
-            p, picked = self.picked(self.routed(x))
+            scores = self.routed(x)
+            if self.take_scores is not None:
+                self.take_scores(scores)
+            p, picked = self.picked(scores)
             weight = p * picked
             gates.append(self.active_heads * weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps))
         if self.kinds is not None:

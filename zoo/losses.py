@@ -141,22 +141,23 @@ class LoadBalancingLoss(nn.Module):
 @contextlib.contextmanager
 def balances(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects `MixtureOfHeads.balance` of every layer that routes heads and runs inside."""
-    routers = [(module, module.routed) for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
+    routers = [module for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
     if not routers:
         raise InputError(f"{type(model).__name__} has no layer whose tokens pick heads, which the load balancing loss needs; "
                          "zoo.replace_attention(model, 'moh') puts it in")
     found: list[Tensor] = []
 
-    def take(router: MixtureOfHeads, layer: nn.Module, inputs: Any, scores: Tensor) -> None:
+    def take(scores: Tensor, router: MixtureOfHeads) -> None:
         with _kept():
             found.append(router.balance(scores))
 
-    hooks = [scoring.register_forward_hook(partial(take, router)) for router, scoring in routers]
+    for router in routers:
+        router.take_scores = partial(take, router=router)
     try:
         yield found
     finally:
-        for hook in hooks:
-            hook.remove()
+        for router in routers:
+            router.take_scores = None
 
 
 class AttentionDistillationLoss(nn.Module):
