@@ -37,8 +37,8 @@ class MixtureOfHeads(nn.Module):
     W_s and W_h start at 0, so that shared gates are 1 and α is: what is put into trained attention only lacks the heads that are left
     out. With k = 1 the routed gate is 1, and W_r learns from the balance loss alone.
 
-    Differences from the paper: those of the authors' code (SkyworkAI/MoH), which renormalises over the picked heads and has the factors
-    S, k and 2. Unlike there, no loss is kept anywhere.
+    Differences from the paper: those of the authors' code (SkyworkAI/MoH, MoH-DiT/models.py), which renormalises over the picked heads and
+    has the factors S, k and 2. Unlike there, no loss is kept anywhere.
 
     Raises:
         ValueError: at construction, numbers of heads outside what is said above.
