@@ -44,6 +44,8 @@ def make(kind="vit", **args) -> nn.Module:
             nn.init.normal_(parameter)
         elif "gamma" in path:
             nn.init.constant_(parameter, 0.5)
+        elif re.search(r"^head\.(fc\.)?weight", path):
+            nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -209,7 +211,7 @@ def test_timms_ways_of_running_a_model(layer):
     low = zoo.replace_attention(make().to(torch.bfloat16), layer, gate="head")
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
     assert low(x.bfloat16()).isfinite().all()
-    backbone = zoo.replace_attention(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, features_only=True), layer)
+    backbone = zoo.replace_attention(make(features_only=True, out_indices=(0, 1)), layer)
     assert [feature.shape[-1] for feature in backbone(x)] == [2, 2]
 
 
