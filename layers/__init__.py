@@ -8,6 +8,7 @@ from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .efficient_probing import EfficientProbing
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
@@ -17,13 +18,14 @@ from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
+from .simpool import SimPool
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
-    "DeformableTokenMerging", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LengthScaledAttention",
-    "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "NormalizedAttention", "PolarizedSelfAttention",
-    "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "DeformableTokenMerging", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention",
+    "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "NormalizedAttention",
+    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
