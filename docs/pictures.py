@@ -25,7 +25,7 @@ from zoo.seeing.page import Seen
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"
-STAGES = {"atconv": 1, "gates": -1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
+STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
 
 
 def network(mechanism: str) -> str:

@@ -1,6 +1,7 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from ._capture import capture
 from ._scripting import refuse_scripting
+from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .attention_removal import DilutedBlock, DilutedPostNormBlock, NoAttention
@@ -13,6 +14,7 @@ from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMi
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
 from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
@@ -22,10 +24,11 @@ from .simpool import SimPool
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
-    "MultipleInstanceHead", "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool",
-    "TokenAwareAvgPool", "TokenMixing", "capture",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
+    "DeformableTokenMerging", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention",
+    "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
+    "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "TokenAwareAvgPool", "TokenMixing",
+    "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

@@ -8,7 +8,7 @@ if not _command.import_is_put_off:
     from .attention_removal import attention_share, choose_blocks, remove_attention
     from .heads import head_importance, prune_heads
     from .layers import capture
-    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss, MultipleInstanceLoss
+    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss, LoadBalancingLoss, MultipleInstanceLoss
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
@@ -24,6 +24,7 @@ if not _command.import_is_put_off:
         mechanism_of,
         polarized,
         sknet,
+        transnext,
         unet,
     )
     from .probe import probe
@@ -32,8 +33,8 @@ if not _command.import_is_put_off:
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "MultipleInstanceLoss", "attach",
-    "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance",
-    "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention",
-    "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss",
+    "MultipleInstanceLoss", "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold",
+    "halonet", "head_importance", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe",
+    "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "weights_in",
 ]

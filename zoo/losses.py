@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
-from zoo.layers import HedgehogAttention, NormalizedAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention
 from zoo.layers.multiple_instance import BagOutput
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
@@ -111,6 +111,54 @@ def fused(model: nn.Module) -> Iterator[None]:
     finally:
         for module in spelled_out:
             vars(module)["fused_attn"] = False
+
+
+class LoadBalancingLoss(nn.Module):
+    """Runs a network and tells how unevenly its tokens pick heads (MoH, arXiv 2410.11842, section 3.3); to be made small.
+
+        balancing = zoo.LoadBalancingLoss()
+        logits, balance = balancing(model, images)
+        (criterion(logits, targets) + 0.01 * balance).backward()
+
+    The mean over the layers that route of E Σ_e P_e f_e: of each of the E heads that are not shared, the mean over all tokens of the batch
+    of its score p, and the share of tokens that it is active for. With k active heads it is k where all are picked alike, and E
+    where all tokens pick one; the gradient is of P alone. Modes do not matter. Nothing is left in the network, and gradients may be
+    checkpointed.
+
+    Difference from the authors' code (SkyworkAI/MoH, MoH-ViT/engine.py): theirs collects losses in an attribute of a class, for all
+    networks of a process, and is to be emptied before every step.
+
+    Raises:
+        ValueError: in `forward`, a network whose layers route no heads.
+    """
+
+    def forward(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
+        """What model(images) returns, and the loss, a scalar of at least float32; images (B, …)."""
+        with balances(model) as found:
+            out = model(images)
+        return out, torch.stack(found).mean()
+
+
+@contextlib.contextmanager
+def balances(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects `MixtureOfHeads.balance` of every layer that routes heads and runs inside."""
+    routers = [module for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
+    if not routers:
+        raise InputError(f"{type(model).__name__} has no layer whose tokens pick heads, which the load balancing loss needs; "
+                         "zoo.replace_attention(model, 'moh') puts it in")
+    found: list[Tensor] = []
+
+    def take(scores: Tensor, router: MixtureOfHeads) -> None:
+        with _kept():
+            found.append(router.balance(scores))
+
+    for router in routers:
+        router.take_scores = partial(take, router=router)
+    try:
+        yield found
+    finally:
+        for router in routers:
+            router.take_scores = None
 
 
 class AttentionDistillationLoss(nn.Module):

@@ -9,13 +9,14 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, 
 from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
-from zoo.layers import HedgehogAttention, NormalizedAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
 from zoo.modules import matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention}
+    **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention,
+    "moh": MixtureOfHeadAttention}
 POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)  # of tokens, which they do not put out
 TOKENS = 5  # of the passes that try what is unknown
 
@@ -42,16 +43,18 @@ def replace_attention(
         model: a model of timm's `Attention` (ViT, DeiT, DINOv2, CLIP, SigLIP, …), `AttentionRope` and `EvaAttention` (EVA, DINOv3, PE, …),
             BEiT's, Swin's and relative position ViTs' attention, or with modules that compute the same from timm's fields.
         layer: a name: softmax, entmax15, sparsemax, entmax, cog, rela (see `zoo.layers.NormalizedAttention`), hedgehog (see
-            `zoo.layers.HedgehogAttention`); or what, called with num_heads, head_dim and `layer_args`, gives a module that turns q, k, v
-            (B, heads, N, d), a bias of the logits (or None), the scale and a rate of dropout into (B, heads, N, d); one whose class
-            has `takes_bias = False` is for attention without relative positions and dropout.
+            `zoo.layers.HedgehogAttention`), moh (see `zoo.layers.MixtureOfHeadAttention`); or what, called with num_heads, head_dim and
+            `layer_args`, gives a module that turns q, k, v (B, heads, N, d), a bias of the logits (or None), the scale and a rate of
+            dropout into (B, heads, N, d); one whose class has `takes_bias = False` is for attention without relative positions and
+            dropout; one whose class has `takes_tokens = True` gets the tokens (B, N, dim) after these, and what makes it their dim.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("blocks.*.attn"), which are
             attention or hold some. Default: all attention of the model but that of pools.
         gate: "head" or "element": the outputs are multiplied by a sigmoid of one number per token and head, or channel (then
             it is timm's own gate), which starts at ½, and `proj.weight` is doubled. None: gates stay as they are.
 
     At the start "softmax" keeps the outputs, and a gate keeps them exactly: ½ · 2. All others change them: "entmax" approaches softmax
-    as its `alpha` is set near 1; sparsemax, entmax15, cog, rela and hedgehog have to be trained for.
+    as its `alpha` is set near 1; sparsemax, entmax15, cog, rela and hedgehog have to be trained for; moh leaves out heads, and keeps
+    the outputs where all of them are active at equal scores.
 
     Raises:
         InputError: no such layer or module, attention that the layer does not fit, by its name and with the reason. The model is
@@ -165,8 +168,9 @@ def _projection(module: Any) -> nn.Linear:
 def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Module:
     weight = _projection(module).weight
     head_dim = weight.shape[0] // module.num_heads // (1 if module.qkv is None else 3)
+    width = {"dim": weight.shape[1]} if "dim" in inspect.signature(make).parameters else {}
     try:
-        made = make(num_heads=module.num_heads, head_dim=head_dim).to(module.proj.weight.device, module.proj.weight.dtype)
+        made = make(num_heads=module.num_heads, head_dim=head_dim, **width).to(module.proj.weight.device, module.proj.weight.dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"no attention for {name} can be made: {error}") from error
     biased = next((bias for bias in ("relative_position_bias_table", "rel_pos") if getattr(module, bias, None) is not None), None)
@@ -176,18 +180,19 @@ def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Mod
             raise InputError(f"{what}, which adds relative positions to its logits: linear attention has no logits")
         if module.attn_drop.p:
             raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}): linear attention has none")
-    _check_shape(made, name, module.num_heads, head_dim)
+    _check_shape(made, name, module.num_heads, head_dim, weight.shape[1])
     return made.train(module.training)
 
 
-def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int) -> None:
+def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int, dim: int) -> None:
     weight = next(made.parameters(), torch.empty(0))
     if weight.is_meta:
         return
     q, k, v = torch.zeros(3, 1, num_heads, TOKENS, head_dim, device=weight.device, dtype=weight.dtype)
+    tokens = (q.new_zeros(1, TOKENS, dim),) if getattr(made, "takes_tokens", False) else ()
     try:
         with torch.no_grad():
-            out = made.eval()(q, k, v, None, 1.0, 0.0)
+            out = made.eval()(q, k, v, None, 1.0, 0.0, *tokens)
     except Exception as error:
         raise InputError(f"{type(made).__name__} for {name} does not run on queries, keys and values of shape {tuple(q.shape)}: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm.layers import AttentionRope, RmsNorm
+from timm.layers import Attention, AttentionRope, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.kernels import attention_cross_entropy, attention_similarity, entmax
 from zoo.layers import (
+    AggregatedAttention,
     ATConv,
     AttentionGate,
     BiLevelRoutingAttention,
@@ -32,6 +33,7 @@ from zoo.layers import (
     EfficientProbing,
     HedgehogAttention,
     HiLoAttention,
+    LengthScaledAttention,
     PolarizedSelfAttention,
     SelfAttention,
     SimPool,
@@ -39,7 +41,7 @@ from zoo.layers import (
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, unet
+from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, transnext, unet
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -288,6 +290,46 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
     return zoo.reparametrize(build(**config), keep_norms=False)
 
 
+class _Balanced(nn.Module):
+    """A layer that reports its load balancing loss in training, with the layer's own parameter names."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self._modules, self._parameters = layer._modules, layer._parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.layer.train(self.training).training:
+            return self.layer(x)
+        out, balance = zoo.LoadBalancingLoss()(self.layer, x)
+        report(self, load_balancing_loss=balance)
+        return out
+
+
+def _moh(config: dict[str, Any], reference: str) -> nn.Module:
+    shared, active = config["shared_head"], config["routed_head"]
+    if "TransNeXt" in reference:
+        return transnext.TransNeXt(
+            num_classes=config["num_classes"], dims=config["embed_dims"], depths=config["depths"], num_heads=config["num_heads"],
+            mlp_ratios=config["mlp_ratios"], sr_ratios=[*config["sr_ratios"][:3], None], shared_heads=shared, active_heads=active,
+            pretrain_size=config["pretrain_size"])
+    if "MoHAttention" in reference:
+        norms = dict(qk_norm=config["qk_norm"], norm_layer=nn.LayerNorm)
+        attention = Attention(config["dim"], config["num_heads"], qkv_bias=config["qkv_bias"], **norms)
+        return _Balanced(zoo.replace_attention(nn.Sequential(attention), "moh", shared_heads=shared, active_heads=active))
+    args = dict(pretrain_size=config["pretrain_size"], qkv_bias=config["qkv_bias"], shared_heads=shared, active_heads=active)
+    layer = (AggregatedAttention(config["dim"], config["num_heads"], config["sr_ratio"], **args) if "sr_ratio" in config
+             else LengthScaledAttention(config["dim"], config["num_heads"], **args))
+    return _Balanced(_Tokens(layer, *config["input_resolution"], channels_first=False))
+
+
+def _convert_moh(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    converted = transnext.checkpoint_filter_fn(state, model)
+    if "0" not in model._modules:
+        return converted
+    return {f"0.{name.replace('router.', 'mechanism.router.')}": value for name, value in converted.items()}
+
+
 def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
     if "simpool" in reference:
         return SimPool(config["dim"])
@@ -316,11 +358,11 @@ def _with_shares(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
     attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
-    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela,
+    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh, polarized=_polarized, rela=_rela,
     sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, attention_removal=_with_shares, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan,
-    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
+    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, moh=_convert_moh, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,

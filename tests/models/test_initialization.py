@@ -3,7 +3,8 @@
 Sources, all read: models/biformer.py and ops/bra_legacy.py of rayleizhu/BiFormer; classification/models/{litv2,blocks}.py and
 mm_modules/DCN of ziplab/LITv2; models/AttNet.py of price112/Attentive-Convolution; models/{fan,convnext_utils}.py of NVlabs/FAN and
 TAPADL_FAN/models/fan.py of guoyongcs/TAPADL; classification/models/imagenet/resnet_sk.py of implus/PytorchInsight;
-semantic-segmentation/network/PSA.py of DeLightCMU/PSA; models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of
+MoH-ViT/{transnext,attention,attention_native}.py of SkyworkAI/MoH; semantic-segmentation/network/PSA.py of DeLightCMU/PSA;
+models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of
 ozan-oktay/Attention-Gated-Networks. HaloNet, DAS and context broadcasting have no code of their authors.
 """
 import math
@@ -36,6 +37,7 @@ RULES = {  # what is drawn: the deviation around the mean 0 (or another), of a w
     "fan in": lambda weight, module: math.sqrt(2 / fan_in(weight, module)),
     "torch": lambda weight, module: 1 / math.sqrt(3 * fan_in(weight, module)),  # uniform, of torch's layers
     "torch, of the weight": lambda bias, module: 1 / math.sqrt(3 * fan_in(module.weight, module)),
+    "local bias": lambda weight, module: 0.0004,
     "around 1": lambda weight, module: 0.02,
 }
 NORMS = [(r"norm\w*(\.\d)?\.weight$|bn\w*\.weight$", ONE), (r"norm\w*(\.\d)?\.bias$|bn\w*\.bias$", ZERO)]
@@ -44,6 +46,10 @@ TABLE = {  # by family: patterns of names, the first that fits counts
     "biformer_nano": [*NORMS, (r"(qkv|proj|fc\d?)\.weight$", "truncated"), (r"(qkv|proj|fc\d?)\.bias$", ZERO), *CONVS],
     "litv2_nano": [*NORMS, (r"offset", ZERO), (r"dwconv\.weight", "fan out"), (r"dwconv\.bias", ZERO),
                    (r"(qkv|lo_q|lo_kv|hi_proj|lo_proj|fc\d?)\.weight$", "truncated"), (r"(qkv|_q|_kv|_proj|fc\d?)\.bias$", ZERO), *CONVS],
+    "moh_transnext_nano": [*NORMS, (r"temperature", ("=", math.log(math.expm1(1 / 0.24)))), (r"learnable_bias", ZERO),
+                           (r"relative_pos_bias_local", "local bias"), (r"query_embedding|learnable_tokens", "truncated"),
+                           (r"(^stem|downsample)\.proj\.weight|dwconv\.weight|attn\.sr\.weight", "fan out"),
+                           (r"weight$", "truncated"), (r"bias$", ZERO)],
     "attnet_nano": [*NORMS, (r"difference_control", ZERO), (r"weight$", "truncated"), (r"bias$", ZERO)],
     "tap_fan_nano": [*NORMS, (r"gamma\d?$|temperature", ONE), (r"cls_token", "truncated"), (r"pool\.conv\d\.weight", "fan out"),
                      (r"dwconv\.conv\d\.weight", "fan out"), (r"dwconv\.conv\d\.bias", ZERO),

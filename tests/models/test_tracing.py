@@ -18,7 +18,7 @@ DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_n
 LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
-    **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano")},
+    **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
     **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
 }
@@ -81,7 +81,7 @@ def test_torch_export_with_named_and_bounded_sizes(name):
     torch takes lengths of one for constants. Of networks that cut their maps it cannot prove for all sizes what holds for each, and is told
     to ask as they come.
     """
-    cuts = name.startswith(("biformer", "halonet", "litv2", "attention_unet_litv2"))
+    cuts = name.startswith(("biformer", "halonet", "litv2", "moh", "attention_unet_litv2"))
     model = make(name, **SHALLOW.get(name, {}))
     x = images(model, (250, 203), 2)
     sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=113, max=1024) for dim in range(2, x.ndim)}

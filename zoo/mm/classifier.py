@@ -1,4 +1,5 @@
 """Image classification as a task of the engine."""
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from zoo.changes import Change, change
 from zoo.checkpoints import start_from
 from zoo.errors import InputError
-from zoo.losses import AttentionDiversificationLoss
+from zoo.losses import AttentionDiversificationLoss, balances
 from zoo.mm.networks import create_network, freeze_but, plain
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
@@ -37,6 +38,8 @@ class ImageClassifier(BaseModel):
         attention_diversification: weight of the loss `zoo.AttentionDiversificationLoss`, 0 for none. Its value before weighting
             is logged as `attention_similarity`.
         attention_threshold: that loss's threshold.
+        load_balancing: weight of the loss `zoo.LoadBalancingLoss` of networks whose tokens pick heads, 0 for none; the authors of MoH
+            have 0.01 (https://github.com/SkyworkAI/MoH). Its value before weighting is logged as `load_balance`.
         weights: a file whose weights training starts from, but for the head's: the authors' (`zoo.models.released`), timm's, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         freeze: the head alone learns.
@@ -50,8 +53,8 @@ class ImageClassifier(BaseModel):
 
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy",
-                 attention_diversification: float = 0.0, attention_threshold: float = 2.0, weights: str | None = None,
-                 freeze: bool = False, changes: Sequence[Change] = ()):
+                 attention_diversification: float = 0.0, attention_threshold: float = 2.0, load_balancing: float = 0.0,
+                 weights: str | None = None, freeze: bool = False, changes: Sequence[Change] = ()):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
@@ -62,6 +65,7 @@ class ImageClassifier(BaseModel):
         self.diversification_weight = attention_diversification
         self.diversification = AttentionDiversificationLoss(attention_threshold) if attention_diversification else None
         self.changes = plain(list(changes))
+        self.load_balancing_weight = load_balancing
         self.model = create_network(name, self.args)
         change(self.model, self.changes)
         self.num_classes, self.weights, self.freeze = self.model.num_classes, weights, freeze
@@ -109,11 +113,16 @@ class ImageClassifier(BaseModel):
             inputs, targets = self.mixup(inputs, targets)
         else:
             targets = mixup_target(targets, self.num_classes, smoothing=self.label_smoothing)
-        if self.diversification is None:
-            return {"loss": self._criterion(self.model(inputs), targets)}
-        logits, similarity = self.diversification(self.model, inputs)
-        loss = self._criterion(logits, targets) + self.diversification_weight * similarity
-        return {"loss": loss, "attention_similarity": similarity.detach()}
+        logged = {}
+        with balances(self.model) if self.load_balancing_weight else contextlib.nullcontext([]) as found:
+            logits, similarity = (self.model(inputs), None) if self.diversification is None else self.diversification(self.model, inputs)
+        loss = self._criterion(logits, targets)
+        if similarity is not None:
+            loss, logged["attention_similarity"] = loss + self.diversification_weight * similarity, similarity.detach()
+        if found:
+            balance = torch.stack(found).mean()
+            loss, logged["load_balance"] = loss + self.load_balancing_weight * balance, balance.detach()
+        return {"loss": loss, **logged}
 
     def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "binary_cross_entropy":

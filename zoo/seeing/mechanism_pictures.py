@@ -158,11 +158,31 @@ def _token_aware(seen: Captured, query: Point):
 
 def _context(seen: Captured, query: Point):
     similarity = seen.maps["similarity"]
-    ratio = seen.size[0] / seen.size[1]
-    rows, columns = math.isqrt(int(len(similarity) * ratio)), math.isqrt(int(len(similarity) / ratio))  # the patches, which come last
     figure, (axes,) = new_figure(1)
-    overlay(axes, seen.image, similarity[-rows * columns :].unflatten(0, (rows, columns)), seen.extent)
+    overlay(axes, seen.image, _patches(similarity, seen.size), seen.extent)
     return figure, f"Cosine of every token and the mean of all, which is added to it, {similarity.min():.2f} to {similarity.max():.2f}."
+
+
+def _picked_heads(seen: Captured, query: Point):
+    layer, gates = cast(zoo.layers.MixtureOfHeads, seen.layer), seen.maps["gates"]
+    gates = _patches(gates, seen.size) if gates.ndim == 2 else gates
+    first, count = layer.shared_heads, gates.shape[2]
+    columns = math.ceil(math.sqrt(count))
+    tiles = F.pad(gates.permute(2, 0, 1), (0, 1, 0, 1), value=float("nan"))
+    tiles = torch.cat([tiles, tiles.new_full((-count % columns, *tiles.shape[1:]), float("nan"))])
+    figure, (left, right) = new_figure(2)
+    left.imshow(seen.image)
+    drawn = right.imshow(tiles.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="inferno", vmin=0)
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    return figure, (f"What every position of the map multiplies the output of each of {count} heads by: of the {count - first} that are "
+                    f"not shared it picks {layer.active_heads}, and the others count 0.")
+
+
+def _patches(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (N, …) of an image of this size as a map; the patches come last."""
+    ratio = size[0] / size[1]
+    rows, columns = math.isqrt(int(len(tokens) * ratio)), math.isqrt(int(len(tokens) / ratio))
+    return tokens[-rows * columns :].unflatten(0, (rows, columns))
 
 
 def _queries(seen: Captured, query: Point):
@@ -189,6 +209,7 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.EfficientProbing: _queries,
     zoo.layers.HaloAttention: _halo,
     zoo.layers.HiLoAttention: _high_and_low,
+    zoo.layers.MixtureOfHeads: _picked_heads,
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.SelectiveKernelUnit: _selective,
     zoo.layers.SimPool: _queries,
@@ -203,6 +224,7 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.EfficientProbing: ("heat",),
     zoo.layers.HaloAttention: ("from", "block", "heat"),
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
+    zoo.layers.MixtureOfHeads: ("heat",),
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.SelectiveKernelUnit: (),
     zoo.layers.SimPool: ("heat",),
