@@ -15,12 +15,14 @@ from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
+from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SparsifinerAttention", "TokenAwareAvgPool", "TokenMixing",
+    "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

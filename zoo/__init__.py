@@ -7,7 +7,7 @@ if not _command.import_is_put_off:
     from .attach import attach
     from .heads import head_importance, prune_heads
     from .layers import capture
-    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss
+    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss, SparsifinerReconstructionLoss, TokenDistillationLoss
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
@@ -29,7 +29,8 @@ if not _command.import_is_put_off:
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attnet", "biformer",
-    "capture", "das", "deit", "fan", "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of",
-    "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "SparsifinerReconstructionLoss",
+    "TokenDistillationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan", "fold", "halonet", "head_importance",
+    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet",
+    "unet", "weights_in",
 ]

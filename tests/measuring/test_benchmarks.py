@@ -1,5 +1,5 @@
 """Scripts of benchmarks/ that compare layers and networks run: once, on small ones."""
-from benchmarks import halo_timm, pruned_heads
+from benchmarks import halo_timm, pruned_heads, sparsifiner
 
 
 def test_halo_attention_beside_timms(monkeypatch):
@@ -13,3 +13,9 @@ def test_networks_without_some_heads(monkeypatch):
     monkeypatch.setattr(pruned_heads, "GONE", (1,))
     report = pruned_heads.shares(batch=1, rounds=1)
     assert report.markdown().count("| 1 of 3 heads gone, ") == 2
+
+
+def test_attention_to_few_keys(monkeypatch):
+    monkeypatch.setattr(sparsifiner, "SIDES", (4,))
+    report = sparsifiner.mechanisms(batch=2, rounds=1)
+    assert report.markdown().count("17 tokens, 25% of keys") == 4

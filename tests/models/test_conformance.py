@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import AttentionRope, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
@@ -33,6 +34,7 @@ from zoo.layers import (
     HiLoAttention,
     PolarizedSelfAttention,
     SelfAttention,
+    SparsifinerAttention,
     TokenAwareAvgPool,
     TokenMixing,
 )
@@ -275,6 +277,58 @@ def _convert_hedgehog(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return {name.replace(".mlp.", "."): value for name, value in state.items()}
 
 
+class _Sparsifiner(SelfAttention):
+    def __init__(self, reconstruction: bool, dim: int, num_heads: int, **mechanism_args: Any):
+        super().__init__(dim, num_heads, qkv_bias=True)
+        self.reconstruction = reconstruction
+        self.mechanism = SparsifinerAttention(num_heads, self.head_dim, **mechanism_args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self.mechanism) as maps:
+            if self.reconstruction:
+                q, k, v = self._heads(x)
+                report(self, reconstruction_loss=self.mechanism.reconstruction_error(q, k))
+                out = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            else:
+                out = super().forward(x)
+                report(self, attn_mask=maps[""]["mask"].float(), attention=maps[""]["attention"])
+        report(self, basis_coef=maps[""]["coefficients"], approx_attn=maps[""]["approximation"])
+        return out
+
+
+class _SparsifinerModel(VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self) as maps:
+            tokens = self.forward_features(x)
+        report(self, features=tokens[:, 1:])
+        for i in range(len(self.blocks)):
+            report(self, **{f"attn_mask.{i}": maps[f"blocks.{i}.attn.mechanism"]["mask"].float()})
+        return self.forward_head(tokens)
+
+
+def _sparsifiner(config: dict[str, Any], reference: str) -> nn.Module:
+    choice, factor = config["cfg"]["SPAR"], config["reduce_n_factor"]
+    coefficients = choice["BASIS_COEF"]
+    args = dict(
+        threshold=None if choice["ATTN_SCORE"]["USE_TOPK"] else choice["ATTN_SCORE"]["THRESHOLD"],
+        basis_threshold=choice["BASIS_THRESHOLD"], keep_coefficients=coefficients["TOPK"],
+        coefficient_threshold=None if coefficients["USE_TOPK"] else coefficients["THRESHOLD"])
+    if reference.endswith("Attention"):
+        tokens = config["num_tokens"]
+        return _Sparsifiner(config.get("training", False), config["dim"], config["num_heads"], grid_size=(1, tokens - 1),
+                            num_basis=tokens // factor, keep=config["attn_keep_rate"], shared_basis=config["share_inout_proj"], **args)
+    model = _SparsifinerModel(config["img_size"], config["patch_size"], num_classes=config["num_classes"], embed_dim=config["embed_dim"],
+                              depth=config["depth"], num_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
+    for i, keep in enumerate(config["attn_keep_rate_list"]):
+        tokens = 1 + model.patch_embed.num_patches
+        zoo.replace_attention(model, "sparsifiner", where=f"blocks.{i}", keep=keep, num_basis=tokens // factor, **args)
+    return model
+
+
+def _convert_sparsifiner(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace("mask_predictor.", "mechanism."): value for name, value in state.items()}
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -288,10 +342,10 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
     bra=_bra, cog=_cog, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2,
-    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, cog=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog,
-    rela=_convert_rela, tap=fan.checkpoint_filter_fn,
+    rela=_convert_rela, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
