@@ -14,8 +14,8 @@ from zoo.measuring.model_benchmark import FORWARD, Report, _compare, _facts
 HEADS, WIDTH, SIDES, SHARES = 6, 64, (14, 28), (0.25, 0.05)  # DeiT-S at 224 and 448 pixels; keys that are left
 HEAD = """# Attention to few keys
 
-`python -m benchmarks.sparsifiner`: what stands between projections in a layer of DeiT-S ({heads} heads of width {width}), with the named share of
-keys left for every query; the rival is torch's fused attention to all keys. *masked*: `SparsifinerAttention` as it is, dense masks in fused
+`python -m benchmarks.sparsifiner`: what stands between projections in a layer of DeiT-S ({heads} heads of width {width}), with the named
+share of keys left for every query; the rival is torch's fused attention to all keys. *masked*: `SparsifinerAttention` as it is, dense masks in fused
 attention. *gathered*: the same masks, but only the products of keys that are left, gathered for every query. *gathered, masks for
 nothing*: the same without the predictor, as if the masks were known. *predictor*: the masks alone.
 

@@ -49,8 +49,8 @@ class SparsifinerAttention(nn.Module):
     P and U are for patches of `grid_size`. Maps of other sizes, which `zoo.replace_attention` lets the mechanism know of, interpolate them
     (bicubically, divided by how many times more patches there are, so that sums over patches stay). Keys that a bias masks (-∞) are in
     no mask, and where they are masked for all queries in no sum. The predictor computes in at least float32, under autocast too. Masks
-    are dense: memory grows with N², as without fused attention, and no time is saved. `zoo.capture` gets `attention` and the boolean `mask`,
-    (B, heads, N, N); `coefficients` (B, heads, N - prefix, R) and `approximation` (B, heads, N - prefix, N).
+    are dense: memory grows with N², as without fused attention, and no time is saved. `zoo.capture` gets `attention` and the boolean
+    `mask`, (B, heads, N, N); `coefficients` (B, heads, N - prefix, R) and `approximation` (B, heads, N - prefix, N).
 
     Args:
         num_heads, head_dim: of queries, keys and values.
