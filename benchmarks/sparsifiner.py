@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import SparsifinerAttention
-from zoo.measuring.model_benchmark import FORWARD, Report, _compare, _facts
+from zoo.measuring.model_benchmark import FORWARD, Report, compare, facts
 
 HEADS, WIDTH, SIDES, SHARES = 6, 64, (14, 28), (0.25, 0.05)  # DeiT-S at 224 and 448 pixels; keys that are left
 HEAD = """# Attention to few keys
 
 `python -m benchmarks.sparsifiner`: what stands between projections in a layer of DeiT-S ({heads} heads of width {width}), with the named
-share of keys left for every query; the rival is torch's fused attention to all keys. *masked*: `SparsifinerAttention` as it is, dense masks in fused
-attention. *gathered*: the same masks, but only the products of keys that are left, gathered for every query. *gathered, masks for
-nothing*: the same without the predictor, as if the masks were known. *predictor*: the masks alone.
+share of keys left for every query; the rival is torch's fused attention to all keys. *masked*: `SparsifinerAttention` as it is, dense
+masks in fused attention. *gathered*: the same masks, but only the products of keys that are left, gathered for every query.
+*gathered, masks for nothing*: the same without the predictor, as if the masks were known. *predictor*: the masks alone.
 
 {table}
 
@@ -29,7 +29,8 @@ of operations that the paper reports as saved are no time here.
 
 class Full(nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*qkv.unbind(0))
+        q, k, v = qkv.unbind(0)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Masked(nn.Module):
@@ -87,12 +88,12 @@ def mechanisms(batch: int, rounds: int) -> Report:
             sides["gathered, masks for nothing"] = ForNothing(sides["gathered"], qkv)
             torch.testing.assert_close(sides["gathered"](qkv), sides["masked"](qkv))
             for name, module in sides.items():
-                comparisons.append(_compare(f"{name}, {side**2 + 1} tokens, {share:.0%} of keys", FORWARD, module, Full(), qkv, rounds,
+                comparisons.append(compare(f"{name}, {side**2 + 1} tokens, {share:.0%} of keys", FORWARD, module, Full(), qkv, rounds,
                                             time.perf_counter))
-    return Report(_facts(batch, {"tokens": ", ".join(str(side**2 + 1) for side in SIDES)}, "float32", rounds, "cpu", True), comparisons)
+    return Report(facts(batch, {"tokens": ", ".join(str(side**2 + 1) for side in SIDES)}, "float32", rounds, "cpu", True), comparisons)
 
 
 if __name__ == "__main__":
-    report = mechanisms(batch=4, rounds=9)
-    least = min(row.ours.median / row.rival.median for row in report.comparisons)
+    report = mechanisms(batch=1, rounds=5)
+    least = min(1 / row.ratios[1] for row in report.comparisons)
     print(HEAD.format(heads=HEADS, width=WIDTH, table=report.markdown(), least=least))

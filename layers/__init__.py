@@ -7,6 +7,7 @@ from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .dual_attention import DualAttention, RelationalAttention, SymbolicAttention
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
@@ -20,9 +21,9 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SparsifinerAttention", "TokenAwareAvgPool", "TokenMixing",
-    "capture",
+    "DualAttention", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
+    "NormalizedAttention", "PolarizedSelfAttention", "RelationalAttention", "SelectiveKernelUnit", "SelfAttention",
+    "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

@@ -23,6 +23,7 @@ if not _command.import_is_put_off:
         polarized,
         sknet,
         unet,
+        vidat,
     )
     from .reparametrization import fold, reparametrize
     from .replace_attention import replace_attention
@@ -32,5 +33,5 @@ __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "SparsifinerReconstructionLoss",
     "TokenDistillationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan", "fold", "halonet", "head_importance",
     "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet",
-    "unet", "weights_in",
+    "unet", "vidat", "weights_in",
 ]

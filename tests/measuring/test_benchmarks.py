@@ -1,5 +1,5 @@
 """Scripts of benchmarks/ that compare layers and networks run: once, on small ones."""
-from benchmarks import halo_timm, pruned_heads, sparsifiner
+from benchmarks import dual_attention, halo_timm, pruned_heads, sparsifiner
 
 
 def test_halo_attention_beside_timms(monkeypatch):
@@ -19,3 +19,8 @@ def test_attention_to_few_keys(monkeypatch):
     monkeypatch.setattr(sparsifiner, "SIDES", (4,))
     report = sparsifiner.mechanisms(batch=2, rounds=1)
     assert report.markdown().count("17 tokens, 25% of keys") == 4
+
+
+def test_dual_attention_beside_plain_attention_and_pairs(monkeypatch):
+    monkeypatch.setattr(dual_attention, "SIDES", (4,))
+    assert dual_attention.layers(batch=2, rounds=1).markdown().count(", 17 tokens") == 4

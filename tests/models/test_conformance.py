@@ -30,16 +30,19 @@ from zoo.layers import (
     BiLevelRoutingAttention,
     ChannelProcessing,
     DeformableTokenMerging,
+    DualAttention,
     HedgehogAttention,
     HiLoAttention,
     PolarizedSelfAttention,
+    RelationalAttention,
     SelfAttention,
     SparsifinerAttention,
+    SymbolicAttention,
     TokenAwareAvgPool,
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet, vidat
 from zoo.models.staged import named
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
@@ -329,6 +332,29 @@ def _convert_sparsifiner(state: dict[str, Tensor], model: nn.Module) -> dict[str
     return {name.replace("mask_predictor.", "mechanism."): value for name, value in state.items()}
 
 
+def _dual_attention(config: dict[str, Any], reference: str) -> nn.Module:
+    kind = reference.split()[-1]
+    if kind == "SymbolicAttention":
+        return SymbolicAttention(config["d_model"], config["n_heads"], config["n_symbols"])
+    relations = config.get("ra_kwargs", config)
+    args = dict(num_relations=relations["n_relations"], activation=relations.get("rel_activation", "identity"),
+                symmetric=relations.get("symmetric_rels", False))
+    if kind == "RelationalAttention":
+        return RelationalAttention(config["d_model"], config["n_heads"], **args)
+    heads = dict(self_heads=config["n_heads_sa"], relational_heads=config["n_heads_ra"])
+    if kind == "DualAttention":
+        return DualAttention(config["d_model"], **heads, **args)
+    symbols = config["symbol_retrieval_kwargs"]
+    return vidat.VisionDualAttentionTransformer(
+        **heads, **args, img_size=config["image_shape"][1:], patch_size=config["patch_size"], in_chans=config["image_shape"][0],
+        num_classes=config["num_classes"], embed_dim=config["d_model"], depth=config["n_layers"],
+        mlp_ratio=config["dff"] / config["d_model"], num_symbols=symbols["n_symbols"], symbol_heads=symbols["n_heads"])
+
+
+def _convert_dual(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return vidat.checkpoint_filter_fn(state, model) if isinstance(model, vidat.VisionDualAttentionTransformer) else state
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -341,15 +367,15 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
 
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, cog=_cog, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2,
-    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
+    bra=_bra, cog=_cog, dual_attention=_dual_attention, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog,
+    hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, cog=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog,
-    rela=_convert_rela, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn,
-    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
-    attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
-    bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
+    adl=_as_it_is, cog=_as_it_is, dual_attention=_convert_dual, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
+    hedgehog=_convert_hedgehog, rela=_convert_rela, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn,
+    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn,
+    attention_unet=unet.checkpoint_filter_fn, bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
+    polarized=polarized.checkpoint_filter_fn, hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn,
+    sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -376,7 +402,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    given = ["input", "gating", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
+    given = ["input", "gating", "symbols", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
     inputs = {name: tensors[name].requires_grad_() for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:
