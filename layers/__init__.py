@@ -8,6 +8,7 @@ from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
 from .dual_attention import DualAttention, RelationalAttention, SymbolicAttention
+from .efficient_probing import EfficientProbing
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
@@ -16,14 +17,15 @@ from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
+from .simpool import SimPool
 from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "DualAttention", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
-    "NormalizedAttention", "PolarizedSelfAttention", "RelationalAttention", "SelectiveKernelUnit", "SelfAttention",
-    "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention",
+    "MultiAttentionGate", "NormalizedAttention", "PolarizedSelfAttention", "RelationalAttention", "SelectiveKernelUnit",
+    "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

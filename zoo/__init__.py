@@ -25,6 +25,7 @@ if not _command.import_is_put_off:
         unet,
         vidat,
     )
+    from .probe import probe
     from .reparametrization import fold, reparametrize
     from .replace_attention import replace_attention
     from .weights import load_weights, weights_in
@@ -32,6 +33,6 @@ if not _command.import_is_put_off:
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "SparsifinerReconstructionLoss",
     "TokenDistillationLoss", "attach", "attnet", "biformer", "capture", "das", "deit", "fan", "fold", "halonet", "head_importance",
-    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet",
-    "unet", "vidat", "weights_in",
+    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "reparametrize", "replace_attention",
+    "sknet", "unet", "vidat", "weights_in",
 ]

@@ -31,11 +31,13 @@ from zoo.layers import (
     ChannelProcessing,
     DeformableTokenMerging,
     DualAttention,
+    EfficientProbing,
     HedgehogAttention,
     HiLoAttention,
     PolarizedSelfAttention,
     RelationalAttention,
     SelfAttention,
+    SimPool,
     SparsifinerAttention,
     SymbolicAttention,
     TokenAwareAvgPool,
@@ -44,6 +46,7 @@ from zoo.layers import (
 from zoo.layers._capture import report
 from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet, vidat
 from zoo.models.staged import named
+from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -365,17 +368,26 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
     return zoo.reparametrize(build(**config), keep_norms=False)
 
 
+def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
+    if "simpool" in reference:
+        return SimPool(config["dim"])
+    if "num_classes" in config:
+        return head_for(config["dim"], config["num_classes"], queries=config["num_queries"], d_out=config["d_out"])
+    return EfficientProbing(config["dim"], config["num_queries"], config["d_out"])
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, cog=_cog, dual_attention=_dual_attention, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog,
-    hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
+    bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
+    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, rela=_rela,
+    sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, cog=_as_it_is, dual_attention=_convert_dual, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
-    hedgehog=_convert_hedgehog, rela=_convert_rela, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn,
-    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn,
-    attention_unet=unet.checkpoint_filter_fn, bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
-    polarized=polarized.checkpoint_filter_fn, hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn,
-    sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
+    adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
+    attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, bra=biformer.checkpoint_filter_fn, cog=_as_it_is,
+    dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
+    hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn,
+    polarized=polarized.checkpoint_filter_fn, rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn,
+    sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo.layers
-from zoo.seeing.figures import new_figure, overlay, rectangle
+from zoo.seeing.attributions import grid
+from zoo.seeing.figures import HEAT, new_figure, overlay, rectangle
 
 Point = tuple[float, float]
 
@@ -166,10 +167,10 @@ def _context(seen: Captured, query: Point):
 
 def _relational(seen: Captured, query: Point):
     attention, relations = seen.maps["attention"].mean(0), seen.maps["relations"]
-    ratio = seen.size[0] / seen.size[1]
-    rows, columns = math.isqrt(int(len(attention) * ratio)), math.isqrt(int(len(attention) / ratio))  # the patches, which come last
+    tokens, size = len(attention), seen.image.shape[:2]
+    rows, columns = grid(tokens - 1, size) or grid(tokens, size) or (1, tokens)  # behind a class token, or none
     row, column = (int(f * n) for f, n in zip(query, (rows, columns), strict=True))
-    place = len(attention) - rows * columns + row * columns + column
+    place = tokens - rows * columns + row * columns + column
     received, related = (y[..., -rows * columns :].unflatten(-1, (rows, columns)) for y in (attention[place], relations[:, place]))
     strongest = int(related.flatten(1).std(1).argmax())
     figure, (left, right) = new_figure(2)
@@ -185,17 +186,34 @@ def _relational(seen: Captured, query: Point):
                     f"one of {len(relations)} relations that differs most.")
 
 
+def _queries(seen: Captured, query: Point):
+    attention = seen.maps["attention"]
+    count, tokens = attention.shape
+    size = seen.image.shape[:2]
+    rows, columns = grid(tokens, size) or grid(tokens - 1, size) or (1, tokens)  # behind a class token, or none
+    across = math.ceil(math.sqrt(count))
+    figure, axes = new_figure(across, math.ceil(count / across))
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    for number, (each, weights) in enumerate(zip(axes, attention, strict=False), 1):
+        each.imshow(seen.image, extent=extent)
+        each.imshow(weights[-rows * columns :].unflatten(0, (rows, columns)).numpy(), extent=extent, **HEAT)
+        each.set_title(f"query {number}: up to {weights.max():.2f}")
+    return figure, f"Where each query of the head gathers its channels, on a map of {rows}x{columns} tokens, each in its own scale."
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
     zoo.layers.BiLevelRoutingAttention: _routing,
     zoo.layers.ContextBroadcast: _context,
     zoo.layers.DAS: _deformable,
+    zoo.layers.EfficientProbing: _queries,
     zoo.layers.HaloAttention: _halo,
     zoo.layers.HiLoAttention: _high_and_low,
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
+    zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
 }
 COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEND`, in those pictures
@@ -204,11 +222,13 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.BiLevelRoutingAttention: ("from", "routes"),
     zoo.layers.ContextBroadcast: ("heat",),
     zoo.layers.DAS: ("from", "samples", "heat"),
+    zoo.layers.EfficientProbing: ("heat",),
     zoo.layers.HaloAttention: ("from", "block", "heat"),
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
+    zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
 WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention,
