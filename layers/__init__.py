@@ -9,6 +9,7 @@ from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .dual_attention import DualAttention, RelationalAttention, SymbolicAttention
 from .efficient_probing import EfficientProbing
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
@@ -21,14 +22,15 @@ from .polarized import PolarizedSelfAttention
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
 from .simpool import SimPool
+from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
-    "DeformableTokenMerging", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention",
-    "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
-    "NormalizedAttention", "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "TokenAwareAvgPool", "TokenMixing",
-    "capture",
+    "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention",
+    "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
+    "NormalizedAttention", "PolarizedSelfAttention", "RelationalAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool",
+    "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

@@ -8,7 +8,14 @@ if not _command.import_is_put_off:
     from .attention_removal import attention_share, choose_blocks, remove_attention
     from .heads import head_importance, prune_heads
     from .layers import capture
-    from .losses import AttentionDistillationLoss, AttentionDiversificationLoss, LoadBalancingLoss, MultipleInstanceLoss
+    from .losses import (
+        AttentionDistillationLoss,
+        AttentionDiversificationLoss,
+        LoadBalancingLoss,
+        MultipleInstanceLoss,
+        SparsifinerReconstructionLoss,
+        TokenDistillationLoss,
+    )
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
@@ -26,6 +33,7 @@ if not _command.import_is_put_off:
         sknet,
         transnext,
         unet,
+        vidat,
     )
     from .probe import probe
     from .reparametrization import fold, reparametrize
@@ -34,7 +42,8 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold",
-    "halonet", "head_importance", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe",
-    "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "weights_in",
+    "MultipleInstanceLoss", "SparsifinerReconstructionLoss", "TokenDistillationLoss", "attach", "attention_share", "attnet", "biformer",
+    "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "lambda_deit", "list_models", "litv2",
+    "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
+    "transnext", "unet", "vidat", "weights_in",
 ]

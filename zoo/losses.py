@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
-from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention, SparsifinerAttention
 from zoo.layers.multiple_instance import BagOutput
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
@@ -180,19 +180,7 @@ class AttentionDistillationLoss(nn.Module):
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """The loss, a scalar; images (B, …), as `model` takes them."""
-        layers = [module for module in model.modules() if isinstance(module, HedgehogAttention)]
-        if not layers:
-            raise InputError(f"{type(model).__name__} has no Hedgehog attention to distil; "
-                             "zoo.replace_attention(model, 'hedgehog') puts it in")
-        losses: list[Tensor] = []
-        hooks = [layer.register_forward_hook(partial(_taught, losses)) for layer in layers]
-        try:
-            with torch.no_grad():
-                model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(losses).mean()
+        return torch.stack(_taught_layers(model, images, HedgehogAttention, "hedgehog", _imitated)).mean()
 
 
 class MultipleInstanceLoss(nn.Module):
@@ -226,7 +214,24 @@ class MultipleInstanceLoss(nn.Module):
         return terms
 
 
-def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _taught_layers(model: nn.Module, images: Tensor, kind: type[nn.Module], name: str, teach: Callable[..., Tensor]) -> list[Tensor]:
+    """Runs the network without gradients; what `teach` finds in every layer of `kind` puts the layer's own outputs aside."""
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no {name.capitalize()} attention to train; "
+                         f"zoo.replace_attention(model, {name!r}) puts it in")
+    losses: list[Tensor] = []
+    hooks = [layer.register_forward_hook(partial(teach, losses)) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return losses
+
+
+def _imitated(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """What softmax attention puts out in the place of `layer`, whose distance from it is added to `losses`."""
     q, k, v, bias, scale, _ = args
     if bias is not None:
@@ -234,3 +239,76 @@ def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         losses.append(attention_cross_entropy(q, k, *layer.features(q, k), scale))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class SparsifinerReconstructionLoss(nn.Module):
+    """How far Sparsifiner's predicted attention is from that of all keys (arXiv 2303.13755); to be made small, before all else.
+
+        vit = zoo.replace_attention(vit, "sparsifiner")
+        reconstruction = zoo.SparsifinerReconstructionLoss()
+        reconstruction(vit, images).backward()
+
+    The network is run with attention to all keys, as if nothing had been replaced, and without gradients: it is its own teacher.
+    Every layer's queries and keys are what its predictor learns from: gradients reach the predictors alone. The loss is 0.01 times
+    the mean over layers of Σ (C Uᵀ - A)² over images, heads, queries and keys: it grows with the batch, and so does its gradient, as in
+    the authors' code. Nothing is left in the network. Matrices of tokens are kept for all layers until the backward pass.
+
+    In training mode what the network drops is dropped; train in evaluation mode for the teacher's own attention.
+
+    Raises:
+        ValueError: in `forward`, a network without Sparsifiner's attention.
+    """
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The loss, a scalar; images (B, …), as `model` takes them."""
+        return 0.01 * torch.stack(_taught_layers(model, images, SparsifinerAttention, "sparsifiner", _reconstructed)).mean()
+
+
+def _reconstructed(losses: list[Tensor], layer: SparsifinerAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What attention to all keys puts out in the place of `layer`, whose error is added to `losses`."""
+    q, k, v, bias, scale, dropout = args
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        losses.append(layer.reconstruction_error(q, k, bias, scale))
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+
+
+class TokenDistillationLoss(nn.Module):
+    """The loss on labels, and how far logits and tokens are from a teacher's; what Sparsifiner is fine-tuned with (arXiv 2303.13755).
+
+        teacher = copy.deepcopy(vit).eval()
+        distillation = zoo.TokenDistillationLoss(teacher)
+        distillation(vit, images, labels).backward()
+
+    criterion(logits, labels) + `logits` · KL(teacher's ‖ network's classes), mean over images, + `tokens` · mean (difference of
+    tokens)², of the patches' tokens that `forward_features` of either network puts out. The teacher runs as it is, without gradients,
+    and is no part of this module: it is neither among its parameters nor in its state.
+
+    Raises:
+        ValueError: at construction, a teacher without timm's `forward_features`; in `forward`, tokens or logits of another shape than the
+            teacher's.
+    """
+
+    def __init__(self, teacher: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, logits: float = 0.5,
+                 tokens: float = 0.5):
+        super().__init__()
+        if not hasattr(teacher, "forward_features") or not hasattr(teacher, "forward_head"):
+            raise InputError(f"the teacher has to have timm's forward_features and forward_head, and {type(teacher).__name__} has not")
+        self._teacher, self.criterion, self.logits, self.tokens = (teacher,), criterion, logits, tokens
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar; images (B, …), labels as `criterion` takes them."""
+        logits, tokens = _logits_and_tokens(model, images)
+        with torch.no_grad():
+            expected_logits, expected_tokens = _logits_and_tokens(self._teacher[0], images)
+        for what, ours, theirs in (("tokens", tokens, expected_tokens), ("logits", logits, expected_logits)):
+            if ours.shape != theirs.shape:
+                raise InputError(f"{what} of {type(model).__name__} are of shape {tuple(ours.shape)}, "
+                                 f"the teacher's of {tuple(theirs.shape)}")
+        divergence = F.kl_div(logits.log_softmax(-1), expected_logits.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = self.criterion(logits, labels)
+        return loss + self.logits * divergence + self.tokens * F.mse_loss(tokens, expected_tokens)
+
+
+def _logits_and_tokens(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = model.forward_features(images)
+    return model.forward_head(tokens), tokens[:, getattr(model, "num_prefix_tokens", 0) :]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import Attention, AttentionRope, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -30,18 +31,22 @@ from zoo.layers import (
     BiLevelRoutingAttention,
     ChannelProcessing,
     DeformableTokenMerging,
+    DualAttention,
     EfficientProbing,
     HedgehogAttention,
     HiLoAttention,
     LengthScaledAttention,
     PolarizedSelfAttention,
+    RelationalAttention,
     SelfAttention,
     SimPool,
+    SparsifinerAttention,
+    SymbolicAttention,
     TokenAwareAvgPool,
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, transnext, unet
+from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -280,6 +285,81 @@ def _convert_hedgehog(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return {name.replace(".mlp.", "."): value for name, value in state.items()}
 
 
+class _Sparsifiner(SelfAttention):
+    def __init__(self, reconstruction: bool, dim: int, num_heads: int, **mechanism_args: Any):
+        super().__init__(dim, num_heads, qkv_bias=True)
+        self.reconstruction = reconstruction
+        self.mechanism = SparsifinerAttention(num_heads, self.head_dim, **mechanism_args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self.mechanism) as maps:
+            if self.reconstruction:
+                q, k, v = self._heads(x)
+                report(self, reconstruction_loss=self.mechanism.reconstruction_error(q, k))
+                out = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            else:
+                out = super().forward(x)
+                report(self, attn_mask=maps[""]["mask"].float(), attention=maps[""]["attention"])
+        report(self, basis_coef=maps[""]["coefficients"], approx_attn=maps[""]["approximation"])
+        return out
+
+
+class _SparsifinerModel(VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self) as maps:
+            tokens = self.forward_features(x)
+        report(self, features=tokens[:, 1:])
+        for i in range(len(self.blocks)):
+            report(self, **{f"attn_mask.{i}": maps[f"blocks.{i}.attn.mechanism"]["mask"].float()})
+        return self.forward_head(tokens)
+
+
+def _sparsifiner(config: dict[str, Any], reference: str) -> nn.Module:
+    choice, factor = config["cfg"]["SPAR"], config["reduce_n_factor"]
+    coefficients = choice["BASIS_COEF"]
+    args = dict(
+        threshold=None if choice["ATTN_SCORE"]["USE_TOPK"] else choice["ATTN_SCORE"]["THRESHOLD"],
+        basis_threshold=choice["BASIS_THRESHOLD"], keep_coefficients=coefficients["TOPK"],
+        coefficient_threshold=None if coefficients["USE_TOPK"] else coefficients["THRESHOLD"])
+    if reference.endswith("Attention"):
+        tokens = config["num_tokens"]
+        return _Sparsifiner(config.get("training", False), config["dim"], config["num_heads"], grid_size=(1, tokens - 1),
+                            num_basis=tokens // factor, keep=config["attn_keep_rate"], shared_basis=config["share_inout_proj"], **args)
+    model = _SparsifinerModel(config["img_size"], config["patch_size"], num_classes=config["num_classes"], embed_dim=config["embed_dim"],
+                              depth=config["depth"], num_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
+    for i, keep in enumerate(config["attn_keep_rate_list"]):
+        tokens = 1 + model.patch_embed.num_patches
+        zoo.replace_attention(model, "sparsifiner", where=f"blocks.{i}", keep=keep, num_basis=tokens // factor, **args)
+    return model
+
+
+def _convert_sparsifiner(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace("mask_predictor.", "mechanism."): value for name, value in state.items()}
+
+
+def _dual_attention(config: dict[str, Any], reference: str) -> nn.Module:
+    kind = reference.split()[-1]
+    if kind == "SymbolicAttention":
+        return SymbolicAttention(config["d_model"], config["n_heads"], config["n_symbols"])
+    relations = config.get("ra_kwargs", config)
+    args = dict(num_relations=relations["n_relations"], activation=relations.get("rel_activation", "identity"),
+                symmetric=relations.get("symmetric_rels", False))
+    if kind == "RelationalAttention":
+        return RelationalAttention(config["d_model"], config["n_heads"], **args)
+    heads = dict(self_heads=config["n_heads_sa"], relational_heads=config["n_heads_ra"])
+    if kind == "DualAttention":
+        return DualAttention(config["d_model"], **heads, **args)
+    symbols = config["symbol_retrieval_kwargs"]
+    return vidat.VisionDualAttentionTransformer(
+        **heads, **args, img_size=config["image_shape"][1:], patch_size=config["patch_size"], in_chans=config["image_shape"][0],
+        num_classes=config["num_classes"], embed_dim=config["d_model"], depth=config["n_layers"],
+        mlp_ratio=config["dff"] / config["d_model"], num_symbols=symbols["n_symbols"], symbol_heads=symbols["n_heads"])
+
+
+def _convert_dual(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return vidat.checkpoint_filter_fn(state, model) if isinstance(model, vidat.VisionDualAttentionTransformer) else state
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -357,16 +437,16 @@ def _with_shares(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
-    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
-    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh, polarized=_polarized, rela=_rela,
-    sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
+    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh,
+    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, attention_removal=_with_shares, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan,
-    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, moh=_convert_moh, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
-    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
-    attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
-    bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
+    adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
+    attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
+    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
+    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
+    litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, rela=_convert_rela,
+    sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -393,7 +473,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    given = ["input", "gating", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
+    given = ["input", "gating", "symbols", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
     inputs = {name: tensors[name].requires_grad_() for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:

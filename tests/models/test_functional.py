@@ -12,7 +12,7 @@ import zoo
 
 SHALLOW = {
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
-    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
+    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano", "vidat_nano_patch16_224")},
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
     **{name: dict(widths=(4, 6, 8)) for name in ("attention_unet_nano", "attention_unet3d_nano")},
 }

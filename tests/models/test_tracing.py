@@ -19,7 +19,7 @@ LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(na
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
-    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
+    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano", "vidat_nano_patch16_224")},
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
 }
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
@@ -141,6 +141,10 @@ LAYERS = {
     "NormalizedAttention": (functools.partial(layers.NormalizedAttention, 2, 8, "cog"), *[(1, 2, 5, 8)] * 3),
     "MultipleInstanceHead": (functools.partial(layers.MultipleInstanceHead, 16, 2, 8, 2), (5, 16)),
     "HedgehogAttention": (functools.partial(layers.HedgehogAttention, 2, 8), *[(1, 2, 5, 8)] * 3),
+    "SparsifinerAttention": (functools.partial(layers.SparsifinerAttention, 2, 8, (2, 2)), *[(1, 2, 5, 8)] * 3),
+    "DualAttention": (functools.partial(layers.DualAttention, 16, 1, 1), *[(1, 5, 16)] * 2),
+    "RelationalAttention": (functools.partial(layers.RelationalAttention, 16, 2, activation="relu"), *[(1, 5, 16)] * 2),
+    "SymbolicAttention": (functools.partial(layers.SymbolicAttention, 16), (1, 5, 16)),
     **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
         "DAS", "ATConv", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")},
     **{name: (functools.partial(getattr(layers, name), 16, 8), (1, 16, 5, 6), (1, 8, 3, 3)) for name in (

@@ -185,6 +185,27 @@ def _patches(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens[-rows * columns :].unflatten(0, (rows, columns))
 
 
+def _relational(seen: Captured, query: Point):
+    attention, relations = seen.maps["attention"].mean(0), seen.maps["relations"]
+    tokens, size = len(attention), seen.image.shape[:2]
+    rows, columns = grid(tokens - 1, size) or grid(tokens, size) or (1, tokens)  # behind a class token, or none
+    row, column = (int(f * n) for f, n in zip(query, (rows, columns), strict=True))
+    place = tokens - rows * columns + row * columns + column
+    received, related = (y[..., -rows * columns :].unflatten(-1, (rows, columns)) for y in (attention[place], relations[:, place]))
+    strongest = int(related.flatten(1).std(1).argmax())
+    figure, (left, right) = new_figure(2)
+    overlay(left, seen.image, received, seen.extent)
+    right.imshow(seen.image, extent=seen.extent)
+    limit = related[strongest].abs().max().item() or 1.0
+    drawn = right.imshow(related[strongest].numpy(), extent=seen.extent, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    for axes in (left, right):
+        y, x = ((f + 0.5) * n / m - 0.5 for f, n, m in zip((row, column), seen.size, (rows, columns), strict=True))
+        axes.plot(x, y, "+", color="red", markersize=10, markeredgewidth=2)
+    return figure, ("Left, which patches the relational heads let the red cross receive from; right, how it is related to all, by the "
+                    f"one of {len(relations)} relations that differs most.")
+
+
 def _queries(seen: Captured, query: Point):
     attention = seen.maps["attention"]
     count, tokens = attention.shape
@@ -211,6 +232,7 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.HiLoAttention: _high_and_low,
     zoo.layers.MixtureOfHeads: _picked_heads,
     zoo.layers.PolarizedSelfAttention: _polarized,
+    zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
     zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
@@ -226,11 +248,13 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
     zoo.layers.MixtureOfHeads: ("heat",),
     zoo.layers.PolarizedSelfAttention: ("heat",),
+    zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
     zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
-WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention}  # whose pictures depend on it
+WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention,
+              zoo.layers.RelationalAttention}  # whose pictures depend on it
 
 
 def pictured(model: nn.Module) -> set[type[nn.Module]]:
