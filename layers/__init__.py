@@ -13,6 +13,7 @@ from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
+from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
@@ -20,7 +21,8 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

@@ -9,13 +9,14 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, 
 from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
-from zoo.layers import HedgehogAttention, NormalizedAttention
+from zoo.layers import HedgehogAttention, NormalizedAttention, PyramidSparseAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
 from zoo.modules import matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention}
+    **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention,
+    "pyramid_sparse": PyramidSparseAttention}
 POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)  # of tokens, which they do not put out
 TOKENS = 5  # of the passes that try what is unknown
 
@@ -42,16 +43,18 @@ def replace_attention(
         model: a model of timm's `Attention` (ViT, DeiT, DINOv2, CLIP, SigLIP, …), `AttentionRope` and `EvaAttention` (EVA, DINOv3, PE, …),
             BEiT's, Swin's and relative position ViTs' attention, or with modules that compute the same from timm's fields.
         layer: a name: softmax, entmax15, sparsemax, entmax, cog, rela (see `zoo.layers.NormalizedAttention`), hedgehog (see
-            `zoo.layers.HedgehogAttention`); or what, called with num_heads, head_dim and `layer_args`, gives a module that turns q, k, v
-            (B, heads, N, d), a bias of the logits (or None), the scale and a rate of dropout into (B, heads, N, d); one whose class
-            has `takes_bias = False` is for attention without relative positions and dropout.
+            `zoo.layers.HedgehogAttention`), pyramid_sparse (see `zoo.layers.PyramidSparseAttention`); or what, called with num_heads,
+            head_dim and `layer_args`, gives a module that turns q, k, v (B, heads, N, d), a bias of the logits (or None), the scale and a
+            rate of dropout into (B, heads, N, d); one whose class has `takes_bias = False` is for attention without relative positions
+            and dropout.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("blocks.*.attn"), which are
             attention or hold some. Default: all attention of the model but that of pools.
         gate: "head" or "element": the outputs are multiplied by a sigmoid of one number per token and head, or channel (then
             it is timm's own gate), which starts at ½, and `proj.weight` is doubled. None: gates stay as they are.
 
     At the start "softmax" keeps the outputs, and a gate keeps them exactly: ½ · 2. All others change them: "entmax" approaches softmax
-    as its `alpha` is set near 1; sparsemax, entmax15, cog, rela and hedgehog have to be trained for.
+    as its `alpha` is set near 1; pyramid_sparse approximates softmax on long rows; sparsemax, entmax15, cog, rela and hedgehog have to be
+    trained for.
 
     Raises:
         InputError: no such layer or module, attention that the layer does not fit, by its name and with the reason. The model is
@@ -173,9 +176,9 @@ def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Mod
     if not getattr(made, "takes_bias", True):
         what = f"{type(made).__name__} does not fit {name}, {type(module).__name__}"
         if biased:
-            raise InputError(f"{what}, which adds relative positions to its logits: linear attention has no logits")
+            raise InputError(f"{what}, which adds relative positions to its logits, for which it has no place")
         if module.attn_drop.p:
-            raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}): linear attention has none")
+            raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}), as it cannot")
     _check_shape(made, name, module.num_heads, head_dim)
     return made.train(module.training)
 

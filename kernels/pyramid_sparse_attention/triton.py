@@ -232,7 +232,7 @@ class _Problem:
             scale=scale, heads=self.heads, queries=queries, tokens=tokens, query_blocks=self.query_blocks, key_blocks=self.key_blocks,
             **_strides("q", q), PRECISION=float32_precision(q.device), QUERY_BLOCK=query_block, KEY_BLOCK=key_block,
             WIDTH=width, BLOCK=block, VALUE_WIDTH=value_width, VALUE_BLOCK=value_block)
-        self.key = f"{8 * q.itemsize}-bit {max(block, value_block)}"
+        self.key = f"{8 * q.itemsize}-bit {max(block, value_block)} queries{64 if query_block <= 64 else 128}"
 
     def over_keys(self, kernel: Callable, tensors: tuple[str, ...], **more: int) -> Prepared:
         """Of a kernel whose programs hold queries."""
@@ -326,7 +326,8 @@ call = register_gradient(
 def compiled_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     """What is compiled as proof: a name, and a call that launches kernels. float16 is compiled as bfloat16 is."""
     for dtype, width, queries, keys in (
-        (torch.bfloat16, 64, 128, 128), (torch.bfloat16, 32, 128, 128), (torch.bfloat16, 128, 128, 128), (torch.bfloat16, 64, 64, 32),
+        (torch.bfloat16, 64, 128, 128), (torch.bfloat16, 32, 128, 128), (torch.bfloat16, 128, 128, 128),
+        (torch.bfloat16, 64, 64, 32), (torch.bfloat16, 32, 64, 32),
         (torch.float32, 64, 128, 128), (torch.float32, 32, 128, 128), (torch.float32, 128, 128, 128),
     ):
         q, k, v = torch.zeros(1, 160, 6, width, dtype=dtype, requires_grad=True).transpose(1, 2).chunk(3, 1)
