@@ -10,7 +10,7 @@ from torch import nn
 
 import zoo  # noqa: F401  registers the models
 from zoo.layers import HaloAttention
-from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
+from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 
 from .kernel_rivals import timm_halo
 
@@ -44,8 +44,8 @@ def layers(batch: int, rounds: int, threads: int = 2) -> Report:
         ours = HaloAttention(dim, **options)
         x = torch.randn(batch, dim, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
         for kind in PASSES:
-            comparisons.append(_compare(name, kind, ours, timm_halo(ours), x, rounds, time.perf_counter))
-    return Report(_facts(batch, {name: f"{dim}x{side}x{side}" for name, (dim, side, _) in LAYERS.items()}, "float32", rounds, "cpu", True),
+            comparisons.append(compare(name, kind, ours, timm_halo(ours), x, rounds, time.perf_counter))
+    return Report(facts(batch, {name: f"{dim}x{side}x{side}" for name, (dim, side, _) in LAYERS.items()}, "float32", rounds, "cpu", True),
                   comparisons)
 
 

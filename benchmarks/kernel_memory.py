@@ -21,8 +21,9 @@ from .kernel_model import _Flash, modelled
 FILE = Path(__file__).with_name("kernels_memory.md")
 SYMBOLS = {
     "s": "bytes of a number", "B": "images", "P": "positions of all images", "O": "output positions of all images", "C": "channels",
-    "D": "output channels", "h": "hidden channels", "m": "heads", "r": "regions", "n": "routed regions", "t": "positions of a region",
-    "b": "side of a block", "w": "side of a window", "K": "pools",
+    "D": "output channels", "h": "hidden channels", "g": "channels of a gating signal", "m": "heads", "r": "regions",
+    "n": "routed regions", "t": "positions of a region, or tokens of an image", "b": "side of a block", "w": "side of a window",
+    "K": "pools",
 }
 
 
@@ -131,6 +132,32 @@ def _torchvisions(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Te
     return deform_conv2d(x.float(), offset.float(), weight.float(), None, 1, 1, 1, mask.float()).to(x.dtype)
 
 
+def _heads(function: Callable[..., Tensor], tensors: int) -> Callable[[str, bool], tuple]:
+    """Of so many tensors (B, heads, N, d)."""
+    def build(device: str, small: bool) -> tuple:
+        batch, heads, tokens, dim = (2, 3, 20, 4) if small else (16, 6, 785, 64)
+        leaves = [_leaf(device, batch, heads, tokens, dim) for _ in range(tensors)]
+        return functools.partial(function, *leaves), dict(B=batch, P=batch * tokens, C=heads * dim, m=heads, t=tokens), None
+
+    return build
+
+
+def _entmax(device: str, small: bool) -> tuple:
+    batch, heads, tokens = (2, 3, 20) if small else (16, 6, 785)
+    scores = _leaf(device, batch, heads, tokens, tokens)
+    return functools.partial(kernels.entmax, scores), dict(P=batch * tokens, m=heads, t=tokens), None
+
+
+def _gate(build: Callable[[int, int], nn.Module]) -> Callable[[str, bool], tuple]:
+    def both(device: str, small: bool) -> tuple:
+        batch, side, dim, gate_dim = (2, 6, 8, 12) if small else (16, 112, 64, 128)
+        x, g = _leaf(device, batch, dim, side, side), _leaf(device, batch, gate_dim, side // 2, side // 2)
+        layer = build(dim, gate_dim).to(device, _dtype(device)).train()
+        return functools.partial(layer, x, g), dict(P=batch * side**2, C=dim, g=gate_dim), layer
+
+    return both
+
+
 def _das() -> nn.Module:
     layer = layers.DAS(64)
     layer.__class__ = das_torchvision.TorchvisionDAS
@@ -153,6 +180,11 @@ EVERYTHING = [
     Kept("depthwise_dynamic_conv2d", "authors", "s*(P*C + 9*B*C + B*C + C)", _dynamic(kernel_rivals.grouped)),
     Kept("token_aware_avg_pool", "ours", "s*(P*C + P*K)", _pooled(kernels.token_aware_avg_pool)),
     Kept("token_aware_avg_pool", "authors", "s*(P*C*K + P*K + 9*C)", _pooled(kernel_rivals.pool_by_pool)),
+    Kept("attention_similarity", "ours", "s*2*P*C + 4*2*P", _heads(kernels.attention_similarity, 2)),
+    Kept("attention_similarity", "all at once", "4*(2*P*C + P*m*t + 3*P*t + 5*P) + P*t + P",
+         _heads(functools.partial(kernels.attention_similarity, backend="reference"), 2)),
+    Kept("attention_cross_entropy", "ours", "s*4*P*C", _heads(kernels.attention_cross_entropy, 4)),
+    Kept("entmax", "ours", "s*P*m*t", _entmax),
     *_of_layers(
         "BiLevelRoutingAttention",
         ("s*6*P*C + 4*P*m + 8*B*r*n", lambda: layers.BiLevelRoutingAttention(64, 2, regions=7, topk=4)),
@@ -176,6 +208,13 @@ EVERYTHING = [
     *_of_layers(
         "DeformableTokenMerging", ("s*(P*C + 8*P/4 + 2*P/4*D) + 4*2*D", lambda: layers.DeformableTokenMerging(64)), None, True,
         C=64, D=128),
+    Kept("AttentionGate", "ours", "s*(3*P*C + P/4*(C + g) + 5*P/4) + 4*2*C", _gate(layers.AttentionGate)),
+    Kept("MultiAttentionGate", "ours", "s*(9*P*C + P/4*(2*C + g) + 5*P/2) + 4*6*C", _gate(layers.MultiAttentionGate)),
+    *_of_layers("TokenMixing", ("s*5*P*C + 4*P*m", lambda: layers.TokenMixing(64, 2)), None, False, C=64, m=2),
+    *_of_layers("ChannelProcessing", ("s*(6*P*C + P*m + 2*B*C + 6*P*h) + 4*(2*h + 2*P)", lambda: layers.ChannelProcessing(64, 2, 256)),
+                None, False, C=64, m=2, h=256),
+    *_of_layers("FullyAttentionalBlock", ("s*(15*P*C + P*m + 2*B*C + 6*P*h) + 4*(P*m + 6*P + 2*h)",
+                                          lambda: layers.FullyAttentionalBlock(64, 2)), None, False, C=64, m=2, h=256),
     *_of_layers("ContextBroadcast", ("0", lambda: layers.ContextBroadcast(64)), None, False, C=64),
 ]
 

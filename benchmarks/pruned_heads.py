@@ -8,7 +8,7 @@ import timm
 import torch
 
 import zoo
-from zoo.measuring.model_benchmark import PASSES, Report, _compare, _facts
+from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 
 NAME, GONE, SIZE = "vit_small_patch16_224", (1, 2, 3, 5), 224
 HEAD = """# Taking heads out of a ViT
@@ -29,9 +29,9 @@ def shares(batch: int, rounds: int) -> Report:
         zoo.prune_heads(pruned, {f"blocks.{i}.attn": range(gone) for i in range(len(pruned.blocks))})
         parameters = sum(p.numel() for p in pruned.parameters()) / 1e6
         for kind in PASSES:
-            comparisons.append(_compare(f"{gone} of {heads} heads gone, {parameters:.1f} M parameters", kind, pruned, whole, images,
+            comparisons.append(compare(f"{gone} of {heads} heads gone, {parameters:.1f} M parameters", kind, pruned, whole, images,
                                         rounds, time.perf_counter))
-    return Report(_facts(batch, {NAME: f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
+    return Report(facts(batch, {NAME: f"{SIZE}x{SIZE}"}, "float32", rounds, "cpu", True), comparisons)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from .._backends import choose, public_operator
 from .._checking import FLOATING
-from . import bisected, reference, sorted
+from . import newton, reference
 
 __all__ = ["entmax"]
 
@@ -20,8 +20,8 @@ def entmax(z: Tensor, alpha: float | Tensor = 1.5, backend: str | None = None) -
             are masked, all get 0.
         alpha: a number above 1 and at most 2, or a tensor of such numbers, floating, of a shape that broadcasts to (…, 1): it is
             learned where it requires gradients. Those of a tensor are not checked.
-        backend: "reference" (plain PyTorch), "sorted" (exactly, α a number, 1.5 or 2), "bisected" (any α), "pytorch" (of the two the
-            one that fits), see `zoo.kernels`.
+        backend: "reference" (plain PyTorch: by sorting where α is 1.5 or 2, else by bisection), "newton" (the same, in blocks of rows), see
+            `zoo.kernels`.
 
     Returns:
         p (…, N) in the dtype of z, of which alone the backward passes are made. Differentiable any number of times in z and alpha.
@@ -47,9 +47,4 @@ def entmax(z: Tensor, alpha: float | Tensor = 1.5, backend: str | None = None) -
         raise TypeError(f"entmax: alpha must be a number or a tensor, got {alpha!r}")
     elif not 1 < alpha <= 2:
         raise ValueError(f"entmax: alpha must be above 1 (where it is softmax) and at most 2, got {alpha}")
-    exactly = not isinstance(alpha, Tensor) and alpha in (1.5, 2.0)
-    chosen = choose("entmax", backend, z, lambda: "sorted" if exactly else "bisected", unsupported={
-        "sorted": lambda: None if exactly else "it takes alpha = 1.5 and 2, as numbers"})
-    if chosen == "sorted" and not isinstance(alpha, Tensor):
-        return sorted.entmax(z, float(alpha))
-    return {"reference": reference, "bisected": bisected}[chosen].entmax(z, alpha)
+    return {"reference": reference, "newton": newton}[choose("entmax", backend, z, lambda: "newton")].entmax(z, alpha)

@@ -7,12 +7,11 @@ from torch import Tensor
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     """The result, which the product with the values keeps anyway, and α."""
-    alpha = inputs[1]
-    ctx.alpha = None if isinstance(alpha, Tensor) else alpha
-    ctx.save_for_backward(output, *([alpha] if isinstance(alpha, Tensor) else []))
+    _, alpha, ctx.alpha = inputs
+    ctx.save_for_backward(output, *([] if alpha is None else [alpha]))
 
 
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     """s = p^{2-α} on the support, t = s / Σs:  dz = s ⊙ dp - t ⟨s, dp⟩,
 
         dα = ⟨dp, (p - t) / (α-1)² - (h - t Σh) / (α-1)⟩,  h = p ln p
@@ -29,9 +28,9 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     t = s / total
     grad_z = (s * dp - t * (s * dp).sum(-1, keepdim=True)).to(grad.dtype)
     if not given or not ctx.needs_input_grad[1]:
-        return grad_z, None
+        return grad_z, None, None
     excess = p * torch.expm1((1 - alpha) * logarithm)  # s - p
     h = p * logarithm
     from_p = (p * excess.sum(-1, keepdim=True) - excess) / total  # p - t
     of_alpha = from_p / (alpha - 1) ** 2 - (h - t * h.sum(-1, keepdim=True)) / (alpha - 1)
-    return grad_z, (dp * of_alpha).sum_to_size(given[0].shape).to(given[0].dtype)
+    return grad_z, (dp * of_alpha).sum_to_size(given[0].shape).to(given[0].dtype), None

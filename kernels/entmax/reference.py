@@ -8,13 +8,18 @@ STEPS = 3  # so that derivatives up to the seventh are those of the exact soluti
 
 def entmax(z: Tensor, alpha: float | Tensor) -> Tensor:
     """See `zoo.kernels.entmax`."""
-    x = z.to(torch.promote_types(z.dtype, torch.float32))
-    x = x - x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).min)  # not -∞ - -∞ where all keys are masked
+    x = with_largest_zero(z)
     if not isinstance(alpha, Tensor) and alpha in (1.5, 2.0):
         p = by_sorting(x, alpha)
     else:
         p = by_bisection(x, torch.as_tensor(alpha, dtype=x.dtype, device=x.device))
     return torch.where(z == -torch.inf, 0, p).to(z.dtype)
+
+
+def with_largest_zero(z: Tensor) -> Tensor:
+    """z in at least float32, less its largest of a row."""
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    return x - x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).min)  # not -∞ - -∞ where all are masked
 
 
 def by_sorting(x: Tensor, alpha: float) -> Tensor:

@@ -45,7 +45,7 @@ OPERATORS = {  # a function of tensors and of a backend, and the tensors' shapes
     "attention_similarity": (lambda q, k, backend: kernels.attention_similarity(q, k, 0.5, backend=backend), [(1, 2, 3, 2), (1, 2, 4, 2)]),
 }
 ONCE = {"torchvision"}  # whose operator has one derivative, and says so
-UNSUITED = {("routing_attention, weighted", "dense"), ("deform_conv2d, masked", "gathered"), ("entmax, learned alpha", "sorted")}
+UNSUITED = {("routing_attention, weighted", "dense"), ("deform_conv2d, masked", "gathered")}
 STEP = 1e-5
 
 

@@ -117,8 +117,8 @@ def benchmark(models: list[str], against: Callable[[str], nn.Module] | None = No
                     model.compile()
             for kind in passes:
                 progress(f"{info.name}, {kind}")
-                comparisons.append(_compare(info.name, kind, ours, rival, images, rounds, clock))
-        return Report(_facts(batch, sizes, dtype, rounds, device, against is not None, compiled), comparisons)
+                comparisons.append(compare(info.name, kind, ours, rival, images, rounds, clock))
+        return Report(facts(batch, sizes, dtype, rounds, device, against is not None, compiled), comparisons)
 
 
 def load_callable(spec: str) -> Callable[[str], nn.Module]:
@@ -165,8 +165,9 @@ def _forward_backward(model: nn.Module, images: Tensor) -> None:
     model(images).sum().backward()
 
 
-def _compare(name: str, kind: str, ours: nn.Module, rival: nn.Module | None, images: Tensor, rounds: int,
-             clock: Callable[[], float]) -> Comparison:
+def compare(name: str, kind: str, ours: nn.Module, rival: nn.Module | None, images: Tensor, rounds: int,
+            clock: Callable[[], float]) -> Comparison:
+    """Passes of one of `PASSES` through both, in turn."""
     keep_freed_memory()
     run = _forward if kind == FORWARD else _forward_backward
     sides = [ours] if rival is None else [ours, rival]
@@ -225,7 +226,8 @@ def _synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def _facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool = False) -> dict[str, str]:
+def facts(batch: int, sizes: dict[str, str], dtype: str, rounds: int, device: str, paired: bool, compiled: bool = False) -> dict[str, str]:
+    """The `facts` of a `Report`: date, machine, software, input."""
     processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     distinct = set(sizes.values())
     shown = distinct.pop() if len(distinct) == 1 else ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -243,7 +245,7 @@ def cpu_name() -> str:
     """The processor, with what ratios depend on: its family and model, as several kinds share a name, and the instructions torch takes."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    facts = {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in lines)}
-    kind = [f"{name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model") if name in facts]
-    name = facts.get("model name") or platform.processor() or platform.machine()
+    told = {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in lines)}
+    kind = [f"{name.removeprefix('cpu ')} {told[name]}" for name in ("cpu family", "model") if name in told]
+    name = told.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({', '.join([*kind, torch.backends.cpu.get_cpu_capability()])})"
