@@ -21,8 +21,8 @@ from .token_aware_avg_pool import TokenAwareAvgPool
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
-    "gilbert_order", "pyramid_levels",
+    "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing",
+    "capture", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

@@ -75,8 +75,8 @@ def pyramid_levels(
         q: (B, heads, N, d); k: (B, heads, M, d), in an order in which near tokens belong together, such as `gilbert_order`'s.
         block_size: queries and keys of a block.
         mode: "topk": `shares` are of the number of blocks of keys, rounded up; "thresholdbound": of the sum of what they count.
-        shares: where each of the levels 1, 2, 4 and 8 ends; default the authors' (0.05, 0.15, 0.25, 0.5) for "topk", (0.4, 0.5, 0.6, 0.8) for
-            "thresholdbound".
+        shares: where each of the levels 1, 2, 4 and 8 ends; default the authors' (0.05, 0.15, 0.25, 0.5) for "topk", (0.4, 0.5, 0.6, 0.8)
+            for "thresholdbound".
         scale: of the logits; default d^-0.5.
         prefix_tokens: the blocks that hold the first so many tokens, class tokens and registers, are read at level 1 by all, and read all
             at level 1.
@@ -154,10 +154,11 @@ def _sampled(x: Tensor, places: Tensor, size: int) -> Tensor:
 class PyramidSparseAttention(nn.Module):
     """Softmax attention of long rows, of which every block of queries reads what counts whole, less in averages, and the rest not at all.
 
-    (B, heads, N, d) three times → (B, heads, N, d). In the place of softmax by `zoo.replace_attention(vit, "pyramid_sparse", grid=(64, 64))`,
-    without training, for rows of 4,000 tokens and more; outputs are near those of softmax attention, how near depends on the network
-    and the shares. Rows that fit into one block of keys are read whole: that is softmax attention. `zoo.capture` gets the `levels`
-    (B, heads, query blocks, key blocks), in the order of the curve, and the `attention` (B, heads, N, N) that averages amount to.
+    (B, heads, N, d) three times → (B, heads, N, d). In the place of softmax by `zoo.replace_attention(vit, "pyramid_sparse",
+    grid=(64, 64))`, without training, for rows of 4,000 tokens and more; outputs are near those of softmax attention, how near depends
+    on the network and the shares. Rows that fit into one block of keys are read whole: that is softmax attention. `zoo.capture` gets the
+    `levels` (B, heads, query blocks, key blocks), in the order of the curve, and the `attention` (B, heads, N, N) that averages
+    amount to.
 
     Args:
         num_heads, head_dim: of queries, keys and values.
@@ -173,13 +174,14 @@ class PyramidSparseAttention(nn.Module):
     last token does not count, and places are drawn once.
 
     Raises:
-        ValueError: at construction, an unknown mode or shares that do not rise; in `forward`, a number of tokens that is not the grid's,
-            masks and biases of logits, and dropout.
+        ValueError: at construction, an unknown mode, shares that do not rise, a grid or prefix_tokens that are none; in
+            `forward`, a number of tokens that is not the grid's, masks and biases of logits, and dropout.
     """
 
     takes_bias = False
 
     order: Tensor
+    back: Tensor
     query_places: Tensor
     key_places: Tensor
 
@@ -189,6 +191,8 @@ class PyramidSparseAttention(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens must be at least 0, got {prefix_tokens}")
         self.grid, self.prefix_tokens, self.block_size, self.mode, self.seed = grid, prefix_tokens, tuple(block_size), mode, seed
         self.shares = _shares(mode, shares)
         for name, value in self._constants().items():
@@ -197,8 +201,9 @@ class PyramidSparseAttention(nn.Module):
     def _constants(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         places = [_places(size, generator) for size in self.block_size]
-        order = torch.arange(0) if self.grid is None else gilbert_order(*self.grid) + self.prefix_tokens
-        return dict(order=torch.cat((torch.arange(self.prefix_tokens), order)), query_places=places[0], key_places=places[1])
+        of_map = torch.arange(0) if self.grid is None else gilbert_order(*self.grid) + self.prefix_tokens
+        order = torch.cat((torch.arange(self.prefix_tokens), of_map))
+        return dict(order=order, back=order.argsort(), query_places=places[0], key_places=places[1])
 
     def reset_parameters(self) -> None:
         for name, value in self._constants().items():
@@ -215,7 +220,8 @@ class PyramidSparseAttention(nn.Module):
             raise ValueError(f"PyramidSparseAttention takes no masks and no biases of logits, got one of shape {tuple(bias.shape)}")
         if dropout:
             raise ValueError(f"PyramidSparseAttention has no attention weights of tokens that dropout ({dropout}) could leave out")
-        tokens, blocks, order = k.shape[2], (self.block_size, scale), None
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms put out another
+        tokens, blocks, back = k.shape[2], (self.block_size, scale), None
         if tokens <= self.block_size[1]:
             levels = torch.ones(*q.shape[:2], -(-tokens // self.block_size[0]), 1, dtype=torch.int32, device=q.device)
         else:
@@ -223,16 +229,16 @@ class PyramidSparseAttention(nn.Module):
                 if tokens != len(self.order):
                     raise ValueError(f"PyramidSparseAttention with grid {tuple(self.grid)} and prefix_tokens {self.prefix_tokens} takes "
                                      f"{len(self.order)} tokens, got {tokens}")
-                order = self.order
-                q, k, v = (x.index_select(2, order) for x in (q, k, v))
+                q, k, v = (x.index_select(2, self.order) for x in (q, k, v))
+                back = self.back
             levels = _levels(q, k, self.query_places, self.key_places, self.block_size, self.mode, self.shares, scale, self.prefix_tokens)
         out = pyramid_sparse_attention(q, k, v, levels, *blocks)
-        back = None if order is None else order.argsort()
         report(self, levels=levels, attention=lambda: _attention_of_tokens(q, k, levels, *blocks, back))
         return out if back is None else out.index_select(2, back)
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}, prefix_tokens={self.prefix_tokens}, block_size={self.block_size}, mode={self.mode!r}, shares={self.shares}"
+        return (f"grid={self.grid}, prefix_tokens={self.prefix_tokens}, block_size={self.block_size}, mode={self.mode!r}, "
+                f"shares={self.shares}")
 
 
 def _attention_of_tokens(

@@ -76,7 +76,8 @@ def _chosen(
     check_number("pyramid_sparse_attention", "scale", scale)
     (b, heads, queries, d), tokens = q.shape, k.shape[2]
     if (*k.shape[:2], k.shape[3]) != (b, heads, d):
-        raise ValueError(f"pyramid_sparse_attention: k must have q's batch, heads and channels, ({b}, {heads}, M, {d}), got {tuple(k.shape)}")
+        raise ValueError(f"pyramid_sparse_attention: k must have q's batch, heads and channels, ({b}, {heads}, M, {d}), got "
+                         f"{tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"pyramid_sparse_attention: v must be {(*k.shape[:3], 'e')}, got {tuple(v.shape)}")
     if not isinstance(levels, Tensor) or levels.dtype == torch.bool or levels.is_floating_point() or levels.is_complex():

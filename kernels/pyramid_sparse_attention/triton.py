@@ -79,16 +79,16 @@ def pyramid_sparse_attention_forward(
     VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """One program per tile of queries of a block and head, and batch; k and v are pyramids, and contiguous."""
-    TILES: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
+    tiles: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
-    padded, of_head, block = key_blocks * KEY_BLOCK, batch * heads + head, tile // TILES
+    padded, of_head, block = key_blocks * KEY_BLOCK, batch * heads + head, tile // tiles
     rows = padded + padded // 8 * 7
     q += batch * q_batch + head * q_head
     k += of_head * rows * WIDTH
     v += of_head * rows * VALUE_WIDTH
     order += (of_head * query_blocks + block) * key_blocks
     starts += (of_head * query_blocks + block) * 5
-    place = tile % TILES * QUERIES + tl.arange(0, QUERIES)
+    place = tile % tiles * QUERIES + tl.arange(0, QUERIES)
     position = block * QUERY_BLOCK + place
     on = (place < QUERY_BLOCK) & (position < queries)
     own = load_rows(q, position, on, q_token, q_channel, WIDTH, BLOCK)
@@ -124,9 +124,9 @@ def pyramid_sparse_attention_backward_queries(
     VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """As the forward kernel. Also keeps every query's share, the sum of its gradient times its output."""
-    TILES: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
+    tiles: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
-    padded, of_head, block = key_blocks * KEY_BLOCK, batch * heads + head, tile // TILES
+    padded, of_head, block = key_blocks * KEY_BLOCK, batch * heads + head, tile // tiles
     rows = padded + padded // 8 * 7
     q += batch * q_batch + head * q_head
     grad += batch * grad_batch + head * grad_head
@@ -134,7 +134,7 @@ def pyramid_sparse_attention_backward_queries(
     v += of_head * rows * VALUE_WIDTH
     order += (of_head * query_blocks + block) * key_blocks
     starts += (of_head * query_blocks + block) * 5
-    place = tile % TILES * QUERIES + tl.arange(0, QUERIES)
+    place = tile % tiles * QUERIES + tl.arange(0, QUERIES)
     position = block * QUERY_BLOCK + place
     on = (place < QUERY_BLOCK) & (position < queries)
     own = load_rows(q, position, on, q_token, q_channel, WIDTH, BLOCK)
@@ -165,15 +165,15 @@ def pyramid_sparse_attention_backward_keys(
     VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """One program per tile of rows of a level of a block and head, and batch; scores and attention are (rows, queries) here."""
-    FIRST: tl.constexpr = (KEY_BLOCK + KEYS - 1) // KEYS  # tiles of a block in each level
-    SECOND: tl.constexpr = (KEY_BLOCK // 2 + KEYS - 1) // KEYS
-    THIRD: tl.constexpr = (KEY_BLOCK // 4 + KEYS - 1) // KEYS
-    FOURTH: tl.constexpr = (KEY_BLOCK // 8 + KEYS - 1) // KEYS
-    TILES: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
+    ones: tl.constexpr = (KEY_BLOCK + KEYS - 1) // KEYS  # tiles of a block in each level
+    twos: tl.constexpr = (KEY_BLOCK // 2 + KEYS - 1) // KEYS
+    fours: tl.constexpr = (KEY_BLOCK // 4 + KEYS - 1) // KEYS
+    eights: tl.constexpr = (KEY_BLOCK // 8 + KEYS - 1) // KEYS
+    tiles: tl.constexpr = (QUERY_BLOCK + QUERIES - 1) // QUERIES
     tile, head, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
-    block, tile = tile // (FIRST + SECOND + THIRD + FOURTH), tile % (FIRST + SECOND + THIRD + FOURTH)
-    level = (tile >= FIRST).to(tl.int32) + (tile >= FIRST + SECOND).to(tl.int32) + (tile >= FIRST + SECOND + THIRD).to(tl.int32)
-    tile -= tl.where(level == 0, 0, tl.where(level == 1, FIRST, tl.where(level == 2, FIRST + SECOND, FIRST + SECOND + THIRD)))
+    block, tile = tile // (ones + twos + fours + eights), tile % (ones + twos + fours + eights)
+    level = (tile >= ones).to(tl.int32) + (tile >= ones + twos).to(tl.int32) + (tile >= ones + twos + fours).to(tl.int32)
+    tile -= tl.where(level == 0, 0, tl.where(level == 1, ones, tl.where(level == 2, ones + twos, ones + twos + fours)))
     padded, of_head = key_blocks * KEY_BLOCK, batch * heads + head
     rows = padded + padded // 8 * 7
     q += batch * q_batch + head * q_head
@@ -194,9 +194,9 @@ def pyramid_sparse_attention_backward_keys(
     value_sums = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
     start = tl.load(starts + level).to(tl.int32)
     end = tl.load(starts + level + 1).to(tl.int32)
-    for turn in range((end - start) * TILES):
-        of_queries = tl.load(order + start + turn // TILES).to(tl.int32)
-        j = turn % TILES * QUERIES + tl.arange(0, QUERIES)
+    for turn in range((end - start) * tiles):
+        of_queries = tl.load(order + start + turn // tiles).to(tl.int32)
+        j = turn % tiles * QUERIES + tl.arange(0, QUERIES)
         position = of_queries * QUERY_BLOCK + j
         exists = (j < QUERY_BLOCK) & (position < queries)
         own = load_rows(q, position, exists, q_token, q_channel, WIDTH, BLOCK)
