@@ -88,8 +88,8 @@ def pyramid_levels(
     Raises:
         ValueError: an unknown mode, shares that do not rise from 0 to 1.
     """
-    places = (_places(size, generator).to(q.device) for size in block_size)
-    return _levels(q, k, *places, block_size, mode, _shares(mode, shares), scale, prefix_tokens)
+    of_queries, of_keys = (_places(size, generator).to(q.device) for size in block_size)
+    return _levels(q, k, of_queries, of_keys, block_size, mode, _shares(mode, shares), scale, prefix_tokens)
 
 
 def _shares(mode: str, shares: Sequence[float] | None) -> tuple[float, ...]:
@@ -193,7 +193,7 @@ class PyramidSparseAttention(nn.Module):
         super().__init__()
         if prefix_tokens < 0:
             raise ValueError(f"prefix_tokens must be at least 0, got {prefix_tokens}")
-        self.grid, self.prefix_tokens, self.block_size, self.mode, self.seed = grid, prefix_tokens, tuple(block_size), mode, seed
+        self.grid, self.prefix_tokens, self.block_size, self.mode, self.seed = grid, prefix_tokens, block_size, mode, seed
         self.shares = _shares(mode, shares)
         for name, value in self._constants().items():
             self.register_buffer(name, value.to(device), persistent=False)
@@ -246,10 +246,11 @@ def _attention_of_tokens(
 ) -> Tensor:
     """What values are multiplied with, (B, heads, N, N): of averages every token has the same part."""
     blocks, (of_queries, of_keys) = levels.shape[3], block_size
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = reference.attention(q, pyramid(k, blocks, of_keys), levels, k.shape[2], of_queries, of_keys, scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = reference.attention(q, pyramid(k, blocks, of_keys), levels, k.shape[2], of_queries, of_keys, factor)
     weights = weights / counts(k.shape[2], blocks, of_keys, k.device).clamp(min=1)
     parts = weights.split([blocks * (of_keys // level) for level in LEVELS], -1)
-    attention = sum(part.repeat_interleave(level, -1) for level, part in zip(LEVELS, parts, strict=True))[..., : k.shape[2]]
+    of_levels = [part.repeat_interleave(level, -1)[..., : k.shape[2]] for level, part in zip(LEVELS, parts, strict=True)]
+    attention = torch.stack(of_levels).sum(0)
     return attention if back is None else attention.index_select(2, back).index_select(3, back)
 

@@ -214,10 +214,12 @@ def pyramid_sparse_attention_backward_keys(
 
 def _by_level(levels: Tensor) -> tuple[Tensor, Tensor]:
     """The last axis sorted by level, as places in it, and where each level begins, (…, 5); at the end lies what is left out."""
-    rank = len(LEVELS) - sum((levels == level).long() * (len(LEVELS) - i) for i, level in enumerate(LEVELS))
+    rank = torch.full_like(levels, len(LEVELS), memory_format=torch.contiguous_format)
+    for i, level in enumerate(LEVELS):
+        rank = rank.masked_fill(levels == level, i)
     ranked, order = rank.sort(stable=True)
-    bounds = torch.arange(len(LEVELS) + 1, device=levels.device).expand(*levels.shape[:-1], -1).contiguous()
-    return order.contiguous(), torch.searchsorted(ranked.contiguous(), bounds)
+    bounds = torch.arange(len(LEVELS) + 1, device=levels.device, dtype=levels.dtype).expand(*levels.shape[:-1], -1).contiguous()
+    return order, torch.searchsorted(ranked, bounds)
 
 
 class _Problem:
