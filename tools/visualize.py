@@ -2,6 +2,7 @@
 
 Of classifiers: a picture of the mechanism for every stage, and attributions. Of U-Nets: what their attention gates let through, over
 a picture or a slice of a volume. PNG files and one HTML page in a folder; of one input of a U-Net, one sheet if a picture is named.
+With --attention instead: one page on which every head of every layer is asked from any place, and a table of numbers, attention.csv.
 """
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__file__, __doc__, "work_dirs/digits/epoch_20.pth seven.png -o seen",
                     "biformer_tiny cat.jpg -o seen --query 0.3 0.7 --attributions gradcam",
+                    "vit_small_patch16_224 cat.jpg -o seen --attention",
                     "work_dirs/ct/epoch_200.pth abdomen.nii.gz --slice 60 -o gates.png")
     parser.add_argument("model", help="a checkpoint that `zoo train` wrote, or a registered model's name (random weights)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
@@ -37,6 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="where attention is shown from, as fractions of height and width (default: the middle)")
     parser.add_argument("--attributions", nargs="*", metavar="METHOD",
                         help=f"any of {', '.join(ATTRIBUTIONS)} (default: all)")
+    parser.add_argument("--attention", action="store_true", default=None,
+                        help="all heads of all layers in which tokens attend to one another: of any ViT of timm, FAN, DeiT-CB")
     parser.add_argument("--target", type=int, help="class number that the attributions explain (default: the most probable)")
     parser.add_argument("--slice", type=int, metavar="N", help="axial slice of a volume (default: the middle one)")
     return parser.parse_args(arguments)
@@ -70,6 +74,21 @@ def see_classes(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo")
     return see
 
 
+def write_attention(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo", remark: str) -> int:
+    """The page of all heads, and their numbers; all options are checked before."""
+    from zoo.predicting.answers import output_suffix
+    from zoo.reading.pictures import find_pictures
+    from zoo.seeing.attention_page import write
+    from zoo.seeing.classifiers import attention
+
+    refuse(args, "does not go with --attention", "query", "attributions", "target", "slice")
+    output_suffix(args.output, ())
+    paths = find_pictures(args.inputs)
+    page, table = write(args.output, f"What {info.name} attends to", paths, lambda path: attention(model, info, path), remark)
+    print(f"wrote {page} and {table}")
+    return 0
+
+
 def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
     """Raises InputError if any of these options was given."""
     for option in options:
@@ -96,7 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
                   "inputs. Give a checkpoint that `zoo train` wrote to see a trained one.")
         print(f"note: {remark}", file=sys.stderr, flush=True)
     if info.task == "segmentation":
-        refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target")
+        refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target", "attention")
+    if args.attention:
+        return write_attention(args, model, info, remark)
+    if info.task == "segmentation":
         paths, title = find_inputs(args.inputs, info), f"What the gates of {info.name} let through"
         if output_suffix(args.output, PICTURE_SUFFIXES):
             if len(paths) != 1:

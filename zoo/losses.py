@@ -56,7 +56,7 @@ class AttentionDiversificationLoss(nn.Module):
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
         """What model(images) returns, and the similarity, a scalar in [0, 1]; images (B, …)."""
         similarities: list[Tensor] = []
-        with _fused(model), _Similarities(images.shape[0], self.threshold, similarities) as seen:
+        with fused(model), _Similarities(images.shape[0], self.threshold, similarities) as seen:
             out = model(images)
         if not similarities and seen.biased:
             raise InputError(f"{type(model).__name__} adds a bias or a mask to the attention of all tokens, as BEiT its relative "
@@ -97,8 +97,8 @@ def _kept() -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _fused(model: nn.Module) -> Iterator[None]:
-    """Lets timm's attention run as scaled_dot_product_attention, which computes the same."""
+def fused(model: nn.Module) -> Iterator[None]:
+    """Inside, lets timm's attention run as scaled_dot_product_attention, which computes the same."""
     spelled_out = [m for m in model.modules() if isinstance(m, SPELLED_OUT) and not m.fused_attn]
     if spelled_out and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
         raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "

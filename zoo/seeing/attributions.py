@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses, require
-from zoo.seeing import ATTRIBUTIONS
+from zoo.seeing import ATTRIBUTIONS, normgrad
 
 STEPS = 32  # of integrated gradients
+LAYERS = 4  # of NormGrad
 SMALLEST = 1e-6  # added to what FullGrad divides by
 # Norms over the last axis; other kinds of LayerNorm are given maps (B, C, H, W) and normalize their channels.
 LAST_AXIS_NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32, timm.layers.LayerNormAct,
@@ -33,7 +34,9 @@ def heat(model: nn.Module, image: Tensor, target: int, method: str) -> Tensor:
         method: "gradcam" (arXiv 1610.02391), at what the model's head is given, the last map; in networks of tokens one block
             before, since a head that reads the class token alone is not moved by the last block's other tokens.
             "integrated_gradients" (arXiv 1703.01365), from grey, `STEPS` steps. "fullgrad" (arXiv 1905.00780, as in the
-            authors' code, idiap/fullgrad-saliency, saliency/fullgrad.py), with the biases that `BiasGradients` finds.
+            authors' code, idiap/fullgrad-saliency, saliency/fullgrad.py), with the biases that `BiasGradients` finds. "normgrad"
+            (arXiv 2004.02866, see `zoo.seeing.normgrad`), the product over up to `LAYERS` of the stages or blocks, from 0 to 1;
+            "normgrad_meta", the same after a step of gradient descent towards the class.
 
     Raises:
         InputError: an unknown method, or a model that the method does not suit.
@@ -85,7 +88,7 @@ class BiasGradients:
     def __call__(self, image: Tensor) -> Tensor:
         self.release()
         size = (image.shape[2], image.shape[3])
-        tokens = _tokens(self.model, _features(self.model, image), size)
+        tokens = grid_of_tokens(self.model, _features(self.model, image), size)
         hooks = []
         for name, layer in self.model.named_modules():
             if (bias := _bias(layer)) is None:
@@ -131,10 +134,9 @@ def _gradcam(model: nn.Module, image: Tensor, target: int) -> Tensor:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     split, features = _Split(model), _features(model, image)
-    tokens = _tokens(model, features, (image.shape[2], image.shape[3]))
-    if not tokens and not (isinstance(features, Tensor) and features.ndim == 4):
-        came = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-        raise InputError(f"gradcam needs features that lie on the picture; those of {type(model).__name__} are {came}")
+    tokens = grid_of_tokens(model, features, (image.shape[2], image.shape[3]))
+    if not tokens:
+        _check_map("gradcam", model, features)
     layer = _block_before_last(model, image) if tokens else split.features
 
     def as_map(x: Tensor) -> Tensor:
@@ -174,8 +176,41 @@ def _scaled(part: Tensor) -> Tensor:
     return size / (size.max() + SMALLEST)
 
 
+def _normgrad(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    size, split = (image.shape[2], image.shape[3]), _Split(model)
+    layers = _layers_with_maps(model, image)
+    if not layers:
+        _check_map("normgrad", model, _features(model, image))
+        layers = [split.features]
+    activations, gradients = normgrad.at_layers(split, image, target, layers, lambda x: cast(Tensor, _placed(model, x, size)))
+    return normgrad.normgrad(activations, gradients, size)[0]
+
+
+def _normgrad_meta(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    with normgrad.moved(model, image, target):
+        return _normgrad(model, image, target)
+
+
 METHODS: dict[str, Callable[[nn.Module, Tensor, int], Tensor]] = dict(
-    zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad), strict=True))
+    zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad, _normgrad, _normgrad_meta), strict=True))
+
+
+def class_sensitivity(model: nn.Module, image: Tensor, method: str) -> float:
+    """Correlation (Pearson's, over positions) of the heat of the most and of the least probable class.
+
+    Near 1 the heat is a property of the picture and says little about the class (arXiv 2004.02866, section 5). NaN where one of them
+    is the same everywhere, or there is one class only.
+    """
+    with undisturbed(model), torch.no_grad():
+        logits = model(image)[0]
+    found = [heat(model, image, int(of), method).flatten() for of in (logits.argmax(), logits.argmin())]
+    return float(torch.corrcoef(torch.stack(found).double())[0, 1]) if len(logits) > 1 else float("nan")
+
+def _check_map(method: str, model: nn.Module, features: object) -> None:
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        came = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise InputError(f"{method} needs features that lie on the picture; those of {type(model).__name__} are {came}")
+
 
 Tokens = tuple[int, int, int]  # how many come before the patches, rows, columns
 
@@ -185,7 +220,7 @@ def _features(model: nn.Module, image: Tensor) -> object:
         return cast(Any, model).forward_features(image)
 
 
-def _tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
+def grid_of_tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens | None:
     """How features that are tokens, (1, N, C), lie on an image of this size; None if they do not, or are something else."""
     if not isinstance(features, Tensor) or features.ndim != 3:
         return None
@@ -195,6 +230,42 @@ def _tokens(model: nn.Module, features: object, size: tuple[int, int]) -> Tokens
             if count % rows == 0 and _fits(rows, count // rows, size):
                 return first, rows, count // rows
     return None
+
+
+def _layers_with_maps(model: nn.Module, image: Tensor) -> list[nn.Module]:
+    """Up to `LAYERS` of the modules that the model names as the sources of its features, evenly spread, which put out maps or tokens.
+
+    Not the last of tokens, see `heat`; none where it names others than it has.
+    """
+    size, found, modules = (image.shape[2], image.shape[3]), [], dict(model.named_modules())
+
+    def note(module: nn.Module, _: tuple, output: object) -> None:
+        if module not in found and isinstance(output, Tensor) and _placed(model, output, size) is not None:
+            found.append(module)
+
+    named = [info["module"] for info in getattr(model, "feature_info", [])]
+    hooks = [modules[name].register_forward_hook(note) for name in named if name in modules]
+    try:
+        features = _features(model, image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if grid_of_tokens(model, features, size):
+        found = found[:-1]
+    count = min(LAYERS, len(found))
+    return [found[(i + 1) * len(found) // count - 1] for i in range(count)]
+
+
+def _placed(model: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """What a stage or a block puts out, as (1, C, H, W); None if it does not lie on an image of this size."""
+    if x.ndim == 3:
+        tokens = grid_of_tokens(model, x, size)
+        return _place(x, tokens) if tokens else None
+    if x.ndim != 4:
+        return None
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    x = x.permute(0, 3, 1, 2) if channels_last else x
+    return x if _fits(x.shape[2], x.shape[3], size) else None
 
 
 def _block_before_last(model: nn.Module, image: Tensor) -> nn.Module:

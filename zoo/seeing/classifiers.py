@@ -1,6 +1,8 @@
 """What a classifier attends to: a picture of its mechanism for every stage, and attributions of its answer."""
 import contextlib
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 import zoo.layers
 from zoo.checkpoints import ModelInfo
 from zoo.errors import InputError
-from zoo.seeing.attributions import heat, undisturbed
+from zoo.reading.pictures import open_picture
+from zoo.seeing.attention import Layer, collect
+from zoo.seeing.attributions import class_sensitivity, heat, undisturbed
 from zoo.seeing.figures import new_figure, overlay, render
 from zoo.seeing.mechanism_pictures import COLOURS, PICTURES, Captured, Point
 from zoo.seeing.page import Seen
@@ -69,7 +73,17 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     left.imshow(shown)
     overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
     caption = f"The picture, and how much each place speaks for {_answer(info, logits.softmax(0), target)}."
+    alike = class_sensitivity(model, image, method)
+    if math.isfinite(alike):
+        caption += (f" The heat of the most and of the least probable class correlate by {alike:.2f}: near 1 it shows what is in the "
+                    "picture rather than what speaks for a class.")
     return Seen(method, method.replace("_", " "), caption, render(figure), ("heat",))
+
+
+def attention(model: nn.Module, info: ModelInfo, path: Path) -> tuple[Image.Image, list[Layer]]:
+    """What the model sees of a picture, and the attention of its layers, see `zoo.seeing.attention.collect`."""
+    image, shown = _prepare(info, open_picture(path, info.input_size[0]))
+    return Image.fromarray((255 * shown).round().astype(np.uint8)), collect(model, image)
 
 
 def _answer(info: ModelInfo, probabilities: Tensor, target: int) -> str:
