@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels import pyramid_sparse_attention
+from zoo.kernels._checking import check_number, check_tensors, check_whole
 from zoo.kernels._exporting import is_exporting
 from zoo.kernels.pyramid_sparse_attention import reference
-from zoo.kernels.pyramid_sparse_attention._pyramid import LEVELS, counts, pyramid
+from zoo.kernels.pyramid_sparse_attention._pyramid import LEVELS, check_block_size, counts, pyramid
 
 from ._capture import report
 from ._tracing import notrace_module
@@ -86,8 +87,14 @@ def pyramid_levels(
         (B, heads, ⌈N / queries⌉, ⌈M / keys⌉) int32, without gradients. Memory is that of a part of the sampled scores at a time.
 
     Raises:
-        ValueError: an unknown mode, shares that do not rise from 0 to 1.
+        ValueError, TypeError: arguments that do not fit together, an unknown mode, shares that do not rise from 0 to 1.
     """
+    check_tensors("pyramid_levels", q=(q, "B, heads, N, d"), k=(k, "B, heads, M, d"))
+    if (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
+        raise ValueError(f"pyramid_levels: k must have q's batch, heads and channels, got {tuple(k.shape)} for q {tuple(q.shape)}")
+    check_block_size("pyramid_levels", block_size)
+    check_whole("pyramid_levels", "prefix_tokens", 0, prefix_tokens)
+    check_number("pyramid_levels", "scale", scale)
     of_queries, of_keys = (_places(size, generator).to(q.device) for size in block_size)
     return _levels(q, k, of_queries, of_keys, block_size, mode, _shares(mode, shares), scale, prefix_tokens)
 
@@ -191,8 +198,8 @@ class PyramidSparseAttention(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if prefix_tokens < 0:
-            raise ValueError(f"prefix_tokens must be at least 0, got {prefix_tokens}")
+        check_block_size("PyramidSparseAttention", block_size)
+        check_whole("PyramidSparseAttention", "prefix_tokens", 0, prefix_tokens)
         self.grid, self.prefix_tokens, self.block_size, self.mode, self.seed = grid, prefix_tokens, block_size, mode, seed
         self.shares = _shares(mode, shares)
         for name, value in self._constants().items():

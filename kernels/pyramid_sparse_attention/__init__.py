@@ -2,10 +2,10 @@ import torch
 from torch import Tensor
 
 from .._backends import choose, observed, public_operator, remembered
-from .._checking import check_number, check_tensors, check_whole
+from .._checking import check_number, check_tensors
 from .._layout import span, too_large
 from . import blocked, reference
-from ._pyramid import LEVELS, check_levels, pyramid
+from ._pyramid import check_block_size, check_levels, pyramid
 
 __all__ = ["pyramid_sparse_attention"]
 
@@ -68,11 +68,7 @@ def _chosen(
     q: Tensor, k: Tensor, v: Tensor, levels: Tensor, block_size: tuple[int, int], scale: float | None, backend: str | None
 ) -> str:
     check_tensors("pyramid_sparse_attention", q=(q, "B, heads, N, d"), k=(k, "B, heads, M, d"), v=(v, "B, heads, M, e"))
-    if not isinstance(block_size, (tuple, list)) or len(block_size) != 2:
-        raise ValueError(f"pyramid_sparse_attention: block_size must be a pair, of queries and keys, got {block_size!r}")
-    check_whole("pyramid_sparse_attention", "block_size", 1, *block_size)
-    if block_size[1] % LEVELS[-1]:
-        raise ValueError(f"pyramid_sparse_attention: block_size must have a multiple of 8 as its second number, got {tuple(block_size)}")
+    check_block_size("pyramid_sparse_attention", block_size)
     check_number("pyramid_sparse_attention", "scale", scale)
     (b, heads, queries, d), tokens = q.shape, k.shape[2]
     if (*k.shape[:2], k.shape[3]) != (b, heads, d):

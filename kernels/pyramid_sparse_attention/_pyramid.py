@@ -3,9 +3,13 @@
 Level ℓ of a block of keys has block / ℓ rows. The last group may lie partly beyond the tokens, or wholly: it is the mean of the tokens
 that there are, or 0.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .._checking import check_whole
 
 LEVELS = (1, 2, 4, 8)
 
@@ -34,6 +38,15 @@ def kept(levels: Tensor, block: int) -> Tensor:
     """Which rows of the pyramid levels (…, key blocks) choose: (…, rows). Some of them may be 0."""
     chosen = [(levels == level)[..., None].expand(*levels.shape, block // level).flatten(-2) for level in LEVELS]
     return torch.cat(chosen, -1)
+
+
+def check_block_size(function: str, block_size: Any) -> None:
+    """That this is a pair of whole numbers, of queries and keys."""
+    if not isinstance(block_size, (tuple, list)) or len(block_size) != 2:
+        raise ValueError(f"{function}: block_size must be a pair, of queries and keys, got {block_size!r}")
+    check_whole(function, "block_size", 1, *block_size)
+    if block_size[1] % LEVELS[-1]:
+        raise ValueError(f"{function}: block_size must have a multiple of 8 as its second number, got {tuple(block_size)}")
 
 
 def check_levels(levels: Tensor) -> None:

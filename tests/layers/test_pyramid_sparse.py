@@ -120,8 +120,18 @@ def test_what_is_no_mode_or_share_is_named(arguments, message):
         pyramid_levels(q, k, **arguments)
     with pytest.raises(ValueError, match=message):
         PyramidSparseAttention(2, 8, **arguments)
-    with pytest.raises(ValueError, match="prefix_tokens must be at least 0, got -1"):
-        PyramidSparseAttention(2, 8, prefix_tokens=-1)
+
+
+def test_other_wrong_arguments_are_named():
+    q, k, _ = tokens(40)
+    for wrong, error in ((dict(k=k[:, :1]), "k must have q's batch, heads and channels"), (dict(block_size=8), "block_size must be a pair"),
+                         (dict(prefix_tokens=-1), "prefix_tokens must be at least 0"), (dict(scale=math.nan), "scale must be finite"),
+                         (dict(q=q[0]), r"q must be \(B, heads, N, d\)")):
+        with pytest.raises(ValueError, match=f"^pyramid_levels: {error}.*, got"):
+            pyramid_levels(**dict(q=q, k=k) | wrong)
+    for wrong, error in ((dict(prefix_tokens=-1), "prefix_tokens must be at least 0"), (dict(block_size=(8, 9)), "block_size must have")):
+        with pytest.raises(ValueError, match=f"^PyramidSparseAttention: {error}.*, got"):
+            PyramidSparseAttention(2, 8, **wrong)
     with pytest.raises(ValueError, match="height and width must be at least 1, got 0 and 3"):
         gilbert_order(0, 3)
 
