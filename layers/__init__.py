@@ -7,6 +7,7 @@ from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .efficient_probing import EfficientProbing
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
@@ -16,13 +17,14 @@ from .polarized import PolarizedSelfAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
+from .simpool import SimPool
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
     "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate", "NormalizedAttention",
-    "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "TokenAwareAvgPool", "TokenMixing",
-    "capture", "gilbert_order", "pyramid_levels",
+    "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
+    "NormalizedAttention", "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool",
+    "TokenAwareAvgPool", "TokenMixing", "capture", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:

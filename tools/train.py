@@ -82,14 +82,7 @@ def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     data = divided(discover(args.data), args.folds, args.fold or 0, args.seed or 0)
     name = f"{args.config}_{data.root.absolute().stem}" + ("" if args.folds is None else f"_fold{args.fold or 0}")
     work_dir = Path(args.work_dir or Path("work_dirs") / name)
-    counts = {split: data.counts(split) for split in data.splits}
-    width = max(map(len, data.classes))
-    print(f"{data.root}: {data.form}, {', '.join(f'{len(samples)} for {split}' for split, samples in data.splits.items())}")
-    print(f"  {'class':<{width}}", *(f"{split:>8}" for split in counts))
-    for place, label in enumerate(data.classes):
-        print(f"  {label:<{width}}", *(f"{counted[place]:>8}" for counted in counts.values()))
-    for line in data.notes:
-        print(f"  {line}")
+    print(*data.described(), sep="\n")
     config, told = write_config(args.config, data, work_dir, wishes)
     print(*(f"  {line}" for line in told), sep="\n")
     print(f"  samples: {work_dir / 'samples.png'}; config: {config}", flush=True)

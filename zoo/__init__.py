@@ -24,6 +24,7 @@ if not _command.import_is_put_off:
         sknet,
         unet,
     )
+    from .probe import probe
     from .reparametrization import fold, reparametrize
     from .replace_attention import replace_attention
     from .weights import load_weights, weights_in
@@ -31,5 +32,5 @@ if not _command.import_is_put_off:
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "attach", "attnet", "biformer",
     "capture", "das", "deit", "fan", "fold", "halonet", "head_importance", "list_models", "litv2", "load_weights", "mechanism_of",
-    "polarized", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
+    "polarized", "probe", "prune_heads", "reparametrize", "replace_attention", "sknet", "unet", "weights_in",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import zoo.models  # noqa: F401  registers what checkpoints name
 from zoo.errors import InputError, near_misses
+from zoo.probe import probe
 from zoo.weights import CHECKPOINT_SUFFIXES, read
 
 TASKS = ("classification", "segmentation")
@@ -109,13 +110,17 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
         raise InputError(f"{path} holds a model {name!r} that is not registered here{near_misses(name, timm.list_models())}")
     classes = tuple(record.get("classes") or ())
     recorded_args = without(record.get("model_args") or {}, SOURCES)
-    if classes:
+    probed = record.get("probe")
+    if classes and probed is None:
         known = recorded_args.setdefault("num_classes", len(classes))
         if isinstance(known, int) and known != len(classes):
             raise InputError(f"{path} records {len(classes)} classes and a network of {known}, so that nothing says which is which")
     model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
         model = timm.create_model(name, **model_args)
+        config = _data_config(model, record, model_args)
+        if probed is not None:
+            model = probe(model, len(classes), **probed)
     except Exception as error:  # every model stumbles in its own way over an argument out of place
         raise InputError(f"{path} records arguments that {name} does not take: {one_line(error)}") from error
     sizes, dims = record.get("input_size"), getattr(model, "spatial_dims", 2)
@@ -125,7 +130,7 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
         raise InputError(f"the weights in {path} do not fit {name}: {differing}")
     check_numbers(path, weights)
     model.load_state_dict(weights)
-    return model.eval(), ModelInfo(name, classes, _data_config(model, record, model_args), record["task"])
+    return model.eval(), ModelInfo(name, classes, config, record["task"])
 
 
 def without(value: Any, keys: Container[str]) -> Any:
@@ -156,6 +161,7 @@ def are_names(value: object) -> bool:
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str), "a model's name"),
     "model_args": (lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value), "a dict of arguments by name"),
+    "probe": (lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value), "a dict of zoo.probe's arguments"),
     "classes": (are_names, "a list of names"),
     "input_size": (lambda value: _are_numbers(value) and all(isinstance(item, int) for item in value) and len(value) in (3, 4)
                    and min(value) > 0, "a list of 3 or 4 whole numbers above 0"),

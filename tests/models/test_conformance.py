@@ -29,16 +29,19 @@ from zoo.layers import (
     BiLevelRoutingAttention,
     ChannelProcessing,
     DeformableTokenMerging,
+    EfficientProbing,
     HedgehogAttention,
     HiLoAttention,
     PolarizedSelfAttention,
     SelfAttention,
+    SimPool,
     TokenAwareAvgPool,
     TokenMixing,
 )
 from zoo.layers._capture import report
 from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
 from zoo.models.staged import named
+from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
@@ -304,13 +307,22 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
     return zoo.reparametrize(build(**config), keep_norms=False)
 
 
+def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
+    if "simpool" in reference:
+        return SimPool(config["dim"])
+    if "num_classes" in config:
+        return head_for(config["dim"], config["num_classes"], queries=config["num_queries"], d_out=config["d_out"])
+    return EfficientProbing(config["dim"], config["num_queries"], config["d_out"])
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, cog=_cog, entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2,
-    polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan, gated_attention=_gated_attention,
+    hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela,
+    sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, cog=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog,
-    pyramid_sparse=_as_it_is, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
+    adl=_as_it_is, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
+    hedgehog=_convert_hedgehog, pyramid_sparse=_as_it_is, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
     atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
     attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,

@@ -12,8 +12,10 @@ import torch
 import zoo
 from zoo.errors import InputError
 from zoo.measuring.model_table import macs
+from zoo.probe import head_for
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
+HEADS = sorted(name for name in MANIFESTS if name.startswith("ep32_"))  # of probes, no networks
 NAMES = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # ours, where it is another
 
 
@@ -23,7 +25,7 @@ def _uncounted(manifest: dict) -> int:
     return sum(math.prod(shape) * (manifest["input"][-1] // 2 ** (3 + int(match[1]))) ** 2 for match, shape in found if match)
 
 
-@pytest.mark.parametrize("released", sorted(MANIFESTS))
+@pytest.mark.parametrize("released", sorted(MANIFESTS.keys() - HEADS))
 def test_released_checkpoint_loads(released, tmp_path):
     name = NAMES.get(released, released)
     if name not in zoo.list_models():
@@ -47,3 +49,22 @@ def test_released_checkpoint_loads(released, tmp_path):
     torch.save({"model": state}, tmp_path / "incomplete.pth")
     with pytest.raises(InputError, match=rf"incomplete.pth does not hold the weights of {name}: .* 1 do not, such as .* \(missing\)"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "incomplete.pth")))
+
+
+@pytest.mark.parametrize("released", HEADS)
+def test_released_head_loads(released, tmp_path):
+    manifest = json.loads(MANIFESTS[released].read_text())
+    generator = torch.Generator().manual_seed(0)
+    state = {key: torch.randn(shape, generator=generator) if shape else torch.tensor(7) for key, shape in manifest["state"].items()}
+    torch.save({"state_dict": state, "meta": {"epoch": 90}}, tmp_path / "ep_head.pth")
+    head = head_for(manifest["input"][-1], 1000)
+    assert sum(parameter.numel() for parameter in head.parameters()) == manifest["params"]
+    zoo.load_weights(head, tmp_path / "ep_head.pth")
+    assert head.state_dict().keys() == state.keys()
+    for key, value in head.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    with torch.no_grad():
+        assert head.eval()(torch.randn(manifest["input"])).shape == (1, 1000)
+    del state["0.v.weight"]
+    with pytest.raises(InputError, match=r"0.v.weight \(missing\)"):
+        zoo.load_weights(head, state)

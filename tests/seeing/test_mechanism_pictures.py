@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+import zoo
 from zoo.checkpoints import load_model
 from zoo.errors import InputError
 from zoo.kernels import deform_conv2d
@@ -42,6 +44,19 @@ def test_one_picture_for_every_stage(name):
     for shown in seen:
         assert min(shown.picture.size) > 300 and len(np.unique(np.asarray(shown.picture))) > 50
         assert shown.caption
+
+
+@pytest.mark.parametrize(("pooling", "class_token"), [("attentive", False), ("attentive", True), ("simpool", True)])
+def test_where_each_query_of_a_probe_looks(pooling, class_token):
+    """On the map of the patches, whether or not the class token is pooled with them."""
+    _, info = small("test_vit")
+    config = {**info.data_config, "input_size": (3, 64, 32)}
+    probe = zoo.probe(timm.create_model("test_vit", img_size=(64, 32)), 3, 4, pooling=pooling, class_token=class_token).eval()
+    first, = mechanisms(probe, dataclasses.replace(info, data_config=config), PICTURE)
+    assert first.caption.endswith("on a map of 4x2 tokens, each in its own scale.") and first.colours == ("heat",)
+    torch.nn.init.normal_(next(probe.head.parameters()), std=3)
+    other, = mechanisms(probe, dataclasses.replace(info, data_config=config), PICTURE)
+    assert np.any(np.asarray(first.picture) != np.asarray(other.picture))
 
 
 def test_the_picture_depends_on_the_query(biformer):

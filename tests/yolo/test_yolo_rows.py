@@ -24,7 +24,7 @@ def model_of(*rows, scale="n", head=()):
 
 
 def test_every_layer_has_a_place():
-    of_rows = {"HedgehogAttention", "NormalizedAttention", "PyramidSparseAttention", "SelfAttention"}  # of tokens, not maps
+    of_rows = {"EfficientProbing", "HedgehogAttention", "NormalizedAttention", "PyramidSparseAttention", "SelfAttention", "SimPool"}
     layers = {name for name in zoo.layers.__all__ if isinstance(getattr(zoo.layers, name), type)}
     assert layers - of_rows == set(LAYERS)
 

@@ -65,6 +65,16 @@ class OwnData:
         found = Counter(label for sample in self.splits[split] for label in sample.labels)
         return [found[label] for label in range(len(self.classes))]
 
+    def described(self) -> list[str]:
+        """Lines that say what the data are: their form, a table of the classes, the notes."""
+        counts = {split: self.counts(split) for split in self.splits}
+        width = max(map(len, self.classes))
+        return [f"{self.root}: {self.form}, {', '.join(f'{len(samples)} for {split}' for split, samples in self.splits.items())}",
+                " ".join([f"  {'class':<{width}}", *(f"{split:>8}" for split in counts)]),
+                *(" ".join([f"  {label:<{width}}", *(f"{counted[place]:>8}" for counted in counts.values())])
+                  for place, label in enumerate(self.classes)),
+                *(f"  {line}" for line in self.notes)]
+
 
 def mask_labels(data: OwnData, sample: Sample) -> np.ndarray:
     """The places of the classes, (H, W), in the mask of a picture."""

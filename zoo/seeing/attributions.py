@@ -225,11 +225,14 @@ def grid_of_tokens(model: nn.Module, features: object, size: tuple[int, int]) ->
     if not isinstance(features, Tensor) or features.ndim != 3:
         return None
     for first in [cast(int, model.num_prefix_tokens)] if hasattr(model, "num_prefix_tokens") else range(3):
-        count = features.shape[1] - first
-        for rows in range(1, count + 1):
-            if count % rows == 0 and _fits(rows, count // rows, size):
-                return first, rows, count // rows
+        if found := grid(features.shape[1] - first, size):
+            return first, *found
     return None
+
+
+def grid(count: int, size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of so many tokens on an image of this size; None if they do not lie on it."""
+    return next(((rows, count // rows) for rows in range(1, count + 1) if count % rows == 0 and _fits(rows, count // rows, size)), None)
 
 
 def _layers_with_maps(model: nn.Module, image: Tensor) -> list[nn.Module]:
@@ -284,7 +287,7 @@ def _block_before_last(model: nn.Module, image: Tensor) -> nn.Module:
     return ran[-2]
 
 
-def _fits(rows: int, columns: int, size: tuple[int, int]) -> bool:
+def _fits(rows: int, columns: int, size: tuple[int, ...]) -> bool:
     """Whether a map can be an image of this size divided by some stride, rounded up."""
     return -size[0] < rows * size[1] - columns * size[0] < size[1]
 

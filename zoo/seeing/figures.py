@@ -1,5 +1,6 @@
 """What pictures of a model are drawn with: numbers in grey, and matplotlib (`pip install "zoo-attention[visualize]"`)."""
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from zoo.errors import require
 
+HEAT: dict[str, Any] = dict(cmap="inferno", alpha=0.6, interpolation="bilinear")  # of maps over an image
 
 def grey(values: np.ndarray) -> Image.Image:
     """Numbers (H, W) as a picture: the lowest hundredth black, the highest white."""
@@ -14,12 +16,13 @@ def grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * ((values - low) / max(high - low, 1e-8)).clip(0, 1)).astype(np.uint8))
 
 
-def new_figure(count: int):
-    """A figure with so many axes side by side, and the axes."""
+def new_figure(count: int, rows: int = 1):
+    """A figure with so many axes side by side, in so many rows, and the axes."""
     require("seeing", "visualize", "matplotlib")
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.5 * count, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    side = 4.5 if count < 3 else 2.5
+    figure = Figure(figsize=(side * count, side * rows), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, count, squeeze=False).flatten()
     for each in axes:
         each.set_axis_off()
     return figure, axes
@@ -28,7 +31,7 @@ def new_figure(count: int):
 def overlay(axes, image: np.ndarray, heat: Tensor, extent: tuple[float, ...]) -> None:
     """The image (H, W, 3) under the map `heat` (h, w), both stretched over `extent`, and a bar of the map's numbers."""
     axes.imshow(image, extent=extent)
-    drawn = axes.imshow(heat.float().cpu().numpy(), extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
+    drawn = axes.imshow(heat.float().cpu().numpy(), extent=extent, **HEAT)
     axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
 
 

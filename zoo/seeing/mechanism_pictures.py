@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo.layers
-from zoo.seeing.figures import new_figure, overlay, rectangle
+from zoo.seeing.attributions import grid
+from zoo.seeing.figures import HEAT, new_figure, overlay, rectangle
 
 Point = tuple[float, float]
 
@@ -164,16 +165,33 @@ def _context(seen: Captured, query: Point):
     return figure, f"Cosine of every token and the mean of all, which is added to it, {similarity.min():.2f} to {similarity.max():.2f}."
 
 
+def _queries(seen: Captured, query: Point):
+    attention = seen.maps["attention"]
+    count, tokens = attention.shape
+    size = seen.image.shape[:2]
+    rows, columns = grid(tokens, size) or grid(tokens - 1, size) or (1, tokens)  # behind a class token, or none
+    across = math.ceil(math.sqrt(count))
+    figure, axes = new_figure(across, math.ceil(count / across))
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    for number, (each, weights) in enumerate(zip(axes, attention, strict=False), 1):
+        each.imshow(seen.image, extent=extent)
+        each.imshow(weights[-rows * columns :].unflatten(0, (rows, columns)).numpy(), extent=extent, **HEAT)
+        each.set_title(f"query {number}: up to {weights.max():.2f}")
+    return figure, f"Where each query of the head gathers its channels, on a map of {rows}x{columns} tokens, each in its own scale."
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
     zoo.layers.BiLevelRoutingAttention: _routing,
     zoo.layers.ContextBroadcast: _context,
     zoo.layers.DAS: _deformable,
+    zoo.layers.EfficientProbing: _queries,
     zoo.layers.HaloAttention: _halo,
     zoo.layers.HiLoAttention: _high_and_low,
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.SelectiveKernelUnit: _selective,
+    zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
 }
 COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEND`, in those pictures
@@ -182,10 +200,12 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.BiLevelRoutingAttention: ("from", "routes"),
     zoo.layers.ContextBroadcast: ("heat",),
     zoo.layers.DAS: ("from", "samples", "heat"),
+    zoo.layers.EfficientProbing: ("heat",),
     zoo.layers.HaloAttention: ("from", "block", "heat"),
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.SelectiveKernelUnit: (),
+    zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
 WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention}  # whose pictures depend on it
