@@ -22,11 +22,12 @@ if __name__ == "zoo.kernels":  # and not where a checkout on the path is taken f
     from .depthwise_dynamic_conv2d import depthwise_dynamic_conv2d
     from .entmax import entmax
     from .halo_attention import halo_attention
+    from .pyramid_sparse_attention import pyramid_sparse_attention
     from .region_routes import region_means, region_routes
     from .routing_attention import routing_attention
     from .token_aware_avg_pool import token_aware_avg_pool
 
 __all__ = [
     "attention_cross_entropy", "attention_similarity", "backends", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d",
-    "entmax", "halo_attention", "region_means", "region_routes", "routing_attention", "token_aware_avg_pool",
+    "entmax", "halo_attention", "pyramid_sparse_attention", "region_means", "region_routes", "routing_attention", "token_aware_avg_pool",
 ]

@@ -9,14 +9,14 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, 
 from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
-from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention, SparsifinerAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention, PyramidSparseAttention, SparsifinerAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
 from zoo.modules import matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention,
-    "moh": MixtureOfHeadAttention, "sparsifiner": SparsifinerAttention}
+    "moh": MixtureOfHeadAttention, "pyramid_sparse": PyramidSparseAttention, "sparsifiner": SparsifinerAttention}
 POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)  # of tokens, which they do not put out
 TOKENS = 5  # of the passes that try what is unknown
 
@@ -43,19 +43,19 @@ def replace_attention(
         model: a model of timm's `Attention` (ViT, DeiT, DINOv2, CLIP, SigLIP, …), `AttentionRope` and `EvaAttention` (EVA, DINOv3, PE, …),
             BEiT's, Swin's and relative position ViTs' attention, or with modules that compute the same from timm's fields.
         layer: a name: softmax, entmax15, sparsemax, entmax, cog, rela (see `zoo.layers.NormalizedAttention`), hedgehog (see
-            `zoo.layers.HedgehogAttention`), moh (see `zoo.layers.MixtureOfHeadAttention`), sparsifiner (see
-            `zoo.layers.SparsifinerAttention`); or what, called with num_heads, head_dim and `layer_args`, gives a module that turns q, k, v
-            (B, heads, N, d), a bias of the logits (or None), the scale and a rate of dropout into (B, heads, N, d); one whose class has
-            `takes_bias = False` is for attention without relative positions and dropout; one whose class has `takes_tokens = True` gets
-            the tokens (B, N, dim) after these, and what makes it their dim.
+            `zoo.layers.HedgehogAttention`), moh (see `zoo.layers.MixtureOfHeadAttention`), pyramid_sparse (see
+            `zoo.layers.PyramidSparseAttention`), sparsifiner (see `zoo.layers.SparsifinerAttention`); or what, called with num_heads,
+            head_dim and `layer_args`, gives a module that turns q, k, v (B, heads, N, d), a bias of the logits (or None), the scale and a
+            rate of dropout into (B, heads, N, d); one whose class has `takes_bias = False` is for attention without relative positions and
+            dropout; one whose class has `takes_tokens = True` gets the tokens (B, N, dim) after these, and what makes it their dim.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("blocks.*.attn"), which are
             attention or hold some. Default: all attention of the model but that of pools.
         gate: "head" or "element": the outputs are multiplied by a sigmoid of one number per token and head, or channel (then
             it is timm's own gate), which starts at ½, and `proj.weight` is doubled. None: gates stay as they are.
 
     At the start "softmax" keeps the outputs, and a gate keeps them exactly: ½ · 2. All others change them: "entmax" approaches softmax
-    as its `alpha` is set near 1, "sparsifiner" is softmax with keep=1, and moh leaves out heads, and keeps the outputs where all of them
-    are active at equal scores; the others have to be trained for.
+    as its `alpha` is set near 1, "sparsifiner" is softmax with keep=1, pyramid_sparse approximates softmax on long rows, and moh leaves
+    out heads, and keeps the outputs where all of them are active at equal scores; the others have to be trained for.
 
     Raises:
         InputError: no such layer or module, attention that the layer does not fit, by its name and with the reason. The model is
@@ -192,9 +192,9 @@ def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Mod
     if not getattr(made, "takes_bias", True):
         what = f"{type(made).__name__} does not fit {name}, {type(module).__name__}"
         if biased:
-            raise InputError(f"{what}, which adds relative positions to its logits: linear attention has no logits")
+            raise InputError(f"{what}, which adds relative positions to its logits, for which it has no place")
         if module.attn_drop.p:
-            raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}): linear attention has none")
+            raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}), as it cannot")
     _check_shape(made, name, module.num_heads, head_dim, weight.shape[1])
     return made.train(module.training)
 

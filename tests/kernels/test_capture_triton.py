@@ -19,6 +19,9 @@ OPERATORS = {  # of tensors and routes, and the tensors' shapes
     "routing_attention, weighted": (
         lambda routes, q, k, v, w: kernels.routing_attention(q, k, v, routes, (2, 2), 2, weights=w, backend="triton"),
         [(1, 16, 16, 32)] * 3 + [(1, 4, 2)]),
+    "pyramid_sparse_attention": (
+        lambda routes, *qkv: kernels.pyramid_sparse_attention(*qkv, routes[:, None, :, :1].expand(1, 2, 4, 3), (16, 32), backend="triton"),
+        [(1, 2, 50, 16), *[(1, 2, 70, 16)] * 2]),
     "region_means": (lambda _, x: kernels.region_means(x, (2, 3), "triton"), [(1, 3, 4, 2)]),
     "region_routes": (lambda _, q, k: kernels.region_routes(q, k, (2, 3), 2, "triton")[1], [(1, 3, 7, 16), (1, 4, 5, 16)]),
     "halo_attention": (lambda _, *x: kernels.halo_attention(*x, 4, 1, backend="triton"), [(1, 7, 8, 2, 16)] * 3 + [(9, 16)] * 2),

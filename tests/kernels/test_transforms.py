@@ -15,6 +15,7 @@ from zoo import kernels
 from zoo.kernels._backends import BACKENDS
 
 ROUTES = torch.tensor([[0, 1], [2, 0], [3, 1], [1, 2]]).expand(1, 4, 2)
+LEVELS = torch.tensor([[1, 4], [2, 8], [0, 0]])  # of the last queries none, and of the second block of keys four tokens only
 
 OPERATORS = {  # a function of tensors and of a backend, and the tensors' shapes
     "routing_attention": (lambda q, k, v, backend: kernels.routing_attention(q, k, v, ROUTES.to(q.device), (2, 2), 2, backend=backend),
@@ -32,6 +33,9 @@ OPERATORS = {  # a function of tensors and of a backend, and the tensors' shapes
                               [(1, 4, 4, 3), (1, 36, 2, 2), (2, 2, 3, 3), (1, 18, 2, 2)]),
     "depthwise_dynamic_conv2d": (kernels.depthwise_dynamic_conv2d, [(1, 2, 3, 4), (1, 2, 3, 3), (2,)]),
     "token_aware_avg_pool": (kernels.token_aware_avg_pool, [(1, 3, 4, 2), (1, 3, 4, 3)]),
+    "pyramid_sparse_attention": (
+        lambda q, k, v, backend: kernels.pyramid_sparse_attention(q, k, v, LEVELS.to(q.device).expand(1, 1, 3, 2), (2, 8), backend=backend),
+        [(1, 1, 5, 2), (1, 1, 12, 2), (1, 1, 12, 3)]),
     "entmax": (lambda z, backend: kernels.entmax(z, 1.5, backend), [(2, 3, 5)]),
     "entmax, sparsemax": (lambda z, backend: kernels.entmax(z, 2.0, backend), [(2, 3, 5)]),
     "entmax, learned alpha": (lambda z, a, backend: kernels.entmax(z, 1 + a.sigmoid(), backend), [(2, 3, 5), (3, 1)]),

@@ -23,6 +23,14 @@ def deform(batch=2, channels=4, size=(5, 6), side=3, stride=1, padding=1, dilati
                 mask=torch.randn(batch, side**2, *out))
 
 
+def pyramid(queries=5, keys=20, blocks=(2, 16), levels=None, batch=2):
+    """Of all levels, in turn."""
+    shape = batch, 2, -(-queries // blocks[0]), -(-keys // blocks[1])
+    kinds = torch.tensor([1, 0, 8, 2, 4, 1, 0])[torch.arange(math.prod(shape)) % 7].view(shape)
+    return dict(q=torch.randn(batch, 2, queries, 3), k=torch.randn(batch, 2, keys, 3), v=torch.randn(batch, 2, keys, 4),
+                levels=kinds if levels is None else torch.full(shape, levels), block_size=blocks, scale=0.5)
+
+
 RIGHT = {  # the operators' arguments, by name
     "halo_attention": halo,
     "deform_conv2d": deform,
@@ -33,6 +41,7 @@ RIGHT = {  # the operators' arguments, by name
         q=torch.randn(2, 2, 3, 4), k=torch.randn(2, 2, 5, 4), of_q=0.1 + torch.rand(2, 2, 3, 6), of_k=0.1 + torch.rand(2, 2, 5, 6),
         scale=0.5),
     "attention_similarity": lambda: dict(q=torch.randn(2, 2, 3, 4), k=torch.randn(2, 2, 5, 4), threshold=0.5, scale=0.5),
+    "pyramid_sparse_attention": pyramid,
 }
 LEAST = {"block_size": 1, "halo_size": 0, "stride": 1, "padding": 0, "dilation": 1, "regions": 1}
 FREE_DTYPE = {"rel_h", "rel_w", "theta", "of_q", "of_k"}
@@ -51,6 +60,9 @@ FITTING = {
     ("attention_cross_entropy", "q"): ((0, 1, 2, 3), ("q and k", "of_q")),
     ("attention_cross_entropy", "k"): ((0, 1, 2, 3), ("q and k", "of_k")),
     ("attention_cross_entropy", "of_q"): ((0, 1, 2, 3), ("of_q", "of_k")), ("attention_cross_entropy", "of_k"): ((0, 1, 2, 3), ("of_k",)),
+    ("pyramid_sparse_attention", "q"): ((0, 1, 3), ("k", "levels")),
+    ("pyramid_sparse_attention", "k"): ((0, 1, 2, 3), ("k", "v", "levels")), ("pyramid_sparse_attention", "v"): ((0, 1, 2), ("v",)),
+    ("pyramid_sparse_attention", "levels"): ((0, 1, 2, 3), ("levels",)),
     ("attention_similarity", "q"): ((0, 1, 3), ("q and k",)), ("attention_similarity", "k"): ((0, 1, 3), ("q and k",)),
 }
 
@@ -58,6 +70,8 @@ FITTING = {
 def wrong_tensor(draw, operator, name, x, first):
     """A tensor that cannot be `name`, and what the sentence may begin with."""
     axes, named = FITTING.get((operator, name), ((), ()))
+    if not x.is_floating_point():
+        return wrong_integers(draw, x, axes), named
     others = () if name == first else ("device",) if name in FREE_DTYPE else ("device", "dtype")
     kind = draw(st.sampled_from(("none", "integers", "complex", "axes", "empty", *others, *["size"] * bool(axes))))
     if kind == "size":
@@ -68,6 +82,14 @@ def wrong_tensor(draw, operator, name, x, first):
     changed = {"none": [1.0], "integers": x.to(dtype), "complex": x.to(torch.complex64), "axes": another, "empty": empty,
                "device": x.to("meta"), "dtype": x.double()}
     return changed[kind], (name,)
+
+
+def wrong_integers(draw, x, axes):
+    """A tensor that cannot be the levels of blocks."""
+    longer = torch.cat([x, x.narrow(axis := draw(st.sampled_from(axes)), 0, 1)], axis)
+    return draw(st.sampled_from([
+        x.float(), x.bool(), x.to(torch.complex64), x.tolist(), x[None], x[0], longer, x[:, :, 1:], x.to("meta"),
+        torch.where(x == 0, 3, x), torch.where(x == 0, -1, x), torch.where(x == 0, 16, x)]))
 
 
 @st.composite
@@ -82,6 +104,8 @@ def wrong_calls(draw, operator):
         changed = draw(st.sampled_from([LEAST[name] - 1, -3, 1.0, 2.5, "2", None, True, math.nan, [1]]))
         if name == "regions":
             changed = draw(st.sampled_from([(changed, 2), (2, changed), 2, (2,), (1, 2, 3), None]))
+        elif operator == "pyramid_sparse_attention":
+            changed = draw(st.sampled_from([(changed, 16), (2, changed), 16, (16,), (2, 16, 2), None, (2, 12), (2, 4)]))
         elif operator == "deform_conv2d":
             changed = draw(st.sampled_from([changed, (changed, 1), [1, changed], (1,), (1, 1, 1)]))
     else:
@@ -140,6 +164,9 @@ NEAR = {  # right, and almost not
                              lambda: dict(x=torch.randn(1, 1, 1, 1), weights=torch.randn(1, 1, 1, 6))],
     "region_means": [lambda: dict(x=torch.randn(0, 4, 5, 3), regions=(2, 2)), lambda: dict(x=torch.randn(1, 1, 1, 1), regions=(5, 3)),
                      lambda: dict(x=torch.randn(2, 3, 4, 2), regions=[1, 4])],
+    "pyramid_sparse_attention": [
+        lambda: pyramid(batch=0), lambda: pyramid(1, 1, (1, 8)), lambda: pyramid(1, 1, (1, 8), 8), lambda: pyramid(3, 9, (5, 8), 8),
+        lambda: pyramid(3, 9, (5, 8), 0), lambda: pyramid() | dict(scale=-1), lambda: pyramid() | dict(scale=0)],
     "attention_similarity": [lambda: dict(q=torch.randn(1, 1, 1, 1), k=torch.randn(1, 1, 1, 1), threshold=0),
                              lambda: dict(q=torch.randn(2, 1, 3, 2), k=torch.randn(2, 1, 1, 2), scale=0)],
 }
@@ -149,7 +176,7 @@ AT_LEAST_ONE = {"grouped", "positions_first"}  # samples, which they say
 @pytest.mark.parametrize(("operator", "case"), [(operator, i) for operator, cases in NEAR.items() for i in range(len(cases))])
 def test_backends_agree_near_the_border_with_gradients(operator, case):
     arguments = NEAR[operator][case]()
-    leaves = {name: x.requires_grad_() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    leaves = {name: x.requires_grad_() for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     results = {}
     for backend in kernels.backends(operator):
         if backend in AT_LEAST_ONE and next(iter(leaves.values())).shape[0] == 0:

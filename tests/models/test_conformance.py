@@ -23,7 +23,7 @@ from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
-from zoo.kernels import attention_cross_entropy, attention_similarity, entmax
+from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention
 from zoo.layers import (
     AggregatedAttention,
     ATConv,
@@ -360,6 +360,25 @@ def _convert_dual(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return vidat.checkpoint_filter_fn(state, model) if isinstance(model, vidat.VisionDualAttentionTransformer) else state
 
 
+class _PyramidSparse(nn.Module):
+    """The operator, with a last block of keys as the authors have it: for levels above 1 filled with its last token."""
+
+    def __init__(self, block: int):
+        super().__init__()
+        self.block = block
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, levels: Tensor) -> Tensor:
+        last, lacking = levels[..., -1:], -k.shape[2] % self.block
+        k, v = (torch.cat((x, x[:, :, -1:].expand(-1, -1, lacking, -1), x[:, :, lacking - self.block :]), 2) for x in (k, v))
+        levels = torch.cat((levels[..., :-1], torch.where(last > 1, last, 0), torch.where(last > 1, 0, last)), 3)
+        return pyramid_sparse_attention(q, k, v, levels, (self.block, self.block))
+
+
+def _pyramid_sparse(config: dict[str, Any], reference: str) -> nn.Module:
+    assert config["block_m"] == config["block_n"]
+    return _PyramidSparse(config["block_n"])
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -439,14 +458,16 @@ BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
     attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
     entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh,
-    polarized=_polarized, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
+    polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner,
+    tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
     attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, cog=_as_it_is, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
     fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
-    litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, rela=_convert_rela,
-    sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn)
+    litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is,
+    rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner,
+    tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -473,8 +494,8 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    given = ["input", "gating", "symbols", "q", "k", "v", *sorted(name for name in tensors if name.startswith("logits."))]
-    inputs = {name: tensors[name].requires_grad_() for name in given if name in tensors}
+    given = ["input", "gating", "symbols", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
+    inputs = {name: tensors[name].requires_grad_(tensors[name].is_floating_point()) for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:
         outputs = {"output": model(*inputs.values())}
@@ -484,7 +505,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     for name in names:
         _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
     sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
-    for name, x in inputs.items():
+    for name, x in ((name, x) for name, x in inputs.items() if x.requires_grad):
         _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())
     converted = convert({**state, **grads}, model)  # conversion may look at neighbouring entries

@@ -21,8 +21,8 @@ DEVIANT = ["fan_tiny_8_p4_hybrid", "biformer_stl", "polarized_hrnet_w18_s", "dei
 LAYERS = {name: kind for name in zoo.layers.__all__ if isinstance(kind := getattr(zoo.layers, name), type)}
 ARGS = dict(
     AttentionGate=(16, 24), MultiAttentionGate=(16, 24), ChannelProcessing=(16, 2, 32), FullyAttentionalBlock=(16, 2), TokenMixing=(16, 2),
-    HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), SelfAttention=(16, 2), MultipleInstanceHead=(16, 2),
-    SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2))
+    HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), PyramidSparseAttention=(2, 8, (3, 5)), SelfAttention=(16, 2),
+    MultipleInstanceHead=(16, 2), SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2))
 ALL_PARTS = dict(  # arguments with which a layer has every parameter it can have
     BiLevelRoutingAttention=dict(soft_routing=True, differentiable_routing=True, learned_routing=True),
     ContextBroadcast=dict(scaled=True), FullyAttentionalBlock=dict(num_scales=2), PolarizedSelfAttention=dict(layout="sequential"),
