@@ -19,7 +19,7 @@ from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.measuring.model_benchmark import facts
 
 SEEDS = 3
-EPOCHS, FURTHER = 20, 5
+EPOCHS, FURTHER = 15, 4
 HELD_OUT = 360
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Attention replaced, on digits
