@@ -18,7 +18,8 @@ from zoo.tools._cli import run
 ROOT = Path(__file__).resolve().parents[1]
 CARDS, GOLDEN = ROOT / "docs" / "cards", ROOT / "tests" / "golden"
 VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its authors' code
-    "atconv": ("atconv", "attnet"), "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "polarized": ("polarized",),
+    "atconv": ("atconv", "attnet"), "dual": ("dual_attention",), "gates": ("attention_gate", "attention_unet"),
+    "hilo": ("hilo", "litv2"), "moh": ("moh",), "polarized": ("polarized",), "removal": ("attention_removal",),
     "routing": ("bra", "biformer"), "sk": ("sk",), "tap": ("tap", "fan", "adl"),
 }
 OURS = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # manifests of another name than our model's
@@ -41,7 +42,7 @@ def _weights(mechanism: str) -> str:
     for name in rows:
         found, top1 = released(name), zoo.REPORTED_TOP1.get(name)
         address = f"[download]({found.url})" if found.url else f"[page]({found.page})"
-        lines.append(f"| `{name}` | `{found.file}` | {address} | {found.licence or 'none stated'} | "
+        lines.append(f"| `{name}` | {f'`{found.file}`' if found.file else 'not known'} | {address} | {found.licence or 'none stated'} | "
                      f"{f'`{found.key}`' if found.key else 'not known'} | {f'{top1} %' if top1 else '–'} |")
     return "\n".join(lines)
 

@@ -48,6 +48,7 @@ def _half_of_the_heads_gone(vit: nn.Module) -> nn.Module:
     return vit
 
 
+WAYS["softmax, attention of 2 of 4 blocks taken out"] = partial(zoo.remove_attention, blocks=(0, 2))
 WAYS["softmax, 2 of 4 heads taken out"] = _half_of_the_heads_gone
 
 

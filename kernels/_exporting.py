@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,3 +18,8 @@ def is_exporting() -> bool:
 def known(facts: Iterable[bool]) -> bool:
     """Whether these hold, of sizes; of free ones in a graph only if they always do, as asking would make a graph of every answer."""
     return not is_exporting() and all(map(statically_known_true, facts))
+
+
+def at_least(n: int, least: int) -> int:
+    """max(n, least), of sizes: also of those in graphs, whose larger one is found when the graph runs."""
+    return cast(int, n.clamp(min=least) if isinstance(n, torch.Tensor) else torch.sym_max(n, least))

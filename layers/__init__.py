@@ -1,32 +1,40 @@
 """The mechanisms of the literature as layers for anybody's model."""
 from ._capture import capture
 from ._scripting import refuse_scripting
+from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
+from .attention_removal import DilutedBlock, DilutedPostNormBlock, NoAttention
 from .bi_level_routing_attention import BiLevelRoutingAttention
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
+from .dual_attention import DualAttention, RelationalAttention, SymbolicAttention
 from .efficient_probing import EfficientProbing
 from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMixing
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
+from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
 from .simpool import SimPool
+from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "DeformableTokenMerging",
-    "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "MultiAttentionGate",
-    "NormalizedAttention", "PolarizedSelfAttention", "PyramidSparseAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool",
-    "TokenAwareAvgPool", "TokenMixing", "capture", "gilbert_order", "pyramid_levels",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
+    "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention",
+    "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
+    "NormalizedAttention", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention", "SelectiveKernelUnit",
+    "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
+    "gilbert_order", "pyramid_levels",
 ]
 
-for _layer in [*(globals()[name] for name in __all__), *AROUND.values()]:
+for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:
     if isinstance(_layer, type):
         _layer.__prepare_scriptable__ = refuse_scripting

@@ -17,7 +17,8 @@ GATES = ("head", "element")
 
 class AroundMechanism:
     """What the classes below add to timm's: a child `mechanism` (q, k, v, bias, scale, dropout) → (B, heads, N, d) between the
-    projections, and a `gate` of its outputs by the tokens, of a width that the number of heads divides."""
+    projections, which gets the tokens, too, where its class has `takes_tokens`, and a `gate` of its outputs by the tokens, of a width
+    that the number of heads divides."""
 
     def _heads(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, heads, N, d)."""
@@ -33,7 +34,8 @@ class AroundMechanism:
         return q, k, v
 
     def _out(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        o = self.mechanism(q, k, v, bias, self.scale, self.attn_drop.p if self.training else 0.0)
+        tokens = (x,) if getattr(self.mechanism, "takes_tokens", False) else ()
+        o = self.mechanism(q, k, v, bias, self.scale, self.attn_drop.p if self.training else 0.0, *tokens)
         o = o.transpose(1, 2).flatten(2)
         if hasattr(self, "norm"):
             o = self.norm(o)

@@ -174,11 +174,11 @@ def test_what_users_write_stays():
     """Names at the top, whatever room they come from."""
     code = """
 from zoo import AttentionDiversificationLoss, attach, attnet, biformer, capture, das, deit, fan, halonet, list_models, litv2
-from zoo import MECHANISMS, REPORTED_TOP1, __version__, mechanism_of, polarized, sknet, unet
+from zoo import MECHANISMS, REPORTED_TOP1, __version__, mechanism_of, polarized, sknet, transnext, unet
 import zoo
 assert zoo.attach is attach and zoo.capture is capture and callable(attach) and callable(capture) and callable(list_models)
 assert zoo.losses.AttentionDiversificationLoss is AttentionDiversificationLoss is zoo.AttentionDiversificationLoss
-families = attnet, biformer, das, deit, fan, halonet, litv2, polarized, sknet, unet
+families = attnet, biformer, das, deit, fan, halonet, litv2, polarized, sknet, transnext, unet
 print(all(family.__name__ == f"zoo.models.{name}" and getattr(zoo, name) is family
           for name, family in ((family.__name__.rpartition(".")[2], family) for family in families)))
 """

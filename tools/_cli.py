@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(*args, **kwargs)
         finish_import()
         return parsed
+
+
+class Progress:
+    """Prints to the error output, a line every two seconds at most."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() - self.last > 2:
+            print(line, file=sys.stderr, flush=True)
+            self.last = time.monotonic()
 
 
 def finish_import() -> None:

@@ -44,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
             say(name, released(name))
         return 0
     found = released(args.model)
-    print(f"{args.model}: {found.file} by its authors, from {found.url or found.page}")
+    print(f"{args.model}: {found.file or 'weights'} by its authors, from {found.url or found.page}")
     print(f"licence: {found.licence or 'none is stated'}")
     if found.url is None:
         print("The authors offer a page, not a file: open the address in a browser, and use the downloaded file so:\n"
-              + _use(args.model, found.file))
+              + _use(args.model, found.file or "DOWNLOADED_FILE"))
         return 0
     if not (downloads.is_free(found.licence) or args.accept_licence or downloads.place(found.url, args.model, args.cache).exists()):
         raise InputError(f"the licence of these weights ({found.licence or 'none is stated'}) does not allow every use; read it at "

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from zoo.files import replacing
-from zoo.tools._cli import Parser, run
+from zoo.tools._cli import Parser, Progress, run
 
 HEADS = ("linear", "attentive", "simpool", "class")
 
@@ -76,18 +76,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{'head':<10} {'parameters':>10} {'accuracy':>9} {'seconds':>8}")
     print(*(f"{head:<10} {parameters:>10} {accuracy:>7.2f} % {seconds:>8.1f}" for head, parameters, accuracy, seconds in rows), sep="\n")
     print(f"\nwrote {', '.join(f'{pooling}.pth' for pooling in poolings)} and heads.csv to {work_dir}")
-
-
-class Progress:
-    """Prints to the error output, a line every two seconds at most."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        if time.monotonic() - self.last > 2:
-            print(line, file=sys.stderr, flush=True)
-            self.last = time.monotonic()
 
 
 if __name__ == "__main__":

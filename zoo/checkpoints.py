@@ -2,7 +2,7 @@
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -13,9 +13,10 @@ import timm.data
 from torch import Tensor, nn
 
 import zoo.models  # noqa: F401  registers what checkpoints name
+from zoo.changes import CHANGES, Change, are_changes, change, finish
 from zoo.errors import InputError, near_misses
 from zoo.probe import probe
-from zoo.weights import CHECKPOINT_SUFFIXES, read
+from zoo.weights import CHECKPOINT_SUFFIXES, load_weights, read
 
 TASKS = ("classification", "segmentation")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
@@ -36,7 +37,7 @@ class ModelInfo:
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
     `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
     `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported;
-    `output` is what the model gives, by name.
+    `output` is what the model gives, by name; `changes` what was done to the network after it was built, see `zoo.changes`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelInfo:
     data_config: dict
     task: str = "classification"
     output: str = "logits"
+    changes: tuple[Change, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -101,7 +103,10 @@ def opened(checkpoint: str | Path | Opened) -> Opened:
 
 
 def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Module, ModelInfo]:
-    """Like `load_model` for a checkpoint only: a model with trained weights, never random ones."""
+    """Like `load_model` for a checkpoint only: a model with trained weights, never random ones.
+
+    What was done to it after it was built, by `zoo.changes`, is done again; attention of which training has left nothing is taken out.
+    """
     checkpoint = opened(checkpoint)
     path = checkpoint.path
     record, weights = _trained_parts(checkpoint)
@@ -118,9 +123,10 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     model_args = {**recorded_args, "pretrained": False, **model_args}
     try:
         model = timm.create_model(name, **model_args)
-        config = _data_config(model, record, model_args)
+        change(model, record.get("changes") or ())
+        network, config = model, _data_config(model, record, model_args)
         if probed is not None:
-            model = probe(model, len(classes), **probed)
+            model = probe(network, len(classes), **probed)
     except Exception as error:  # every model stumbles in its own way over an argument out of place
         raise InputError(f"{path} records arguments that {name} does not take: {one_line(error)}") from error
     sizes, dims = record.get("input_size"), getattr(model, "spatial_dims", 2)
@@ -130,7 +136,36 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
         raise InputError(f"the weights in {path} do not fit {name}: {differing}")
     check_numbers(path, weights)
     model.load_state_dict(weights)
-    return model.eval(), ModelInfo(name, classes, config, record["task"])
+    changes = tuple(finish(network, record.get("changes") or ()))
+    return model.eval(), ModelInfo(name, classes, config, record["task"], changes=changes)
+
+
+def check_downloadable(model: str) -> None:
+    """Raises InputError unless timm or the zoo knows where weights of the model are."""
+    cfg: Any = timm.get_pretrained_cfg(model)
+    if not (cfg.url or cfg.hf_hub_id or cfg.file):
+        raise InputError(f"there are no weights of {model} to download; --weights takes a file, and without it training starts from random "
+                         "ones")
+
+
+def recorded_changes(file: str | Path) -> list[Change]:
+    """What was done to the network of a file of weights after it was built, as far as the file says."""
+    checkpoint = opened(file)
+    return list(load_trained(checkpoint)[1].changes) if (checkpoint.record or {}).get("changes") else []
+
+
+def start_from(model: nn.Module, file: str | Path, changes: Sequence[Change]) -> None:
+    """Loads the weights in `file`, but for the head's, into a network as timm builds it, and makes `changes` to it, in place.
+
+    Changes that the file records are those of its own network, and made before.
+    """
+    record = opened(file).record or {}
+    check_record(file, record, {"changes": FIELDS["changes"]}, needed=())
+    recorded = record.get("changes") or ()
+    change(model, recorded)
+    load_weights(model, file, new_head=True)
+    if list(map(dict, finish(model, recorded))) != list(map(dict, changes)):
+        change(model, changes)
 
 
 def without(value: Any, keys: Container[str]) -> Any:
@@ -171,6 +206,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_pct": (lambda value: _are_numbers([value]) and 0.01 <= value <= 1, "a number from 0.01 to 1"),
     "crop_mode": (lambda value: isinstance(value, str) and value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "spacing": (lambda value: _are_numbers(value) and len(value) == 3 and min(value) > 0, "3 numbers above 0"),
+    "changes": (are_changes, f"a list of changes, each of a type {', '.join(CHANGES)}"),
     "clip": (lambda value: _are_numbers(value) and len(value) == 2 and value[0] < value[1], "a number and a greater one"),
 }
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
-from zoo.layers import HedgehogAttention, NormalizedAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention, SparsifinerAttention
+from zoo.layers.multiple_instance import BagOutput
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
 
@@ -112,6 +113,54 @@ def fused(model: nn.Module) -> Iterator[None]:
             vars(module)["fused_attn"] = False
 
 
+class LoadBalancingLoss(nn.Module):
+    """Runs a network and tells how unevenly its tokens pick heads (MoH, arXiv 2410.11842, section 3.3); to be made small.
+
+        balancing = zoo.LoadBalancingLoss()
+        logits, balance = balancing(model, images)
+        (criterion(logits, targets) + 0.01 * balance).backward()
+
+    The mean over the layers that route of E Σ_e P_e f_e: of each of the E heads that are not shared, the mean over all tokens of the batch
+    of its score p, and the share of tokens that it is active for. With k active heads it is k where all are picked alike, and E
+    where all tokens pick one; the gradient is of P alone. Modes do not matter. Nothing is left in the network, and gradients may be
+    checkpointed.
+
+    Difference from the authors' code (SkyworkAI/MoH, MoH-ViT/engine.py): theirs collects losses in an attribute of a class, for all
+    networks of a process, and is to be emptied before every step.
+
+    Raises:
+        ValueError: in `forward`, a network whose layers route no heads.
+    """
+
+    def forward(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
+        """What model(images) returns, and the loss, a scalar of at least float32; images (B, …)."""
+        with balances(model) as found:
+            out = model(images)
+        return out, torch.stack(found).mean()
+
+
+@contextlib.contextmanager
+def balances(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects `MixtureOfHeads.balance` of every layer that routes heads and runs inside."""
+    routers = [module for module in model.modules() if isinstance(module, MixtureOfHeads) and module.routed is not None]
+    if not routers:
+        raise InputError(f"{type(model).__name__} has no layer whose tokens pick heads, which the load balancing loss needs; "
+                         "zoo.replace_attention(model, 'moh') puts it in")
+    found: list[Tensor] = []
+
+    def take(scores: Tensor, router: MixtureOfHeads) -> None:
+        with _kept():
+            found.append(router.balance(scores))
+
+    for router in routers:
+        router.take_scores = partial(take, router=router)
+    try:
+        yield found
+    finally:
+        for router in routers:
+            router.take_scores = None
+
+
 class AttentionDistillationLoss(nn.Module):
     """How far Hedgehog's linear attention is from the softmax attention whose place it took (arXiv 2402.04347); to be made small.
 
@@ -131,22 +180,58 @@ class AttentionDistillationLoss(nn.Module):
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """The loss, a scalar; images (B, …), as `model` takes them."""
-        layers = [module for module in model.modules() if isinstance(module, HedgehogAttention)]
-        if not layers:
-            raise InputError(f"{type(model).__name__} has no Hedgehog attention to distil; "
-                             "zoo.replace_attention(model, 'hedgehog') puts it in")
-        losses: list[Tensor] = []
-        hooks = [layer.register_forward_hook(partial(_taught, losses)) for layer in layers]
-        try:
-            with torch.no_grad():
-                model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(losses).mean()
+        return torch.stack(_taught_layers(model, images, HedgehogAttention, "hedgehog", _imitated)).mean()
 
 
-def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
+class MultipleInstanceLoss(nn.Module):
+    """The loss of ACMIL (arXiv 2311.07125, section 3), of what a `zoo.layers.MultipleInstanceHead` says of bags; to be made small.
+
+        CE(logits, y) + mean_k CE(branch_logits_k, y) + mean over pairs of branches of the cosine of their attention
+
+    The last makes branches look at different instances. With one branch, the first alone. Means over bags, and over heads.
+
+    Args of `forward`:
+        output: a `BagOutput` of B bags.
+        labels: (B), int64.
+
+    Returns:
+        The three terms by name, bag, branch and diversity, whose sum is the loss.
+
+    Raises:
+        InputError: labels of another shape.
+    """
+
+    def forward(self, output: BagOutput, labels: Tensor) -> dict[str, Tensor]:
+        if labels.shape != output.logits.shape[:1]:
+            raise InputError(f"labels must be ({len(output.logits)},), one of every bag, got shape {tuple(labels.shape)}")
+        terms = {"bag": F.cross_entropy(output.logits, labels)}
+        branches = output.branch_logits.shape[1]
+        if branches:
+            terms["branch"] = F.cross_entropy(output.branch_logits.flatten(0, 1), labels.repeat_interleave(branches))
+            above = torch.ones(branches, branches, dtype=torch.bool, device=labels.device).triu(1)
+            alike = [F.normalize(piece, dim=-1) @ F.normalize(piece, dim=-1).mT for piece in output.attention.split(output.sizes, -1)]
+            terms["diversity"] = torch.stack([cosines[..., above].mean() for cosines in alike]).mean()
+        return terms
+
+
+def _taught_layers(model: nn.Module, images: Tensor, kind: type[nn.Module], name: str, teach: Callable[..., Tensor]) -> list[Tensor]:
+    """Runs the network without gradients; what `teach` finds in every layer of `kind` puts the layer's own outputs aside."""
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no {name.capitalize()} attention to train; "
+                         f"zoo.replace_attention(model, {name!r}) puts it in")
+    losses: list[Tensor] = []
+    hooks = [layer.register_forward_hook(partial(teach, losses)) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return losses
+
+
+def _imitated(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """What softmax attention puts out in the place of `layer`, whose distance from it is added to `losses`."""
     q, k, v, bias, scale, _ = args
     if bias is not None:
@@ -154,3 +239,76 @@ def _taught(losses: list[Tensor], layer: HedgehogAttention, args: tuple[Any, ...
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         losses.append(attention_cross_entropy(q, k, *layer.features(q, k), scale))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class SparsifinerReconstructionLoss(nn.Module):
+    """How far Sparsifiner's predicted attention is from that of all keys (arXiv 2303.13755); to be made small, before all else.
+
+        vit = zoo.replace_attention(vit, "sparsifiner")
+        reconstruction = zoo.SparsifinerReconstructionLoss()
+        reconstruction(vit, images).backward()
+
+    The network is run with attention to all keys, as if nothing had been replaced, and without gradients: it is its own teacher.
+    Every layer's queries and keys are what its predictor learns from: gradients reach the predictors alone. The loss is 0.01 times
+    the mean over layers of Σ (C Uᵀ - A)² over images, heads, queries and keys: it grows with the batch, and so does its gradient, as in
+    the authors' code. Nothing is left in the network. Matrices of tokens are kept for all layers until the backward pass.
+
+    In training mode what the network drops is dropped; train in evaluation mode for the teacher's own attention.
+
+    Raises:
+        ValueError: in `forward`, a network without Sparsifiner's attention.
+    """
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The loss, a scalar; images (B, …), as `model` takes them."""
+        return 0.01 * torch.stack(_taught_layers(model, images, SparsifinerAttention, "sparsifiner", _reconstructed)).mean()
+
+
+def _reconstructed(losses: list[Tensor], layer: SparsifinerAttention, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What attention to all keys puts out in the place of `layer`, whose error is added to `losses`."""
+    q, k, v, bias, scale, dropout = args
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        losses.append(layer.reconstruction_error(q, k, bias, scale))
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+
+
+class TokenDistillationLoss(nn.Module):
+    """The loss on labels, and how far logits and tokens are from a teacher's; what Sparsifiner is fine-tuned with (arXiv 2303.13755).
+
+        teacher = copy.deepcopy(vit).eval()
+        distillation = zoo.TokenDistillationLoss(teacher)
+        distillation(vit, images, labels).backward()
+
+    criterion(logits, labels) + `logits` · KL(teacher's ‖ network's classes), mean over images, + `tokens` · mean (difference of
+    tokens)², of the patches' tokens that `forward_features` of either network puts out. The teacher runs as it is, without gradients,
+    and is no part of this module: it is neither among its parameters nor in its state.
+
+    Raises:
+        ValueError: at construction, a teacher without timm's `forward_features`; in `forward`, tokens or logits of another shape than the
+            teacher's.
+    """
+
+    def __init__(self, teacher: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, logits: float = 0.5,
+                 tokens: float = 0.5):
+        super().__init__()
+        if not hasattr(teacher, "forward_features") or not hasattr(teacher, "forward_head"):
+            raise InputError(f"the teacher has to have timm's forward_features and forward_head, and {type(teacher).__name__} has not")
+        self._teacher, self.criterion, self.logits, self.tokens = (teacher,), criterion, logits, tokens
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar; images (B, …), labels as `criterion` takes them."""
+        logits, tokens = _logits_and_tokens(model, images)
+        with torch.no_grad():
+            expected_logits, expected_tokens = _logits_and_tokens(self._teacher[0], images)
+        for what, ours, theirs in (("tokens", tokens, expected_tokens), ("logits", logits, expected_logits)):
+            if ours.shape != theirs.shape:
+                raise InputError(f"{what} of {type(model).__name__} are of shape {tuple(ours.shape)}, "
+                                 f"the teacher's of {tuple(theirs.shape)}")
+        divergence = F.kl_div(logits.log_softmax(-1), expected_logits.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = self.criterion(logits, labels)
+        return loss + self.logits * divergence + self.tokens * F.mse_loss(tokens, expected_tokens)
+
+
+def _logits_and_tokens(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = model.forward_features(images)
+    return model.forward_head(tokens), tokens[:, getattr(model, "num_prefix_tokens", 0) :]

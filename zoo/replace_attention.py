@@ -2,21 +2,21 @@
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d
 from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
-from zoo.layers import HedgehogAttention, NormalizedAttention, PyramidSparseAttention
+from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention, PyramidSparseAttention, SparsifinerAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
 from zoo.modules import matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention,
-    "pyramid_sparse": PyramidSparseAttention}
+    "moh": MixtureOfHeadAttention, "pyramid_sparse": PyramidSparseAttention, "sparsifiner": SparsifinerAttention}
 POOLS = (AttentionPoolLatent, AttentionPoolPrr, AttentionPool2d, RotAttentionPool2d)  # of tokens, which they do not put out
 TOKENS = 5  # of the passes that try what is unknown
 
@@ -43,29 +43,32 @@ def replace_attention(
         model: a model of timm's `Attention` (ViT, DeiT, DINOv2, CLIP, SigLIP, …), `AttentionRope` and `EvaAttention` (EVA, DINOv3, PE, …),
             BEiT's, Swin's and relative position ViTs' attention, or with modules that compute the same from timm's fields.
         layer: a name: softmax, entmax15, sparsemax, entmax, cog, rela (see `zoo.layers.NormalizedAttention`), hedgehog (see
-            `zoo.layers.HedgehogAttention`), pyramid_sparse (see `zoo.layers.PyramidSparseAttention`); or what, called with num_heads,
-            head_dim and `layer_args`, gives a module that turns q, k, v (B, heads, N, d), a bias of the logits (or None), the scale and a
-            rate of dropout into (B, heads, N, d); one whose class has `takes_bias = False` is for attention without relative positions
-            and dropout.
+            `zoo.layers.HedgehogAttention`), moh (see `zoo.layers.MixtureOfHeadAttention`), sparsifiner (see
+            `zoo.layers.SparsifinerAttention`), pyramid_sparse (see `zoo.layers.PyramidSparseAttention`); or what, called with num_heads,
+            head_dim and `layer_args`, gives a module that turns q, k, v
+            (B, heads, N, d), a bias of the logits (or None), the scale and a rate of dropout into (B, heads, N, d); one whose class has
+            `takes_bias = False` is for attention without relative positions and dropout; one whose class has `takes_tokens = True` gets
+            the tokens (B, N, dim) after these, and what makes it their dim.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("blocks.*.attn"), which are
             attention or hold some. Default: all attention of the model but that of pools.
         gate: "head" or "element": the outputs are multiplied by a sigmoid of one number per token and head, or channel (then
             it is timm's own gate), which starts at ½, and `proj.weight` is doubled. None: gates stay as they are.
 
     At the start "softmax" keeps the outputs, and a gate keeps them exactly: ½ · 2. All others change them: "entmax" approaches softmax
-    as its `alpha` is set near 1; pyramid_sparse approximates softmax on long rows; sparsemax, entmax15, cog, rela and hedgehog have to be
-    trained for.
+    as its `alpha` is set near 1, "sparsifiner" is softmax with keep=1, and moh leaves out heads, and keeps the outputs where all of them
+    are active at equal scores; pyramid_sparse approximates softmax on long rows; the others have to be trained for.
 
     Raises:
         InputError: no such layer or module, attention that the layer does not fit, by its name and with the reason. The model is
             then as it was.
     """
-    make = partial(_find_layer(layer), **layer_args)
+    found = _find_layer(layer)
     if gate not in (None, *GATES):
         raise InputError(f"gate must be None, 'head' or 'element', got {gate!r}")
     modules = dict(model.named_modules())
     targets: dict[str, Any] = {name: modules[name] for name in _targets(model, modules, where)}
     kinds = {name: _kind(name, module) for name, module in targets.items()}
+    make = _maker(found, model, layer_args)
     new = {name: _mechanism(make, name, module) for name, module in targets.items()}
     gates = {name: _gate(name, module, gate) for name, module in targets.items()} if gate else {}
     for name, module in targets.items():  # nothing fails from here on
@@ -73,6 +76,9 @@ def replace_attention(
         module.mechanism = new[name]
         if gate:
             module.gate = gates[name]
+    for made in new.values():
+        if hasattr(made, "join"):
+            cast(Any, made).join(model)
     with torch.no_grad():
         for weight in {id(targets[name].proj.weight): targets[name].proj.weight for name in gates}.values():
             weight.mul_(2)  # exact
@@ -85,6 +91,16 @@ def _find_layer(layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Modul
     if layer not in NAMES:
         raise InputError(f"there is no attention {layer!r}; {', '.join(NAMES)} are known{near_misses(layer, NAMES)}")
     return NAMES[layer]
+
+
+def _maker(layer: Callable[..., Any], model: nn.Module, layer_args: dict[str, Any]) -> Callable[..., nn.Module]:
+    """What a mechanism is made by; one may take what only the model knows."""
+    if not hasattr(layer, "for_model"):
+        return partial(layer, **layer_args)
+    try:
+        return cast(Any, layer).for_model(model, **layer_args)
+    except ValueError as error:
+        raise InputError(f"no attention for {type(model).__name__} can be made: {error}") from error
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -168,8 +184,9 @@ def _projection(module: Any) -> nn.Linear:
 def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Module:
     weight = _projection(module).weight
     head_dim = weight.shape[0] // module.num_heads // (1 if module.qkv is None else 3)
+    width = {"dim": weight.shape[1]} if "dim" in inspect.signature(make).parameters else {}
     try:
-        made = make(num_heads=module.num_heads, head_dim=head_dim).to(module.proj.weight.device, module.proj.weight.dtype)
+        made = make(num_heads=module.num_heads, head_dim=head_dim, **width).to(module.proj.weight.device, module.proj.weight.dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"no attention for {name} can be made: {error}") from error
     biased = next((bias for bias in ("relative_position_bias_table", "rel_pos") if getattr(module, bias, None) is not None), None)
@@ -179,18 +196,19 @@ def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Mod
             raise InputError(f"{what}, which adds relative positions to its logits, for which it has no place")
         if module.attn_drop.p:
             raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}), as it cannot")
-    _check_shape(made, name, module.num_heads, head_dim)
+    _check_shape(made, name, module.num_heads, head_dim, weight.shape[1])
     return made.train(module.training)
 
 
-def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int) -> None:
+def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int, dim: int) -> None:
     weight = next(made.parameters(), torch.empty(0))
     if weight.is_meta:
         return
-    q, k, v = torch.zeros(3, 1, num_heads, TOKENS, head_dim, device=weight.device, dtype=weight.dtype)
+    q, k, v = torch.zeros(3, 1, num_heads, getattr(made, "num_tokens", TOKENS), head_dim, device=weight.device, dtype=weight.dtype)
+    tokens = (q.new_zeros(1, q.shape[2], dim),) if getattr(made, "takes_tokens", False) else ()
     try:
         with torch.no_grad():
-            out = made.eval()(q, k, v, None, 1.0, 0.0)
+            out = made.eval()(q, k, v, None, 1.0, 0.0, *tokens)
     except Exception as error:
         raise InputError(f"{type(made).__name__} for {name} does not run on queries, keys and values of shape {tuple(q.shape)}: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error

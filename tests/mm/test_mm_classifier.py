@@ -57,6 +57,21 @@ def test_attention_diversification_is_added_and_logged():
     assert logged["loss"] == found["loss"] and logged["attention_similarity"] == similarity
 
 
+def test_load_balancing_is_added_and_logged():
+    inputs, targets = _batch()
+    args = dict(num_classes=10, in_chans=1, depths=(1, 1, 1, 1))
+    plain = ImageClassifier("moh_transnext_nano", args).eval()
+    task = ImageClassifier("moh_transnext_nano", args, load_balancing=0.5).eval()
+    task.load_state_dict(plain.state_dict())
+    without, found = (each(inputs, targets, mode="loss") for each in (plain, task))
+    _, balance = zoo.LoadBalancingLoss()(plain.model, inputs)
+    assert set(without) == {"loss"} and set(found) == {"loss", "load_balance"} and not found["load_balance"].requires_grad
+    torch.testing.assert_close(found["loss"], without["loss"] + 0.5 * balance)
+    torch.testing.assert_close(found["load_balance"], balance.detach())
+    with pytest.raises(InputError, match="has no layer whose tokens pick heads"):
+        ImageClassifier("test_vit", ARGS, load_balancing=0.5)(inputs, targets, mode="loss")
+
+
 def test_predictions_are_probabilities():
     inputs, targets = _batch()
     predictions = ImageClassifier("test_vit", ARGS).eval()(inputs, targets, mode="predict")

@@ -22,6 +22,7 @@ from zoo.mm.downstream import load_scene_model
 from zoo.mm.own_data import mirrors
 from zoo.predicting.classification import predict
 from zoo.reading.digits import write_digit_scenes
+from zoo.tools import prune
 from zoo.tools._cli import command
 
 
@@ -110,6 +111,26 @@ def test_weights_start_a_training_and_only_the_head_learns(zoo_train, tmp_path):
     best, = work_dir.glob("best_*.pth")
     evaluate(work_dir / "config.py", best)
     train(work_dir / "config.py", work_dir=work_dir, resume="auto", cfg_options=["train_cfg.max_epochs=2"])
+
+
+def test_what_was_pruned_is_trained_on(zoo_train, tmp_path):
+    """Heads stay away, and attention with a share fades out."""
+    data = write_colours(tmp_path / "colours")
+    _, first = zoo_train("test_vit", data, "--epochs", 1, "--size", 32)
+    pruned = tmp_path / "pruned.pth"
+    prune.main([str(latest_checkpoint(first)), str(data), "--heads", "0.4", "-o", str(pruned)])
+    prune.main([str(pruned), str(data), "--attention", "1", "-o", str(pruned)])
+    said, work_dir = zoo_train("test_vit", data, "--epochs", 2, "--size", 32, "--weights", pruned, work_dir="second")
+    started, info = load_trained(pruned)
+    blocks = info.changes[1]["blocks"]
+    assert f"the network is changed as that of {pruned}: prune_heads, remove_attention" in said
+    assert f"attention fades out of blocks {blocks[0]}; the best is of the epochs after that" in said
+    ended, info = load_trained(next(work_dir.glob("best_*.pth")))
+    assert [change["type"] for change in info.changes] == ["prune_heads", "remove_attention", "remove_attention"]
+    for place, (before, after) in enumerate(zip(started.blocks, ended.blocks, strict=True)):
+        assert place in blocks or after.attn.num_heads == before.attn.num_heads
+    again, _ = zoo_train("test_vit", data, "--epochs", 1, "--size", 32, "--weights", latest_checkpoint(work_dir), work_dir="third")
+    assert "fades" not in again  # what is gone does not come back
 
 
 def write_stripes(folder: Path, mask_folder: Path, count: int = 8, side: int = 32) -> None:

@@ -78,9 +78,10 @@ ATTNET = ("after", 4e-3, 1e-6, 5, 1e-6, 300, 300)
 SCHEDULES = {
     **{f"attnet_{size}_in1k": ATTNET for size in ("xxs", "xs", "s", "t1", "t2", "t3", "t4")},
     **{f"biformer_{size}_in1k": DEIT for size in ("tiny", "small", "base")}, "deit_small_patch16_224_cb_in1k": DEIT,
-    "halonet_h2_256_in1k": DEIT,
+    "halonet_h2_256_in1k": DEIT, "lambda_deit_tiny_024_in1k": ("after", 2e-3, 1e-6, 5, 1e-5, 400, 400),
     **{f"{name}_in1k": SGD for name in ("das_resnet50", "sknet50", "polarized_resnet50_s", "polarized_hrnet_w48_s")},
     **{f"litv2_{size}_in1k": LITV2 for size in ("s", "m", "b")},
+    **{f"moh_transnext_{size}_in1k": DEIT for size in ("small_80", "small_75", "base_75", "base_50")},
     "litv2_b_384_in1k": ("iterations", 4e-5, 4e-8, 5, 4e-7, 30, 30),
     "tap_fan_base_16_p4_hybrid_in1k": ("before", 4e-3, 1e-6, 10, 1e-6, 300, 310),
 }
@@ -142,7 +143,10 @@ REGULARIZATION = {
     "attnet_s_in1k": (4096, 0.05, 0.025, 0.3, 0.1, 0.0, RAND), "attnet_t1_in1k": (4096, 0.1, 0.025, 0.6, 0.2, 0.15, RAND),
     **{f"attnet_t{n}_in1k": (4096, path, 0.05, 0.8, 0.4, 0.25, RAND) for n, path in ((2, 0.2), (3, 0.4), (4, 0.5))},
     "biformer_tiny_in1k": (1024, 0.1, 0.05, 0.8, 0.4, 0.25, RAND), "biformer_small_in1k": (1024, 0.15, 0.05, 0.8, 0.4, 0.25, RAND),
+    "lambda_deit_tiny_024_in1k": (2048, 0.1, 0.05, 0.8, 0.3, 0.25, RAND),
     **{f"litv2_{size}_in1k": (1024, path, 0.05, 0.8, 0.4, 0.25, RAND) for size, path in (("s", 0.2), ("m", 0.3), ("b", 0.5))},
+    **{f"moh_transnext_{size}_in1k": (1024, path, 0.05, 0.8, 0.4, 0.25, RAND)
+       for size, path in (("small_80", 0.45), ("small_75", 0.45), ("base_75", 0.6), ("base_50", 0.6))},
     "litv2_b_384_in1k": (1024, 0.5, 1e-8, 0.8, 0.4, 0.25, RAND),
     "tap_fan_base_16_p4_hybrid_in1k": (4096, 0.35, 0.05, 0.8, 0.4, 0.3, RAND),
 }
@@ -157,7 +161,8 @@ def test_regularization_is_the_authors(name):
         transform.color_jitter, transform.re_prob, transform.auto_augment)
     assert (mixup.cutmix_alpha, mixup.prob, mixup.switch_prob, config.model.label_smoothing) == (1.0, 1.0, 0.5, 0.1)
     assert config.train_dataloader.sampler.repeats == (1 if name.startswith(("litv2", "tap_fan")) else 3)
-    assert config.optim_wrapper.get("clip_grad") == ({"max_norm": 5.0} if name.startswith("litv2") else None)
+    norm = {"litv2": 5.0, "moh": 1.0}.get(name.split("_")[0])
+    assert config.optim_wrapper.get("clip_grad") == (norm and {"max_norm": norm})
 
 
 def test_recipes_that_say_that_they_are_the_authors_are_compared():

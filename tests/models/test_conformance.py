@@ -15,31 +15,38 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import AttentionRope, RmsNorm
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, AttentionRope, RmsNorm
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
 from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention
 from zoo.layers import (
+    AggregatedAttention,
     ATConv,
     AttentionGate,
     BiLevelRoutingAttention,
     ChannelProcessing,
     DeformableTokenMerging,
+    DualAttention,
     EfficientProbing,
     HedgehogAttention,
     HiLoAttention,
+    LengthScaledAttention,
     PolarizedSelfAttention,
+    RelationalAttention,
     SelfAttention,
     SimPool,
+    SparsifinerAttention,
+    SymbolicAttention,
     TokenAwareAvgPool,
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, litv2, polarized, sknet, unet
+from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -297,6 +304,81 @@ def _pyramid_sparse(config: dict[str, Any], reference: str) -> nn.Module:
     return _PyramidSparse(config["block_n"])
 
 
+class _Sparsifiner(SelfAttention):
+    def __init__(self, reconstruction: bool, dim: int, num_heads: int, **mechanism_args: Any):
+        super().__init__(dim, num_heads, qkv_bias=True)
+        self.reconstruction = reconstruction
+        self.mechanism = SparsifinerAttention(num_heads, self.head_dim, **mechanism_args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self.mechanism) as maps:
+            if self.reconstruction:
+                q, k, v = self._heads(x)
+                report(self, reconstruction_loss=self.mechanism.reconstruction_error(q, k))
+                out = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            else:
+                out = super().forward(x)
+                report(self, attn_mask=maps[""]["mask"].float(), attention=maps[""]["attention"])
+        report(self, basis_coef=maps[""]["coefficients"], approx_attn=maps[""]["approximation"])
+        return out
+
+
+class _SparsifinerModel(VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        with zoo.capture(self) as maps:
+            tokens = self.forward_features(x)
+        report(self, features=tokens[:, 1:])
+        for i in range(len(self.blocks)):
+            report(self, **{f"attn_mask.{i}": maps[f"blocks.{i}.attn.mechanism"]["mask"].float()})
+        return self.forward_head(tokens)
+
+
+def _sparsifiner(config: dict[str, Any], reference: str) -> nn.Module:
+    choice, factor = config["cfg"]["SPAR"], config["reduce_n_factor"]
+    coefficients = choice["BASIS_COEF"]
+    args = dict(
+        threshold=None if choice["ATTN_SCORE"]["USE_TOPK"] else choice["ATTN_SCORE"]["THRESHOLD"],
+        basis_threshold=choice["BASIS_THRESHOLD"], keep_coefficients=coefficients["TOPK"],
+        coefficient_threshold=None if coefficients["USE_TOPK"] else coefficients["THRESHOLD"])
+    if reference.endswith("Attention"):
+        tokens = config["num_tokens"]
+        return _Sparsifiner(config.get("training", False), config["dim"], config["num_heads"], grid_size=(1, tokens - 1),
+                            num_basis=tokens // factor, keep=config["attn_keep_rate"], shared_basis=config["share_inout_proj"], **args)
+    model = _SparsifinerModel(config["img_size"], config["patch_size"], num_classes=config["num_classes"], embed_dim=config["embed_dim"],
+                              depth=config["depth"], num_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
+    for i, keep in enumerate(config["attn_keep_rate_list"]):
+        tokens = 1 + model.patch_embed.num_patches
+        zoo.replace_attention(model, "sparsifiner", where=f"blocks.{i}", keep=keep, num_basis=tokens // factor, **args)
+    return model
+
+
+def _convert_sparsifiner(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace("mask_predictor.", "mechanism."): value for name, value in state.items()}
+
+
+def _dual_attention(config: dict[str, Any], reference: str) -> nn.Module:
+    kind = reference.split()[-1]
+    if kind == "SymbolicAttention":
+        return SymbolicAttention(config["d_model"], config["n_heads"], config["n_symbols"])
+    relations = config.get("ra_kwargs", config)
+    args = dict(num_relations=relations["n_relations"], activation=relations.get("rel_activation", "identity"),
+                symmetric=relations.get("symmetric_rels", False))
+    if kind == "RelationalAttention":
+        return RelationalAttention(config["d_model"], config["n_heads"], **args)
+    heads = dict(self_heads=config["n_heads_sa"], relational_heads=config["n_heads_ra"])
+    if kind == "DualAttention":
+        return DualAttention(config["d_model"], **heads, **args)
+    symbols = config["symbol_retrieval_kwargs"]
+    return vidat.VisionDualAttentionTransformer(
+        **heads, **args, img_size=config["image_shape"][1:], patch_size=config["patch_size"], in_chans=config["image_shape"][0],
+        num_classes=config["num_classes"], embed_dim=config["d_model"], depth=config["n_layers"],
+        mlp_ratio=config["dff"] / config["d_model"], num_symbols=symbols["n_symbols"], symbol_heads=symbols["n_heads"])
+
+
+def _convert_dual(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return vidat.checkpoint_filter_fn(state, model) if isinstance(model, vidat.VisionDualAttentionTransformer) else state
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -307,6 +389,46 @@ def _sigma_reparam(config: dict[str, Any], reference: str) -> nn.Module:
     return zoo.reparametrize(build(**config), keep_norms=False)
 
 
+class _Balanced(nn.Module):
+    """A layer that reports its load balancing loss in training, with the layer's own parameter names."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self._modules, self._parameters = layer._modules, layer._parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.layer.train(self.training).training:
+            return self.layer(x)
+        out, balance = zoo.LoadBalancingLoss()(self.layer, x)
+        report(self, load_balancing_loss=balance)
+        return out
+
+
+def _moh(config: dict[str, Any], reference: str) -> nn.Module:
+    shared, active = config["shared_head"], config["routed_head"]
+    if "TransNeXt" in reference:
+        return transnext.TransNeXt(
+            num_classes=config["num_classes"], dims=config["embed_dims"], depths=config["depths"], num_heads=config["num_heads"],
+            mlp_ratios=config["mlp_ratios"], sr_ratios=[*config["sr_ratios"][:3], None], shared_heads=shared, active_heads=active,
+            pretrain_size=config["pretrain_size"])
+    if "MoHAttention" in reference:
+        norms = dict(qk_norm=config["qk_norm"], norm_layer=nn.LayerNorm)
+        attention = Attention(config["dim"], config["num_heads"], qkv_bias=config["qkv_bias"], **norms)
+        return _Balanced(zoo.replace_attention(nn.Sequential(attention), "moh", shared_heads=shared, active_heads=active))
+    args = dict(pretrain_size=config["pretrain_size"], qkv_bias=config["qkv_bias"], shared_heads=shared, active_heads=active)
+    layer = (AggregatedAttention(config["dim"], config["num_heads"], config["sr_ratio"], **args) if "sr_ratio" in config
+             else LengthScaledAttention(config["dim"], config["num_heads"], **args))
+    return _Balanced(_Tokens(layer, *config["input_resolution"], channels_first=False))
+
+
+def _convert_moh(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    converted = transnext.checkpoint_filter_fn(state, model)
+    if "0" not in model._modules:
+        return converted
+    return {f"0.{name.replace('router.', 'mechanism.router.')}": value for name, value in converted.items()}
+
+
 def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
     if "simpool" in reference:
         return SimPool(config["dim"])
@@ -315,18 +437,37 @@ def _efficient_probing(config: dict[str, Any], reference: str) -> nn.Module:
     return EfficientProbing(config["dim"], config["num_queries"], config["d_out"])
 
 
+def _attention_removal(config: dict[str, Any], reference: str) -> nn.Module:
+    config = dict(config)
+    if "Block" in reference:
+        return zoo.remove_attention(Block(**{k: v for k, v in config.items() if k != "lambda_v"}), [0], share=config["lambda_v"])
+    epoch, diluted, gone = (config.pop(name) for name in ("epoch", "prune_layer", "done_layer"))
+    config.pop("frozen_stages", None)
+    if "models_shrink" in reference:
+        return lambda_deit.LambdaVisionTransformer(gone, **config)
+    model = zoo.remove_attention(VisionTransformer(**config), diluted, share=zoo.attention_share(epoch, epochs=300))
+    return zoo.remove_attention(model, gone, share=0.0)
+
+
+def _with_shares(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' λ is no part of their state."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("attention_share")} | state
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
-    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_unet=_attention_unet, attnet=_attnet, biformer=_biformer,
-    bra=_bra, cog=_cog, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan, gated_attention=_gated_attention,
-    hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela,
-    sigma_reparam=_sigma_reparam, sk=_sk, tap=_tap)
+    adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
+    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
+    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh,
+    polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner,
+    tap=_tap)
 CONVERT = dict(
-    adl=_as_it_is, cog=_as_it_is, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan, gated_attention=_convert_gated,
-    hedgehog=_convert_hedgehog, pyramid_sparse=_as_it_is, rela=_convert_rela, tap=fan.checkpoint_filter_fn,
-    atconv=attnet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
-    attention_gate=unet.checkpoint_filter_fn, attention_unet=unet.checkpoint_filter_fn,
-    bra=biformer.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn, polarized=polarized.checkpoint_filter_fn,
-    hilo=litv2.checkpoint_filter_fn, litv2=litv2.checkpoint_filter_fn, sk=sknet.checkpoint_filter_fn, sigma_reparam=sigma_names)
+    adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
+    attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
+    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
+    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
+    litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is,
+    rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner,
+    tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
@@ -353,7 +494,7 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
-    given = ["input", "gating", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
+    given = ["input", "gating", "symbols", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
     inputs = {name: tensors[name].requires_grad_(tensors[name].is_floating_point()) for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:

@@ -21,8 +21,9 @@ DEVIANT = ["fan_tiny_8_p4_hybrid", "biformer_stl", "polarized_hrnet_w18_s", "dei
 LAYERS = {name: kind for name in zoo.layers.__all__ if isinstance(kind := getattr(zoo.layers, name), type)}
 ARGS = dict(
     AttentionGate=(16, 24), MultiAttentionGate=(16, 24), ChannelProcessing=(16, 2, 32), FullyAttentionalBlock=(16, 2), TokenMixing=(16, 2),
-    HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), PyramidSparseAttention=(2, 8, (3, 5)),
-    SelfAttention=(16, 2))
+    HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), SelfAttention=(16, 2), MultipleInstanceHead=(16, 2),
+    SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2),
+    PyramidSparseAttention=(2, 8, (3, 5)))
 ALL_PARTS = dict(  # arguments with which a layer has every parameter it can have
     BiLevelRoutingAttention=dict(soft_routing=True, differentiable_routing=True, learned_routing=True),
     ContextBroadcast=dict(scaled=True), FullyAttentionalBlock=dict(num_scales=2), PolarizedSelfAttention=dict(layout="sequential"),
@@ -189,9 +190,10 @@ POOLS = ["avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fas
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name in LIGHT])
 def test_every_kind_of_pooling_is_obeyed_or_refused_at_once(name, pool):
     """As an argument and later; `head_hidden_size` is the width that the classifier is given."""
-    token = name.startswith(("deit", "tap_fan"))  # have a class token
-    before = name.startswith(("attnet", "tap_fan", "deit"))  # have a norm after pooling, of the map's width
-    refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or name.startswith("deit") and "fast" in pool
+    token = name.startswith(("deit", "lambda_deit", "tap_fan", "vidat"))  # have a class token
+    before = name.startswith(("attnet", "tap_fan", "deit", "lambda_deit", "vidat"))  # have a norm after pooling, of the map's width
+    plain = "deit" in name or name.startswith("vidat")
+    refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or plain and "fast" in pool
     x = torch.empty(2, 3, 64, 64, device="meta")
     classes = 0 if not pool else 5  # linear classifiers take no map, in timm's networks neither
     if refused:

@@ -3,8 +3,10 @@
 Sources, all read: models/biformer.py and ops/bra_legacy.py of rayleizhu/BiFormer; classification/models/{litv2,blocks}.py and
 mm_modules/DCN of ziplab/LITv2; models/AttNet.py of price112/Attentive-Convolution; models/{fan,convnext_utils}.py of NVlabs/FAN and
 TAPADL_FAN/models/fan.py of guoyongcs/TAPADL; classification/models/imagenet/resnet_sk.py of implus/PytorchInsight;
-semantic-segmentation/network/PSA.py of DeLightCMU/PSA; models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of
-ozan-oktay/Attention-Gated-Networks. HaloNet, DAS and context broadcasting have no code of their authors.
+MoH-ViT/{transnext,attention,attention_native}.py of SkyworkAI/MoH; semantic-segmentation/network/PSA.py of DeLightCMU/PSA;
+models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of ozan-oktay/Attention-Gated-Networks; vision_models.py,
+relational_attention.py and symbol_retrieval.py of dual-attention 0.0.7 (PyPI). HaloNet, DAS and context broadcasting have no code of
+their authors.
 """
 import math
 import re
@@ -36,7 +38,9 @@ RULES = {  # what is drawn: the deviation around the mean 0 (or another), of a w
     "fan in": lambda weight, module: math.sqrt(2 / fan_in(weight, module)),
     "torch": lambda weight, module: 1 / math.sqrt(3 * fan_in(weight, module)),  # uniform, of torch's layers
     "torch, of the weight": lambda bias, module: 1 / math.sqrt(3 * fan_in(module.weight, module)),
+    "local bias": lambda weight, module: 0.0004,
     "around 1": lambda weight, module: 0.02,
+    "normal": lambda weight, module: 1.0,
 }
 NORMS = [(r"norm\w*(\.\d)?\.weight$|bn\w*\.weight$", ONE), (r"norm\w*(\.\d)?\.bias$|bn\w*\.bias$", ZERO)]
 CONVS = [(r"weight$", "torch"), (r"bias$", "torch, of the weight")]
@@ -44,6 +48,10 @@ TABLE = {  # by family: patterns of names, the first that fits counts
     "biformer_nano": [*NORMS, (r"(qkv|proj|fc\d?)\.weight$", "truncated"), (r"(qkv|proj|fc\d?)\.bias$", ZERO), *CONVS],
     "litv2_nano": [*NORMS, (r"offset", ZERO), (r"dwconv\.weight", "fan out"), (r"dwconv\.bias", ZERO),
                    (r"(qkv|lo_q|lo_kv|hi_proj|lo_proj|fc\d?)\.weight$", "truncated"), (r"(qkv|_q|_kv|_proj|fc\d?)\.bias$", ZERO), *CONVS],
+    "moh_transnext_nano": [*NORMS, (r"temperature", ("=", math.log(math.expm1(1 / 0.24)))), (r"learnable_bias", ZERO),
+                           (r"relative_pos_bias_local", "local bias"), (r"query_embedding|learnable_tokens", "truncated"),
+                           (r"(^stem|downsample)\.proj\.weight|dwconv\.weight|attn\.sr\.weight", "fan out"),
+                           (r"weight$", "truncated"), (r"bias$", ZERO)],
     "attnet_nano": [*NORMS, (r"difference_control", ZERO), (r"weight$", "truncated"), (r"bias$", ZERO)],
     "tap_fan_nano": [*NORMS, (r"gamma\d?$|temperature", ONE), (r"cls_token", "truncated"), (r"pool\.conv\d\.weight", "fan out"),
                      (r"dwconv\.conv\d\.weight", "fan out"), (r"dwconv\.conv\d\.bias", ZERO),
@@ -55,6 +63,7 @@ TABLE = {  # by family: patterns of names, the first that fits counts
                    (r"pos_embed|stages\.2\.downsample", "convolutions"), (r"weight$", "truncated"), (r"bias$", ZERO)],
     "sk_resnet50": [*NORMS, (r"downsample\.1\.weight", ONE), (r"downsample\.1\.bias", ZERO), (r"^fc", "convolutions"),
                     (r"weight$", "fan out, groups not counted")],
+    "vidat_nano_patch16_224": [*NORMS, (r"pos_embed|cls_token|template_features|symbol_library", "normal"), (r"wr$", "torch"), *CONVS],
     "polarized_resnet_nano": [(r"aa\.(channel_query|channel_value|spatial_query|spatial_value)\.weight", "fan in"),
                               (r"aa\.channel_up\.1\.weight", ONE), (r"aa\.channel_up\.1\.bias", ZERO), (r"aa\.", "convolutions"),
                               (r".", None)],  # the rest is timm's ResNet

@@ -18,8 +18,9 @@ DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_n
 LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
-    **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano")},
-    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano")},
+    **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
+    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano", "vidat_nano_patch16_224")},
+    "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
 }
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 
@@ -80,7 +81,7 @@ def test_torch_export_with_named_and_bounded_sizes(name):
     torch takes lengths of one for constants. Of networks that cut their maps it cannot prove for all sizes what holds for each, and is told
     to ask as they come.
     """
-    cuts = name.startswith(("biformer", "halonet", "litv2", "attention_unet_litv2"))
+    cuts = name.startswith(("biformer", "halonet", "litv2", "moh", "attention_unet_litv2"))
     model = make(name, **SHALLOW.get(name, {}))
     x = images(model, (250, 203), 2)
     sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=113, max=1024) for dim in range(2, x.ndim)}
@@ -138,8 +139,13 @@ LAYERS = {
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
     "SelfAttention": (functools.partial(layers.SelfAttention, 16, 2, "entmax15", "head"), (1, 5, 16)),
     "NormalizedAttention": (functools.partial(layers.NormalizedAttention, 2, 8, "cog"), *[(1, 2, 5, 8)] * 3),
+    "MultipleInstanceHead": (functools.partial(layers.MultipleInstanceHead, 16, 2, 8, 2), (5, 16)),
     "HedgehogAttention": (functools.partial(layers.HedgehogAttention, 2, 8), *[(1, 2, 5, 8)] * 3),
     "PyramidSparseAttention": (functools.partial(layers.PyramidSparseAttention, 2, 8, (4, 5), 1, (8, 8)), *[(1, 2, 21, 8)] * 3),
+    "SparsifinerAttention": (functools.partial(layers.SparsifinerAttention, 2, 8, (2, 2)), *[(1, 2, 5, 8)] * 3),
+    "DualAttention": (functools.partial(layers.DualAttention, 16, 1, 1), *[(1, 5, 16)] * 2),
+    "RelationalAttention": (functools.partial(layers.RelationalAttention, 16, 2, activation="relu"), *[(1, 5, 16)] * 2),
+    "SymbolicAttention": (functools.partial(layers.SymbolicAttention, 16), (1, 5, 16)),
     **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
         "DAS", "ATConv", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")},
     **{name: (functools.partial(getattr(layers, name), 16, 8), (1, 16, 5, 6), (1, 8, 3, 3)) for name in (

@@ -1,4 +1,4 @@
-"""The recipe of docs/guides/attention.md, on digits."""
+"""The recipes of docs/guides/attention.md, on digits."""
 
 
 def test_hedgehog_in_two_stages(run_block, tmp_path):
@@ -6,3 +6,10 @@ def test_hedgehog_in_two_stages(run_block, tmp_path):
     found = ran["found"]
     assert ran["near"] < ran["far"]
     assert found["softmax"] > 0.9 and found["fine-tuned"] > 0.9 and found["fine-tuned"] >= found["distilled"]
+
+
+def test_sparsifiner_in_three_phases(run_block, tmp_path):
+    ran = run_block("attention.md", "sparsify", tmp_path)
+    found = ran["found"]
+    assert ran["near"] < 0.7 * ran["far"] and abs(ran["share"] - 5 / 17) < 1e-6
+    assert found["all keys"] > 0.9 and found["fine-tuned"] > 0.9 and found["fine-tuned"] >= found["untrained masks"]

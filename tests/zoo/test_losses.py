@@ -230,5 +230,5 @@ def test_distillation_keeps_no_attention_and_says_what_it_is_not_for():
     attention = student.blocks[0].attn
     tokens, heads = 101, attention.num_heads
     assert max(t.numel() for t in kept) < heads * tokens * tokens
-    with pytest.raises(InputError, match="VisionTransformer has no Hedgehog attention to distil; zoo.replace_attention"):
+    with pytest.raises(InputError, match="VisionTransformer has no Hedgehog attention to train; zoo.replace_attention"):
         zoo.AttentionDistillationLoss()(make("test_vit", img_size=64), images())

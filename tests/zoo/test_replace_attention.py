@@ -29,7 +29,7 @@ KINDS = {  # with what they differ in: a class token, rotary embeddings, biases 
     "swin": ("swin_tiny_patch4_window7_224", dict(img_size=32, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 4))),
 }
 BIASED = ("beit", "relpos", "swin")
-LAYERS = (*NORMALIZERS, "hedgehog", "pyramid_sparse")
+LAYERS = (*NORMALIZERS, "hedgehog", "moh", "pyramid_sparse")
 EXACT = ("softmax", "pyramid_sparse")  # of rows that one block holds
 
 
@@ -93,7 +93,8 @@ def test_every_mechanism_in_every_kind_learns_and_is_saved(kind, layer):
     out = model(x)
     out.square().sum().backward()
     new = {name: parameter for name, parameter in model.named_parameters() if ".mechanism." in name or ".gate." in name}
-    assert all(parameter.grad is not None and parameter.grad.any() for name, parameter in new.items()), new.keys()
+    alone = {name for name, parameter in new.items() if name.endswith("router.routed.weight") and len(parameter) == 1}  # always picked
+    assert all(parameter.grad is not None and (parameter.grad.any() or name in alone) for name, parameter in new.items()), new.keys()
     model.eval()
     assert torch.allclose(model(x), before, atol=1e-5) == (layer in EXACT)
     other = zoo.replace_attention(make(kind), layer, gate="head")
@@ -135,6 +136,8 @@ def test_the_formula(layer):
     if layer == "rela":
         scale, gate = attn.mechanism.scale, attn.mechanism.gate
         o = scale * o / (o.square().mean(-1, keepdim=True) + 1e-8).sqrt() * (gate * o).sigmoid()
+    if layer == "moh":
+        o = (o.unflatten(2, (3, 16)) * attn.mechanism.router(x)[..., None]).flatten(2)
     torch.testing.assert_close(out, attn.proj(o))
 
 
@@ -168,7 +171,7 @@ def test_shifted_windows_stay_apart(layer):
 
 
 @pytest.mark.parametrize("kind", ["vit", "eva02"])
-@pytest.mark.parametrize("layer", ["entmax15", "entmax", "cog", "rela", "hedgehog", "pyramid_sparse"])
+@pytest.mark.parametrize("layer", ["entmax15", "entmax", "cog", "rela", "hedgehog", "moh", "pyramid_sparse"])
 def test_compiles_whole_and_exports_for_any_batch(kind, layer):
     model, x = zoo.replace_attention(make(kind), layer, gate="element"), images(kind)
     with torch.no_grad():

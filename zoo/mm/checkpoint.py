@@ -25,6 +25,7 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from zoo import checkpoints
+from zoo.attention_removal import diluted_blocks
 from zoo.errors import InputError
 from zoo.files import explaining
 from zoo.reading.class_names import check_same_classes, shown
@@ -131,6 +132,8 @@ def best_checkpoint(work_dir: Path) -> Path | None:
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook in an order that always leaves a usable checkpoint: write, point to it, remove old ones.
 
+    Networks with a share of attention that is fading out (`AttentionDilutionHook`) are no candidates for the best.
+
     Beside every checkpoint of a network that timm knows there are its weights alone, see `weights_beside`: those that are evaluated,
     the average where one is kept. They go when the checkpoint goes.
     """
@@ -167,7 +170,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        if not self.save_best:
+        if not self.save_best or any(diluted_blocks(cast(nn.Module, runner.model)).values()):
             return
         if unknown := set(self.key_indicators) - {"auto", *metrics}:
             raise InputError(f"default_hooks.checkpoint.save_best={unknown.pop()!r}: the evaluation gives {', '.join(metrics)}")

@@ -1,5 +1,6 @@
 """Image classification as a task of the engine."""
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -10,10 +11,11 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from zoo.changes import Change, change
+from zoo.checkpoints import start_from
 from zoo.errors import InputError
-from zoo.losses import AttentionDiversificationLoss
+from zoo.losses import AttentionDiversificationLoss, balances
 from zoo.mm.networks import create_network, freeze_but, plain
-from zoo.weights import load_weights
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -36,9 +38,13 @@ class ImageClassifier(BaseModel):
         attention_diversification: weight of the loss `zoo.AttentionDiversificationLoss`, 0 for none. Its value before weighting
             is logged as `attention_similarity`.
         attention_threshold: that loss's threshold.
+        load_balancing: weight of the loss `zoo.LoadBalancingLoss` of networks whose tokens pick heads, 0 for none; the authors of MoH
+            have 0.01 (https://github.com/SkyworkAI/MoH). Its value before weighting is logged as `load_balance`.
         weights: a file whose weights training starts from, but for the head's: the authors' (`zoo.models.released`), timm's, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         freeze: the head alone learns.
+        changes: what is done to the network once it is built and has its first weights, each a dict of `type`, one of
+            `zoo.changes.CHANGES`, and arguments; checkpoints record it.
 
     Raises InputError for an unknown name, loss, or argument.
     """
@@ -47,8 +53,8 @@ class ImageClassifier(BaseModel):
 
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy",
-                 attention_diversification: float = 0.0, attention_threshold: float = 2.0, weights: str | None = None,
-                 freeze: bool = False):
+                 attention_diversification: float = 0.0, attention_threshold: float = 2.0, load_balancing: float = 0.0,
+                 weights: str | None = None, freeze: bool = False, changes: Sequence[Change] = ()):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
@@ -58,7 +64,10 @@ class ImageClassifier(BaseModel):
         self.loss = loss
         self.diversification_weight = attention_diversification
         self.diversification = AttentionDiversificationLoss(attention_threshold) if attention_diversification else None
+        self.changes = plain(list(changes))
+        self.load_balancing_weight = load_balancing
         self.model = create_network(name, self.args)
+        change(self.model, self.changes)
         self.num_classes, self.weights, self.freeze = self.model.num_classes, weights, freeze
         try:
             self.mixup = None if mixup is None else Mixup(**mixup, label_smoothing=label_smoothing, num_classes=self.num_classes)
@@ -69,7 +78,9 @@ class ImageClassifier(BaseModel):
     def init_weights(self) -> None:
         """Loads `weights`, if there are any; timm has initialised the model, and the engine would do so again."""
         if self.weights is not None:
-            load_weights(self.model, self.weights, new_head=True)
+            fresh = create_network(self.name, self.args)
+            start_from(fresh, self.weights, self.changes)
+            self.model.load_state_dict(fresh.state_dict())
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -102,11 +113,16 @@ class ImageClassifier(BaseModel):
             inputs, targets = self.mixup(inputs, targets)
         else:
             targets = mixup_target(targets, self.num_classes, smoothing=self.label_smoothing)
-        if self.diversification is None:
-            return {"loss": self._criterion(self.model(inputs), targets)}
-        logits, similarity = self.diversification(self.model, inputs)
-        loss = self._criterion(logits, targets) + self.diversification_weight * similarity
-        return {"loss": loss, "attention_similarity": similarity.detach()}
+        logged = {}
+        with balances(self.model) if self.load_balancing_weight else contextlib.nullcontext([]) as found:
+            logits, similarity = (self.model(inputs), None) if self.diversification is None else self.diversification(self.model, inputs)
+        loss = self._criterion(logits, targets)
+        if similarity is not None:
+            loss, logged["attention_similarity"] = loss + self.diversification_weight * similarity, similarity.detach()
+        if found:
+            balance = torch.stack(found).mean()
+            loss, logged["load_balance"] = loss + self.load_balancing_weight * balance, balance.detach()
+        return {"loss": loss, **logged}
 
     def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "binary_cross_entropy":

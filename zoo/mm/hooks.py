@@ -18,6 +18,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 from tqdm import tqdm
 
+from zoo.attention_removal import attention_share, diluted_blocks, remove_attention
 from zoo.errors import InputError
 
 Reported = Literal["average", "weights", "both"]
@@ -114,16 +115,57 @@ class ModelEMAHook(EMAHook):
 
 
 @HOOKS.register_module()
+class AttentionDilutionHook(Hook):
+    """Lets attention fade out of the blocks that have a share of it: λ = max(0, 1 − epoch / (epochs − 1)) (arXiv 2404.05657).
+
+    The blocks are those of the change `remove_attention` with `share=1.0` in the model's `changes`. λ follows from the epoch, so that a
+    run that was resumed is an unbroken one. Checkpoints of after that, among which the best is looked for, are loaded without attention
+    in these blocks.
+
+    Args:
+        part: of the run in which attention fades out, above 0; the authors' are 300 of 400 epochs
+            (https://github.com/sihaoevery/lambda_vit).
+
+    Raises InputError where training begins: no such blocks, fewer than 2 epochs for it, or a run that counts steps.
+    """
+
+    def __init__(self, part: float = 0.75):
+        if not 0 < part <= 1:
+            raise InputError(f"part must be above 0 and at most 1, got {part!r}")
+        self.part = part
+
+    def before_train(self, runner: Runner) -> None:
+        if not diluted_blocks(_network(runner)):
+            raise InputError("AttentionDilutionHook finds no block with a share of attention; the model's changes say which have one: "
+                             "model.changes=[{'type':'remove_attention','blocks':[0,2],'share':1.0}]")
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            raise InputError("AttentionDilutionHook counts epochs, and this run counts steps")
+        self.epochs = math.ceil(self.part * runner.max_epochs)
+        attention_share(0, self.epochs)  # refuses runs that are too short
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        share = attention_share(runner.epoch, self.epochs)
+        remove_attention(_network(runner), diluted_blocks(_network(runner)), share)
+        runner.message_hub.update_scalar("train/attention_share", share)
+
+
+def _network(runner: Runner) -> Any:
+    return getattr(runner.model, "module", runner.model)
+
+
+@HOOKS.register_module()
 class RecordHook(Hook):
     """Adds to every checkpoint, as `zoo`, what it takes to use the model without its config: plain values only."""
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = getattr(runner.model, "module", runner.model)
+        model = _network(runner)
         if not hasattr(model, "task"):  # of somebody else's, who has to know its config
             return
         held_out = cast(Any, runner.val_loop or runner.train_loop).dataloader.dataset
         checkpoint["zoo"] = {"task": model.task, "model": model.name, "model_args": model.args,
                              "classes": list(held_out.metainfo["classes"]), **held_out.data_config}
+        if changes := getattr(model, "changes", None):
+            checkpoint["zoo"]["changes"] = changes
 
 
 @HOOKS.register_module()
@@ -188,7 +230,7 @@ class ScreenHook(Hook):
         self.steps = 0
 
     def before_train(self, runner: Runner) -> None:
-        loop, model = runner.train_loop, getattr(runner.model, "module", runner.model)
+        loop, model = runner.train_loop, _network(runner)
         self.start, self.first = time.monotonic(), runner.iter
         self.by_epoch = isinstance(loop, EpochBasedTrainLoop)
         self.length = len(runner.train_dataloader) if self.by_epoch else cast(Any, loop).val_interval

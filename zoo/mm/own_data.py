@@ -14,6 +14,7 @@ import numpy as np
 import timm
 from mmengine.config import Config
 
+from zoo.checkpoints import check_downloadable, recorded_changes
 from zoo.errors import InputError, near_misses, times
 from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
@@ -113,14 +114,6 @@ def check_fits_data(model: str, data: OwnData) -> None:
         raise InputError(f"{model} is {NAMED[kind]}, and {data.root} holds {data.form}, which need {FITTING[data.task]}")
 
 
-def check_downloadable(model: str) -> None:
-    """Raises InputError unless timm or the zoo knows where weights of the model are."""
-    cfg: Any = timm.get_pretrained_cfg(model)
-    if not (cfg.url or cfg.hf_hub_id or cfg.file):
-        raise InputError(f"there are no weights of {model} to download; --weights takes a file, and without it training starts from random "
-                         "ones")
-
-
 KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",)}
 NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks"}
 
@@ -146,11 +139,29 @@ def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, l
     seen = dict(input_size=(3, size, size), **normalization(model))
     mirrored = 0.5 * mirrors(data.classes)
     config, told = started("classes", data, wishes, "accuracy/top1")
+    told += _go_on_with_changes(config, wishes)
     merge(config, {
         "model.name": model, "model.args.num_classes": len(data.classes), "model.args": args,
         **{f"{part}_dataloader.dataset": dict(classes=list(data.classes), transform=seen) for part in PARTS},
         "train_dataloader.dataset.transform.hflip": mirrored, **of_network(wishes, "model.args")})
     return config, [f"pictures {extent(sizes)} pixels are seen at {size}×{size}, {mirrored_or_not(mirrored)}", *told]
+
+
+def _go_on_with_changes(config: Config, wishes: Wishes) -> list[str]:
+    """Has the network changed as that of the weights was; attention that has a share begins to fade out."""
+    changes = recorded_changes(wishes.weights) if wishes.weights else []
+    if not changes:
+        return []
+    config.model.changes = changes
+    fading: set[int] = set()
+    for change in changes:
+        if change["type"] == "remove_attention":
+            fading = fading - set(change["blocks"]) if change.get("share") is None else fading | set(change["blocks"])
+    told = [f"the network is changed as that of {wishes.weights}: {', '.join(change['type'] for change in changes)}"]
+    if fading:
+        config.custom_hooks[1] = dict(type="AttentionDilutionHook")  # in the place of patience, which could end too early
+        told.append(f"attention fades out of blocks {', '.join(map(str, sorted(fading)))}; the best is of the epochs after that")
+    return told
 
 
 def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: int = 1) -> tuple[Config, list[str]]:

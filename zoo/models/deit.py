@@ -5,15 +5,14 @@ The weights of timm's DeiT of the same name without `_cb` or `_cbs` load as they
 from functools import partial
 from typing import Any, cast
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, register_notrace_function, resample_abs_pos_embed
+from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from zoo.layers import ContextBroadcast
-from zoo.layers._scripting import refuse_scripting
+from zoo.models.any_size import AnySizeVisionTransformer
 from zoo.models.building import build_model_with_cfg
 
 __all__ = ["BroadcastingMlp", "BroadcastingVisionTransformer", "checkpoint_filter_fn"]
@@ -33,58 +32,17 @@ class BroadcastingMlp(Mlp):
         return self.broadcast(super().forward(x))
 
 
-class BroadcastingVisionTransformer(vit.VisionTransformer):
-    """timm's vision transformer with `BroadcastingMlp`, any input size.
-
-    Images that the patches do not divide are padded, position embeddings interpolated. The mean is over all tokens, that of
-    the class included.
+class BroadcastingVisionTransformer(AnySizeVisionTransformer):
+    """`AnySizeVisionTransformer` with `BroadcastingMlp`. The mean is over all tokens, that of the class included.
 
     Args:
         scaled: CB_S instead of CB, see `ContextBroadcast`.
         kwargs: of timm's.
-
-    Raises ValueError for a batch of no images, which timm's cannot shape.
-
-    Difference from timm's: without pooling (`global_pool=""`), calling it gives the map of the patches, (B, C, H, W), instead
-    of the sequence of tokens.
     """
 
-    __prepare_scriptable__ = refuse_scripting
-
     def __init__(self, scaled: bool = False, **kwargs: Any):
-        super().__init__(
-            mlp_layer=partial(BroadcastingMlp, scaled=scaled),  # pyright: ignore[reportArgumentType]  # timm only calls it
-            dynamic_img_size=True, dynamic_img_pad=True, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if self.global_pool:
-            return out
-        size = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        return out[:, self.num_prefix_tokens :].unflatten(1, size).permute(0, 3, 1, 2)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's for any size, called from here: `torch.fx` takes functions as they are where the traced forward is written only."""
-        batch, height, width, channels = holding_images(x).shape
-        prefix = [tokens.expand(batch, -1, -1) for tokens in (self.cls_token, self.reg_token) if tokens is not None]
-        x, within = x.reshape(batch, height * width, channels), not self.no_embed_class
-        if self.pos_embed is None:
-            return torch.cat([*prefix, x], 1)
-        position = resample_abs_pos_embed(
-            self.pos_embed, [height, width], self.patch_embed.grid_size, self.num_prefix_tokens if within else 0)
-        x = torch.cat([*prefix, x], 1) + position if within else torch.cat([*prefix, x + position], 1)
-        return self.pos_drop(x)
-
-    def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() & {name for name, _ in self.named_parameters()}
-
-
-@register_notrace_function
-def holding_images(x: Tensor) -> Tensor:
-    """x, unless it holds no image."""
-    if not x.shape[0]:
-        raise ValueError("BroadcastingVisionTransformer: x must hold at least one image, got none")
-    return x
+        mlp = partial(BroadcastingMlp, scaled=scaled)
+        super().__init__(mlp_layer=mlp, **kwargs)  # pyright: ignore[reportArgumentType]  # timm only calls it
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

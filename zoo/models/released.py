@@ -14,7 +14,7 @@ from zoo.errors import InputError, near_misses
 class Released:
     """A file of weights.
 
-    `file` is its name, as far as the authors give one; `key` what their code evaluates of it, empty where that is not known; `url` a
+    `file` is its name, empty where it is not known; `key` what their code evaluates of it, empty where that is not known; `url` a
     direct address or None, `page` where a person finds it; `licence` the SPDX name of the licence of the repository that offers it,
     None where there is none.
     """
@@ -41,6 +41,16 @@ _FILES: dict[str, tuple[str, str, str]] = {
     "sk_resnet50": ("sk_resnet50.pth.tar", "state_dict", _GOOGLE.format("1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ")),
     "sk_resnet101": ("sk_resnet101.pth.tar", "state_dict", _GOOGLE.format("1WB7HXx-cvUIxFRe-M61XZIzUN0a3nsbF")),
     **{f"litv2_{size}": (f"litv2_{size}.pth", "model", "") for size in ("s", "m", "b", "b_384")},
+    "lambda_deit_tiny_024": ("tiny_024.pth", "model", _GOOGLE.format("188xpKUKUfG-ks5jH_yiGYmczknPBCqnV")),
+    "lambda_deit_tiny_0246": ("tiny_0246.pth", "model", _GOOGLE.format("16HgVf_MgmEGXXek8F9Y1R__wsSxZAVYb")),
+    "lambda_deit_small_024": ("small_024.pth", "model", _GOOGLE.format("1hAlrazQHPmoouxll_uNCvMnYCmfdLay4")),
+    "lambda_deit_small_0246": ("small_0246.pth", "model", _GOOGLE.format("1F9rggdlcILbLz5UZr4fNxw_wuOdFLu50")),
+    "lambda_deit_base_01346": ("base_01346.pth", "model", _GOOGLE.format("1kpN-yZKI2RAirD5GkG1tjyJMMyhwyZvC")),
+    "lambda_deit_base_013469": ("base_013469.pth", "model", _GOOGLE.format("16MCFOl6MSpACtFZ-VnCesLPoD2051y-d")),
+    **{f"moh_transnext_{size}": ("", "model", f"https://huggingface.co/Chat-UniVi/MoH-ViT-{page}")
+       for size, page in (("small_80", "S-80"), ("small_75", "S-75"), ("base_75", "B-75"), ("base_50", "B-50"))},
+    **{f"transnext_{size}": (f"transnext_{size}_224_1k.pth", "model", "") for size in ("micro", "tiny", "small", "base")},
+    **{f"transnext_{size}_384": (f"transnext_{size}_384_1k_ft_1k.pth", "model", "") for size in ("small", "base")},
     "tap_fan_base_16_p4_hybrid": ("tapadl_fan_base.pth.tar", "state_dict", ""),
     "fan_tiny_12_p16_224": ("fan_vit_tiny.pth.tar", "state_dict", ""),
     "fan_small_12_p16_224": ("fan_vit_small.pth.tar", "state_dict", ""),

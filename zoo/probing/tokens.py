@@ -132,12 +132,17 @@ def _stored(values: Tensor) -> Tensor:
     return (half if (values - half).norm() <= HALF_ERROR * values.norm() else values).contiguous()
 
 
-def _origin(network: nn.Module, info: ModelInfo, data: OwnData, norm: bool) -> dict[str, str]:
-    """What tokens depend on, by what it is called. Times of files stand for their contents."""
+def digest_of_weights(network: nn.Module) -> str:
+    """The same for the same names, dtypes, shapes and numbers."""
     weights = hashlib.sha256()
     for name, value in network.state_dict().items():
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def _origin(network: nn.Module, info: ModelInfo, data: OwnData, norm: bool) -> dict[str, str]:
+    """What tokens depend on, by what it is called. Times of files stand for their contents."""
     pictures = hashlib.sha256()
     for part in PARTS:
         for sample in data.splits[part]:
@@ -145,7 +150,7 @@ def _origin(network: nn.Module, info: ModelInfo, data: OwnData, norm: bool) -> d
             place = sample.path.relative_to(data.root) if sample.path.is_relative_to(data.root) else sample.path
             pictures.update(f"{part} {place} {sample.labels[0]} {status.st_size} {status.st_mtime_ns}\n".encode())
     config = json.dumps(info.data_config, sort_keys=True, default=str)
-    return {"model": info.name, "weights": weights.hexdigest(), "preparation of pictures": config,
+    return {"model": info.name, "weights": digest_of_weights(network), "preparation of pictures": config,
             "norm": "after the last norm" if norm else "before the last norm", "data": pictures.hexdigest()}
 
 

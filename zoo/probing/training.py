@@ -108,6 +108,8 @@ def write_probe(trained: Trained, network: nn.Module, info: ModelInfo, classes: 
     record = {"task": "classification", "model": info.name, "model_args": dict(model_args), "classes": list(classes),
               "probe": {"queries": queries, "pooling": trained.pooling, "norm": norm},
               **{key: info.data_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}}
+    if info.changes:
+        record["changes"] = [dict(change) for change in info.changes]
     state = {f"{MODEL_PREFIX}{name}": value.cpu() for name, value in whole.state_dict().items()}
     with replacing(path) as written:
         torch.save({"zoo": record, "state_dict": state}, written)

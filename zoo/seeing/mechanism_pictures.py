@@ -158,11 +158,52 @@ def _token_aware(seen: Captured, query: Point):
 
 def _context(seen: Captured, query: Point):
     similarity = seen.maps["similarity"]
-    ratio = seen.size[0] / seen.size[1]
-    rows, columns = math.isqrt(int(len(similarity) * ratio)), math.isqrt(int(len(similarity) / ratio))  # the patches, which come last
     figure, (axes,) = new_figure(1)
-    overlay(axes, seen.image, similarity[-rows * columns :].unflatten(0, (rows, columns)), seen.extent)
+    overlay(axes, seen.image, _patches(similarity, seen.size), seen.extent)
     return figure, f"Cosine of every token and the mean of all, which is added to it, {similarity.min():.2f} to {similarity.max():.2f}."
+
+
+def _picked_heads(seen: Captured, query: Point):
+    layer, gates = cast(zoo.layers.MixtureOfHeads, seen.layer), seen.maps["gates"]
+    gates = _patches(gates, seen.size) if gates.ndim == 2 else gates
+    first, count = layer.shared_heads, gates.shape[2]
+    columns = math.ceil(math.sqrt(count))
+    tiles = F.pad(gates.permute(2, 0, 1), (0, 1, 0, 1), value=float("nan"))
+    tiles = torch.cat([tiles, tiles.new_full((-count % columns, *tiles.shape[1:]), float("nan"))])
+    figure, (left, right) = new_figure(2)
+    left.imshow(seen.image)
+    drawn = right.imshow(tiles.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="inferno", vmin=0)
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    return figure, (f"What every position of the map multiplies the output of each of {count} heads by: of the {count - first} that are "
+                    f"not shared it picks {layer.active_heads}, and the others count 0.")
+
+
+def _patches(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (N, …) of an image of this size as a map; the patches come last."""
+    ratio = size[0] / size[1]
+    rows, columns = math.isqrt(int(len(tokens) * ratio)), math.isqrt(int(len(tokens) / ratio))
+    return tokens[-rows * columns :].unflatten(0, (rows, columns))
+
+
+def _relational(seen: Captured, query: Point):
+    attention, relations = seen.maps["attention"].mean(0), seen.maps["relations"]
+    tokens, size = len(attention), seen.image.shape[:2]
+    rows, columns = grid(tokens - 1, size) or grid(tokens, size) or (1, tokens)  # behind a class token, or none
+    row, column = (int(f * n) for f, n in zip(query, (rows, columns), strict=True))
+    place = tokens - rows * columns + row * columns + column
+    received, related = (y[..., -rows * columns :].unflatten(-1, (rows, columns)) for y in (attention[place], relations[:, place]))
+    strongest = int(related.flatten(1).std(1).argmax())
+    figure, (left, right) = new_figure(2)
+    overlay(left, seen.image, received, seen.extent)
+    right.imshow(seen.image, extent=seen.extent)
+    limit = related[strongest].abs().max().item() or 1.0
+    drawn = right.imshow(related[strongest].numpy(), extent=seen.extent, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    for axes in (left, right):
+        y, x = ((f + 0.5) * n / m - 0.5 for f, n, m in zip((row, column), seen.size, (rows, columns), strict=True))
+        axes.plot(x, y, "+", color="red", markersize=10, markeredgewidth=2)
+    return figure, ("Left, which patches the relational heads let the red cross receive from; right, how it is related to all, by the "
+                    f"one of {len(relations)} relations that differs most.")
 
 
 def _queries(seen: Captured, query: Point):
@@ -189,7 +230,9 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.EfficientProbing: _queries,
     zoo.layers.HaloAttention: _halo,
     zoo.layers.HiLoAttention: _high_and_low,
+    zoo.layers.MixtureOfHeads: _picked_heads,
     zoo.layers.PolarizedSelfAttention: _polarized,
+    zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
     zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
@@ -203,12 +246,15 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.EfficientProbing: ("heat",),
     zoo.layers.HaloAttention: ("from", "block", "heat"),
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
+    zoo.layers.MixtureOfHeads: ("heat",),
     zoo.layers.PolarizedSelfAttention: ("heat",),
+    zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
     zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
-WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention}  # whose pictures depend on it
+WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention,
+              zoo.layers.RelationalAttention}  # whose pictures depend on it
 
 
 def pictured(model: nn.Module) -> set[type[nn.Module]]:

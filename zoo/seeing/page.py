@@ -34,6 +34,7 @@ LEGEND = {
     "routes": ("linear-gradient(90deg,#ffc,#fd0)", "what it attends to: the stronger the colour, the more"),
     "block": ("#fff", "the block that it lies in"),
     "samples": ("linear-gradient(90deg,#1f77b4,#ff7f0e,#2ca02c)", "dots: where the convolution samples for the cross nearby"),
+    "relations": ("linear-gradient(90deg,#b2182b,#f7f7f7,#2166ac)", "over the picture: red above 0, blue below"),
     "signs": ("linear-gradient(90deg,#b2182b,#f7f7f7,#2166ac)", "weights of kernels: red above 0, blue below"),
 }
 

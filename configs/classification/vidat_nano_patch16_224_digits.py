@@ -1,0 +1,10 @@
+_base_ = ['../_base_/datasets/digits.py', '../_base_/schedules/adamw_20e_digits.py', '../_base_/default_runtime.py']
+
+model = dict(
+    type='ImageClassifier',
+    name='vidat_nano_patch16_224',
+    args=dict(num_classes=10, in_chans=1, img_size=32, patch_size=8),
+    mixup=dict(mixup_alpha=0.2, cutmix_alpha=1.0, prob=0.3, switch_prob=0.3),
+    label_smoothing=0.1)
+
+train_cfg = dict(max_epochs=30)

@@ -1,0 +1,1 @@
+"""Heads that answer for bags of pictures: features of a frozen network, training, and what heads attend to."""
