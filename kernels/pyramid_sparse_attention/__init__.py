@@ -27,8 +27,9 @@ def pyramid_sparse_attention(
         out_i = Σ_g softmax_g(scale · q_i·k̄_g + ln n_g) v̄_g
 
     A pair of blocks has a level ℓ: 0 leaves the keys out; 1, 2, 4 and 8 take the means k̄_g, v̄_g of ℓ consecutive keys and values
-    each, n_g = ℓ. The softmax is over everything that the query keeps. Of the last block only the tokens that there are count, where
-    the authors' code repeats the last one: n_g is the number of those in the group. Queries without any key get 0.
+    each, n_g = ℓ. The softmax is over everything that the query keeps. Of the last block only the tokens that there are count, n_g is
+    the number of those in the group; the authors' code repeats the last one (ziplab/Pyramid-Sparse-Attention,
+    src/psa_triton/kernels/psa_kernel_legacy.py). Queries without any key get 0.
 
     Args:
         q: (B, heads, N, d); k: (B, heads, M, d); v: (B, heads, M, e). float32, float64, float16, bfloat16; the softmax is at least
