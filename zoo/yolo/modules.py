@@ -8,8 +8,8 @@ from zoo.backbones import FeatureMaps
 from zoo.errors import InputError
 
 MAPS = ("ATConv", "DAS", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")
-TOKENS = ("BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "FullyAttentionalBlock", "HiLoAttention",
-          "TokenAwareAvgPool", "TokenMixing")
+TOKENS = ("AggregatedAttention", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "FullyAttentionalBlock",
+          "HiLoAttention", "LengthScaledAttention", "TokenAwareAvgPool", "TokenMixing")
 GATES = ("AttentionGate", "MultiAttentionGate")
 LAYERS = (*MAPS, *TOKENS, *GATES)
 OUT_WIDTH = {"DeformableTokenMerging": "out_dim", "HaloAttention": "dim_out", "SelectiveKernelUnit": "out_dim"}
