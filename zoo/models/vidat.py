@@ -32,7 +32,7 @@ class NormedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = cast(tuple[int, int], self.patch_size)
-        x = F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height))
+        x = F.pad(x, (0, (width - x.shape[3] % width) % width, 0, (height - x.shape[2] % height) % height))
         patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
         normed = self.norm_in(patches.flatten(1, 2)).unflatten(1, patches.shape[1:3])
         return super().forward(normed.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3))
