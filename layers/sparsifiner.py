@@ -66,8 +66,8 @@ class SparsifinerAttention(nn.Module):
         shared_basis: P is U.
         device, dtype: of the parameters, as in torch.
 
-    Differences from the authors' code (lim142857/Sparsifiner): any size and any number of prefix tokens, of which theirs have one;
-    ties go to the first keys, theirs to what torch.topk finds; no pruning of tokens.
+    Differences from the authors' code (lim142857/Sparsifiner, src/models/sparsifiner.py): any size and any number of prefix tokens, of
+    which theirs have one; ties go to the first keys, theirs to what torch.topk finds; no pruning of tokens.
 
     Raises:
         ValueError: at construction, a share, size or threshold out of its range; in `forward`, as many tokens as belong to no known map.

@@ -32,10 +32,10 @@ class NormedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = cast(tuple[int, int], self.patch_size)
-        x = F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height))
+        x = F.pad(x, (0, (width - x.shape[3] % width) % width, 0, (height - x.shape[2] % height) % height))
         patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
-        x = self.norm_in(patches).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        return super().forward(x)
+        normed = self.norm_in(patches.flatten(1, 2)).unflatten(1, patches.shape[1:3])
+        return super().forward(normed.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3))
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         if patch_size is not None and to_2tuple(patch_size) != tuple(self.patch_size):
