@@ -116,7 +116,8 @@ def heads_table(seeds: list[dict]) -> list[str]:
     lines = [
         f"`{MODEL}` at {SIDE} pixels learned the digits 0 to 4 and was frozen; `zoo probe` trained heads on its tokens of the digits 5 to "
         f"9, which it had never seen, {QUERIES} queries in the attentive one. Accuracy on held-out digits after the last epoch, in per "
-        f"cent, of {len(seeds)} seeds of network and heads; seconds of training a head, tokens being there.", "",
+        f"cent, of {len(seeds)} seed{'s' if len(seeds) > 1 else ''} of network and heads; seconds of training a head, tokens being "
+        "there.", "",
         "| head | parameters | network trained on other digits | mean | network of random weights | mean | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |"]
     for head in HEADS:
