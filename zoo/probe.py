@@ -13,7 +13,7 @@ from zoo.modules import evaluating
 
 Pooling = Literal["attentive", "simpool", "linear", "class"]
 POOLINGS: tuple[Pooling, ...] = Pooling.__args__
-EPS = 1e-6  # of the heads' batch norm, the authors'
+EPS = 1e-6  # of the heads' batch norm, the authors' (billpsomas/efficient-probing, probe_heads.py)
 
 
 class TokenMean(nn.Module):
