@@ -183,8 +183,8 @@ def _projection(module: Any) -> nn.Linear:
 def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Module:
     weight = _projection(module).weight
     head_dim = weight.shape[0] // module.num_heads // (1 if module.qkv is None else 3)
-    width = {"dim": weight.shape[1]} if "dim" in inspect.signature(make).parameters else {}
     try:
+        width = {"dim": weight.shape[1]} if _takes_dim(make) else {}
         made = make(num_heads=module.num_heads, head_dim=head_dim, **width).to(module.proj.weight.device, module.proj.weight.dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"no attention for {name} can be made: {error}") from error
@@ -197,6 +197,13 @@ def _mechanism(make: Callable[..., nn.Module], name: str, module: Any) -> nn.Mod
             raise InputError(f"{what}, which drops attention weights (attn_drop {module.attn_drop.p}), as it cannot")
     _check_shape(made, name, module.num_heads, head_dim, weight.shape[1])
     return made.train(module.training)
+
+
+def _takes_dim(make: Callable[..., nn.Module]) -> bool:
+    try:
+        return "dim" in inspect.signature(make).parameters
+    except ValueError:  # arguments that do not fit, which the call names better
+        return False
 
 
 def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int, dim: int) -> None:

@@ -26,6 +26,7 @@ from zoo.models import unet
 
 SIZE = (3, 64, 64)
 UNITS = ["attnet_nano", "tap_fan_nano"]  # whose traces move or add numbers by convolutions with ones, and multiply nothing by that
+BROADCAST = ["moh_transnext_nano"]  # products of operands that are broadcast, which fvcore counts by the first operand alone
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 MODELS = [name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS and "3d" not in name]
 models = pytest.mark.parametrize("name", MODELS)
@@ -87,11 +88,12 @@ def test_thop_sees_every_convolution_and_linear_layer(name):
 def test_torchinfo_sees_every_convolution_and_linear_layer(name):
     model, x = make(name)
     expected = products(model, x)
-    seen = {id(layer.module): layer.macs for layer in torchinfo.summary(model, input_data=(x,), verbose=0).summary_list}
+    layers = {id(layer.module): layer for layer in torchinfo.summary(model, input_data=(x,), verbose=0).summary_list}
+    seen = {module: layer.macs for module, layer in layers.items()}
     for path, count in expected.items():
         module = model.get_submodule(path)
-        if isinstance(module, nn.Linear):
-            count = module.weight.numel()
+        if isinstance(module, nn.Linear):  # of which it takes the first axis for the batch, and sees no other
+            count = module.weight.numel() * layers[id(module)].input_size[0]
         assert count <= seen[id(module)] <= 2 * count, path  # it counts biases as weights
 
 
@@ -122,4 +124,6 @@ def test_fvcore_sees_the_products_of_the_definition(name):
     least, most = sum(expected.values()) - attention, sum(expected.values())
     if name in UNITS:
         most *= 1.2
+    if name in BROADCAST:
+        least *= 0.99
     assert 0.99999 * least <= count <= most  # fvcore rounds
