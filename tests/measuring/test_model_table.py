@@ -15,7 +15,7 @@ def test_every_model_has_one_mechanism_or_is_plain():
     assert sorted(by_mechanism + plain) == sorted(zoo.list_models())
     registered = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("zoo.")}
     assert set(zoo.list_models()) == registered
-    assert set(plain) == {"unet", "unet3d", *timm.list_models("fan_*")}
+    assert set(plain) == {"unet", "unet3d", *timm.list_models("fan_*"), *timm.list_models("transnext_*")}
 
 
 @pytest.mark.parametrize(("mechanism", "layer"), [("tap", zoo.layers.TokenAwareAvgPool), ("gates", zoo.layers.AttentionGate)])
