@@ -1,4 +1,4 @@
-"""Takes the attention, or the heads, out of a vision transformer that matter least on your pictures, and writes a checkpoint."""
+"""Takes what matters least on your pictures, attention or heads, out of a vision transformer, and writes a checkpoint."""
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
 

@@ -1,5 +1,5 @@
 # The authors' settings (https://github.com/sihaoevery/lambda_vit, main_lambda.py, script/shrink_tiny.sh): 8 GPUs with 256 images each,
-# from trained weights of DeiT, as timm's deit_tiny_patch16_224.fb_in1k: --cfg-options model.weights=FILE
+# from trained weights of DeiT, such as timm's file for deit_tiny_patch16_224: --cfg-options model.weights=FILE
 _base_ = ['../_base_/datasets/imagenet.py', '../_base_/schedules/adamw_300e_in1k.py', '../_base_/default_runtime.py']
 
 model = dict(

@@ -129,7 +129,19 @@ def test_features_by_torch_fx(name):
             torch.testing.assert_close(found[module], value)
 
 
+class GivenTokens(nn.Module):
+    """A mechanism that takes tokens beside queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layers.MixtureOfHeadAttention(2, 8, 16)
+
+    def forward(self, q, k, v):
+        return self.layer(q, k, v, None, None, 0.0, q.transpose(1, 2).flatten(2))
+
+
 LAYERS = {
+    "MixtureOfHeadAttention": (GivenTokens, *[(1, 2, 5, 8)] * 3),
     "ContextBroadcast": (functools.partial(layers.ContextBroadcast, 16), (1, 5, 6, 16)),
     "ChannelProcessing": (functools.partial(layers.ChannelProcessing, 16, 2, 32), (1, 5, 6, 16)),
     "FullyAttentionalBlock": (functools.partial(layers.FullyAttentionalBlock, 16, 2, num_scales=3), (1, 5, 6, 16)),
@@ -137,6 +149,11 @@ LAYERS = {
     "BiLevelRoutingAttention": (functools.partial(layers.BiLevelRoutingAttention, 16, 2, 2, 2), (1, 5, 6, 16)),
     "HiLoAttention": (functools.partial(layers.HiLoAttention, 16, 2), (1, 5, 6, 16)),
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
+    "AggregatedAttention": (functools.partial(layers.AggregatedAttention, 16, 2, 2), (1, 5, 6, 16)),
+    "LengthScaledAttention": (functools.partial(layers.LengthScaledAttention, 16, 2), (1, 5, 6, 16)),
+    "MixtureOfHeads": (functools.partial(layers.MixtureOfHeads, 16, 4, 1, 2), (1, 5, 16)),
+    "EfficientProbing": (functools.partial(layers.EfficientProbing, 16, 4), (1, 5, 16)),
+    "SimPool": (functools.partial(layers.SimPool, 16), (1, 5, 16)),
     "SelfAttention": (functools.partial(layers.SelfAttention, 16, 2, "entmax15", "head"), (1, 5, 16)),
     "NormalizedAttention": (functools.partial(layers.NormalizedAttention, 2, 8, "cog"), *[(1, 2, 5, 8)] * 3),
     "MultipleInstanceHead": (functools.partial(layers.MultipleInstanceHead, 16, 2, 8, 2), (5, 16)),

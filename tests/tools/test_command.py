@@ -62,7 +62,7 @@ def test_version(light):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["tain"], "error: there is no program 'tain'; did you mean train?"),
     (["prepare_digits"], "did you mean prepare-digits"),
-    (["_cli"], "there is no program '_cli'; programs are benchmark, "),
+    (["_cli"], "there is no program '_cli'; programs are bags, benchmark, "),
     (["train", "biformer_nano_digit"], "did you mean biformer_nano_digits"),
     (["models", "biformer_tny"], "no model matches 'biformer_tny'; did you mean biformer_tiny"),
     (["models", "*_tiny", "--mechanism", "das"], "no model of the mechanism das matches '*_tiny'"),
