@@ -31,8 +31,8 @@ validation from the other {val_digits}; half of them hold one 9, the others none
 | --- | --- | ---: | ---: | ---: | ---: |
 {rows}
 
-Masking at its default, 60 % of the 10 instances of largest logits, is for bags of hundreds: here it hides the 9 more often than not, and costs
-6 points of accuracy.
+Masking at its default, 60 % of the 10 instances of largest logits, is for bags of hundreds: here it hides the 9 more often than not, and
+costs 6 points of accuracy.
 """
 WAYS = {"abmil": ("abmil", {}), "acmil, nothing masked": ("acmil", {"masked": 0}), "acmil": ("acmil", {}),
         "acmil_multi_head, nothing masked": ("acmil_multi_head", {"masked": 0})}
