@@ -20,6 +20,8 @@ import zoo
 from zoo.layers import NormalizedAttention, PyramidSparseAttention
 from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 
+from .replaced_attention import Heads
+
 PAGE = Path(__file__).with_suffix(".md")
 SIDES = (64, 96, 128)  # of maps of tokens
 HELD_OUT = 60  # digits
@@ -38,17 +40,6 @@ without training.
 "Outputs": the difference of the logits, as a share of their norm, and how many answers stay; "read": the share of keys, after averaging.
 The standard error of an accuracy of 90 % over 60 digits is 4 points.""",
 }
-
-
-class Heads(nn.Module):
-    """A mechanism of given queries, keys and values, in one tensor."""
-
-    def __init__(self, mechanism: nn.Module):
-        super().__init__()
-        self.mechanism = mechanism
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        return self.mechanism(*qkv.unbind(0))
 
 
 def of_time() -> str:

@@ -133,7 +133,7 @@ class MixtureOfHeadAttention(NormalizedAttention):
         active = math.ceil((num_heads - shared) * 2 / 3) if active_heads is None else active_heads
         self.router = MixtureOfHeads(dim, num_heads, shared, active, device=device, dtype=dtype)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # what `takes_tokens` adds
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout: float, tokens: Tensor,
     ) -> Tensor:
         return super().forward(q, k, v, bias, scale, dropout) * self.router(tokens).transpose(-2, -1)[..., None]

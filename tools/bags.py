@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.bags import HEADS
 from zoo.errors import InputError
 from zoo.files import make_folder, replacing
 from zoo.tools._cli import Parser, Progress, run
@@ -21,7 +22,6 @@ from zoo.tools._cli import Parser, Progress, run
 if TYPE_CHECKING:
     from zoo.bags.features import Features
 
-HEADS = ("abmil", "acmil", "acmil_multi_head")
 SHEETS = 24
 
 
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", metavar="FILE", help="the network's weights: the authors', timm's or those of another run")
     parser.add_argument("--pretrained", action="store_true", help="the weights that timm downloads")
     parser.add_argument("--size", type=int, help="side of the pictures that the network sees, in pixels (default: its own)")
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS, help="which to train (default: all)")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="which to train (default: all)")
     parser.add_argument("--head", metavar="FILE", help="do not train: answer with this head")
     parser.add_argument("--work-dir", help="where to write features, heads, tables and sheets (default: work_dirs/bags_DATA)")
     parser.add_argument("--hidden", type=int, help="width of the heads (default: half of the features')")

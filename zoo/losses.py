@@ -10,12 +10,12 @@ from timm.layers import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
 from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention, SparsifinerAttention
 from zoo.layers.multiple_instance import BagOutput
+from zoo.modules import WatchingAttention
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
 
@@ -71,20 +71,15 @@ class AttentionDiversificationLoss(nn.Module):
         return f"threshold={self.threshold}"
 
 
-class _Similarities(TorchFunctionMode):
+class _Similarities(WatchingAttention):
     """Adds to `found` the similarity of every attention between all tokens of the images."""
 
     def __init__(self, batch: int, threshold: float, found: list[Tensor]):
         super().__init__()
         self.batch, self.threshold, self.found, self.biased = batch, threshold, found, False
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self._add(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-             is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
+    def watch(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
         among_all = query.ndim == 4 and query.shape[0] == self.batch and query.shape == key.shape
         self.biased |= among_all and (attn_mask is not None or is_causal)
         if among_all and attn_mask is None and not is_causal:

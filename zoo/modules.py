@@ -1,9 +1,13 @@
-"""What changes or asks a built model has to know of its modules: which are meant by `where`, and which are in training."""
+"""What changes or asks a built model has to know of it: which modules `where` means, which are in training, when attention runs."""
 import contextlib
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError, near_misses
 
@@ -34,3 +38,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+class WatchingAttention(TorchFunctionMode):
+    """Inside, `watch` is given the arguments of every call of torch's scaled_dot_product_attention before it runs."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.watch(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @abstractmethod
+    def watch(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None: ...

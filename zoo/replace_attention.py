@@ -12,7 +12,7 @@ from zoo.errors import InputError, first_few, near_misses
 from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention, PyramidSparseAttention, SparsifinerAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
-from zoo.modules import matching
+from zoo.modules import evaluating, matching
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(NormalizedAttention, normalizer=name) for name in NORMALIZERS}, "hedgehog": HedgehogAttention,
@@ -151,12 +151,10 @@ def _kind(name: str, module: nn.Module) -> type[nn.Module]:
 def _check_computes_attention(what: str, module: Any) -> None:
     """Runs the module and softmax attention of its fields on the same tokens, and raises InputError if they differ."""
     other = "it computes something other than softmax attention of its queries, keys and values, so that it cannot be replaced"
-    weight, training = next(module.parameters()), [child for child in module.modules() if child.training]
-    generator = torch.Generator().manual_seed(0)
+    weight, generator = next(module.parameters()), torch.Generator().manual_seed(0)
     kind, had = type(module), dict(vars(module)["_modules"])
     try:
-        module.eval()
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             x = torch.randn(2, TOKENS, module.qkv.weight.shape[1], generator=generator).to(weight.device, weight.dtype)
             expected = module(x)
             head_dim = module.qkv.weight.shape[0] // (3 * module.num_heads)
@@ -164,14 +162,12 @@ def _check_computes_attention(what: str, module: Any) -> None:
             module.__class__ = SelfAttention
             bound = 10 * torch.finfo(x.dtype).eps ** 0.75
             same = torch.allclose(module(x), expected, atol=bound * float(expected.abs().max()), rtol=bound)
-    except Exception as error:
+    except Exception as error:  # others' modules stumble in their own ways
         raise InputError(f"{what}, and {other}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     finally:
         module.__class__ = kind
         vars(module)["_modules"].clear()
         vars(module)["_modules"].update(had)
-        for child in training:
-            child.training = True
     if not same:
         raise InputError(f"{what}, and {other}")
 
@@ -215,7 +211,7 @@ def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int, dim:
     try:
         with torch.no_grad():
             out = made.eval()(q, k, v, None, 1.0, 0.0, *tokens)
-    except Exception as error:
+    except Exception as error:  # anybody's mechanism in its own way
         raise InputError(f"{type(made).__name__} for {name} does not run on queries, keys and values of shape {tuple(q.shape)}: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     if not isinstance(out, Tensor) or out.shape != q.shape:

@@ -114,8 +114,8 @@ def test_compiles_whole_and_is_registered_soundly(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.01, 1.3, 1.5, 1.9, 2.0])
-def test_every_step_is_needed_at_worst(alpha):
-    """Logits at distances that double, of which a step of Newton's leaves out few."""
+def test_weights_sum_to_one_where_newtons_steps_are_slow(alpha):
+    """Logits at distances that double, of which a step leaves out few."""
     z = -torch.logspace(-30, 10, 400, base=2, dtype=torch.float64)
     for n in (1, 7, 400):
         for logits in (z[:n], z[-n:], z[::400 // n], torch.zeros(n, dtype=torch.float64)):

@@ -12,8 +12,10 @@ from safetensors import safe_open
 from torch import nn
 
 import zoo
+from zoo.changes import change
 from zoo.checkpoints import ModelInfo, load_trained
 from zoo.errors import InputError
+from zoo.probe import head_for
 from zoo.probing import tokens as cache
 from zoo.probing.tokens import cached_tokens
 from zoo.probing.training import Recipe, Trained, heads_of, train_head, write_probe
@@ -223,3 +225,17 @@ def test_the_network_stays_as_it_was(data, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cached_tokens(model, INFO, data, tmp_path / "tokens", norm=False)
     assert isinstance(model.norm, nn.LayerNorm) and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_probe_of_a_network_that_was_changed_is_built_again(tmp_path):
+    changes = ({"type": "remove_attention", "blocks": [0]}, {"type": "replace_attention", "layer": "entmax15", "where": "blocks.1"})
+    changed = network()
+    change(changed, changes)
+    head = head_for(32, 3, "attentive", 4).eval()
+    info = dataclasses.replace(INFO, changes=changes)
+    write_probe(Trained("attentive", head, 0, 0.0, 0.0), changed, info, ["a", "b", "c"], ARGS, 4, True, tmp_path / "probe.pth")
+    model, found = load_trained(tmp_path / "probe.pth")
+    assert list(found.changes) == list(changes) and found.classes == ("a", "b", "c")
+    image = torch.randn(1, 3, 32, 32)
+    expected = head(changed.eval().forward_features(image)[:, 1:])
+    torch.testing.assert_close(model(image), expected)

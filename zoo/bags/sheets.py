@@ -4,6 +4,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from zoo.bags.training import Answer
+from zoo.files import replacing
 from zoo.reading.bags import Bag
 from zoo.reading.pictures import open_picture
 
@@ -34,6 +35,5 @@ def contact_sheet(bag: Bag, said: str, answer: Answer, most: int = 24) -> Image.
 
 
 def write_sheet(sheet: Image.Image, path: Path) -> None:
-    from zoo.files import replacing
     with replacing(path) as written:
         sheet.save(written, "PNG")

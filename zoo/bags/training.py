@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.bags import HEADS
 from zoo.bags.features import Features
 from zoo.errors import InputError
 from zoo.files import replacing
@@ -16,8 +17,6 @@ from zoo.layers import MultipleInstanceHead
 from zoo.losses import MultipleInstanceLoss
 from zoo.reading.bags import Bag
 
-HEADS: dict[str, dict[str, Any]] = {  # arguments of `MultipleInstanceHead`
-    "abmil": {"num_branches": 1, "masked": 0}, "acmil": {}, "acmil_multi_head": {"kind": "multi_head"}}
 RECORD = "zoo_bags"  # under which a file says what its head is
 
 
@@ -128,7 +127,7 @@ def read_head(path: str | Path) -> tuple[MultipleInstanceHead, tuple[str, ...]]:
     try:
         found = torch.load(path, "cpu", weights_only=True)
         record = found[RECORD]
-    except Exception as error:
+    except Exception as error:  # whatever torch stumbles over in a file of another kind
         raise InputError(f"{path} is no head that `zoo bags` wrote") from error
     head = make_head(record["settings"])
     head.load_state_dict(found["state_dict"])

@@ -89,7 +89,7 @@ def cached_tokens(network: nn.Module, info: ModelInfo, data: OwnData, folder: st
             chosen = samples[start : start + rows]
             paths.append(folder / f"{part}-{len(paths):05d}.safetensors")
             if not _is_whole(paths[-1], len(chosen)):
-                computed = compute(chosen, lambda done, start=start: progress(part, start + done, len(samples)))  # noqa: B023
+                computed = compute(chosen, lambda done, start=start: progress(part, start + done, len(samples)))  # noqa: B023  called in this turn
                 with replacing(paths[-1]) as written:
                     written.write_bytes(save(computed, {ORIGIN: json.dumps(origin)}))
         found[part] = Tokens(tuple(safe_open(path, "pt") for path in paths), rows, torch.tensor([sample.labels[0] for sample in samples]))

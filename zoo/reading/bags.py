@@ -131,7 +131,7 @@ def read_features(path: str | Path) -> Tensor:
         found = _hdf5(path) if path.suffix.lower() == ".h5" else torch.load(path, "cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever torch and h5py stumble over in a file of another kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the features in {path} cannot be read: {reason}") from error
     if isinstance(found, dict):

@@ -1,16 +1,15 @@
 """The attention of all heads of a network, and numbers of it: a table, and the page that `zoo visualize --attention` writes."""
 import csv
 import io
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError
 from zoo.losses import fused
+from zoo.modules import WatchingAttention
 from zoo.seeing import attention_statistics as statistics
 from zoo.seeing.attention_statistics import Grid
 from zoo.seeing.attributions import grid_of_tokens, undisturbed
@@ -50,18 +49,13 @@ def collect(model: nn.Module, image: Tensor) -> list[Layer]:
     return found
 
 
-class _Attention(TorchFunctionMode):
+class _Attention(WatchingAttention):
     def __init__(self, model: nn.Module, size: tuple[int, int], found: list[Layer]):
         super().__init__()
         self.model, self.size, self.found = model, size, found
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self._add(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-             is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
+    def watch(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
         if query.ndim != 4 or query.shape != key.shape or len(query) != 1 or is_causal:
             return
         grid = grid_of_tokens(self.model, query[:, 0], self.size)

@@ -74,7 +74,6 @@ for (const section of document.querySelectorAll("section.seen")) {
     patches.forEach((value, i) => pixels.data.set([...colour(value / most), 60 + 170 * value / most], 4 * i));
     small.getContext("2d").putImageData(pixels, 0, 0);
     context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    context.imageSmoothingEnabled = data.smooth;
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
     if (!prefixed) {
       const [w, h] = [canvas.width / columns, canvas.height / rows];
@@ -173,7 +172,7 @@ def _section(index: int, name: str, picture: Image.Image, layers: Sequence[Layer
     prefix = max(grid.prefix for _, grid in layers)
     names = ["the class token", *(f"register {i}" for i in range(1, prefix))] if prefix else []
     data = {
-        "layers": [_packed(layer, apart) for layer in kept], "names": names, "smooth": min(kept[0].grid[1:]) > 1,
+        "layers": [_packed(layer, apart) for layer in kept], "names": names,
         "numbers": [[{key: value if math.isfinite(value) else None for key, value in row.items()} for row in heads] for heads in found],
         "meanings": NUMBERS,
     }

@@ -195,16 +195,13 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, int], Tensor]] = dict(
     zip(ATTRIBUTIONS, (_gradcam, _integrated_gradients, _fullgrad, _normgrad, _normgrad_meta), strict=True))
 
 
-def class_sensitivity(model: nn.Module, image: Tensor, method: str) -> float:
-    """Correlation (Pearson's, over positions) of the heat of the most and of the least probable class.
+def class_sensitivity(most: Tensor, least: Tensor) -> float:
+    """Correlation (Pearson's, over positions) of the heat of the most and of the least probable class, (H, W) both.
 
     Near 1 the heat is a property of the picture and says little about the class (arXiv 2004.02866, section 5). NaN where one of them
-    is the same everywhere, or there is one class only.
+    is the same everywhere.
     """
-    with undisturbed(model), torch.no_grad():
-        logits = model(image)[0]
-    found = [heat(model, image, int(of), method).flatten() for of in (logits.argmax(), logits.argmin())]
-    return float(torch.corrcoef(torch.stack(found).double())[0, 1]) if len(logits) > 1 else float("nan")
+    return float(torch.corrcoef(torch.stack([most.flatten(), least.flatten()]).double())[0, 1])
 
 def _check_map(method: str, model: nn.Module, features: object) -> None:
     if not isinstance(features, Tensor) or features.ndim != 4:

@@ -71,10 +71,12 @@ def attribution(model: nn.Module, info: ModelInfo, picture: Image.Image, method:
     check_target(target, len(logits))
     figure, (left, right) = new_figure(2)
     left.imshow(shown)
-    overlay(right, shown, heat(model, image, target, method), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
+    most, least = int(logits.argmax()), int(logits.argmin())
+    heats = {of: heat(model, image, of, method) for of in {target, most, least}}
+    overlay(right, shown, heats[target], (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
     caption = f"The picture, and how much each place speaks for {_answer(info, logits.softmax(0), target)}."
-    alike = class_sensitivity(model, image, method)
-    if math.isfinite(alike):
+    alike = class_sensitivity(heats[most], heats[least])
+    if most != least and math.isfinite(alike):
         caption += (f" The heat of the most and of the least probable class correlate by {alike:.2f}: near 1 it shows what is in the "
                     "picture rather than what speaks for a class.")
     return Seen(method, method.replace("_", " "), caption, render(figure), ("heat",))

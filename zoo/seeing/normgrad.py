@@ -19,7 +19,6 @@ Differences from the authors' code (srebuffi/revisiting_saliency, resnet50_grid_
 """
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -136,4 +135,4 @@ def moved(model: nn.Module, image: Tensor, target: int, rate: float = META_RATE)
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
-                cast(Tensor, parameter).copy_(value)
+                parameter.copy_(value)
