@@ -66,6 +66,7 @@ class HedgehogAttention(nn.Module):
     """
 
     takes_bias = False
+    heads_are_independent = True
 
     def __init__(
         self, num_heads: int, head_dim: int, feature_dim: int | None = None, feature_map: str = "softmax_dim", skip: bool = False,
@@ -79,6 +80,11 @@ class HedgehogAttention(nn.Module):
             raise ValueError(f"skip needs feature_dim to be head_dim ({head_dim}), got {feature_dim}")
         self.feature_map_q, self.feature_map_k = (
             FeatureMap(num_heads, head_dim, feature_dim, feature_map, skip, both_signs, device=device, dtype=dtype) for _ in range(2))
+
+    def keep_heads(self, heads: list[int]) -> None:
+        """Leaves these heads, in place."""
+        for features in (self.feature_map_q, self.feature_map_k):
+            features.layer = nn.Parameter(features.layer.detach()[heads], requires_grad=features.layer.requires_grad)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0,

@@ -133,6 +133,11 @@ class MixtureOfHeadAttention(NormalizedAttention):
         active = math.ceil((num_heads - shared) * 2 / 3) if active_heads is None else active_heads
         self.router = MixtureOfHeads(dim, num_heads, shared, active, device=device, dtype=dtype)
 
+    @property
+    def heads_are_independent(self) -> bool:
+        """False: the router chooses among all of them."""
+        return False
+
     def forward(  # type: ignore[override]  # what `takes_tokens` adds
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout: float, tokens: Tensor,
     ) -> Tensor:

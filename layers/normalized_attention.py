@@ -74,6 +74,17 @@ class NormalizedAttention(nn.Module):
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.gate)
 
+    @property
+    def heads_are_independent(self) -> bool:
+        """Whether heads can be taken out one by one: ReLA norms all of them together."""
+        return self.normalizer != "rela"
+
+    def keep_heads(self, heads: list[int]) -> None:
+        """Leaves these heads, in place."""
+        self.num_heads = len(heads)
+        if self.alpha is not None:
+            self.alpha = nn.Parameter(self.alpha.detach()[heads], requires_grad=self.alpha.requires_grad)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0,
     ) -> Tensor:

@@ -186,6 +186,7 @@ class PyramidSparseAttention(nn.Module):
     """
 
     takes_bias = False
+    heads_are_independent = True
 
     order: Tensor
     back: Tensor
@@ -218,6 +219,9 @@ class PyramidSparseAttention(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:  # as timm calls it
         self.reset_parameters()
+
+    def keep_heads(self, heads: list[int]) -> None:
+        """Nothing here is one head's."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0,

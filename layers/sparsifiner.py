@@ -73,6 +73,8 @@ class SparsifinerAttention(nn.Module):
         ValueError: at construction, a share, size or threshold out of its range; in `forward`, as many tokens as belong to no known map.
     """
 
+    heads_are_independent = True
+
     def __init__(
         self, num_heads: int, head_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1, keep: float = 0.25,
         threshold: float | None = None, reduced_dim: int | None = None, num_basis: int | None = None, basis_threshold: float = 0.02,
@@ -132,6 +134,9 @@ class SparsifinerAttention(nn.Module):
         if self.grid is None:
             self.grid = Grid()
             found.patch_embed.register_forward_hook(self.grid)
+
+    def keep_heads(self, heads: list[int]) -> None:
+        """Nothing here is one head's, and √heads stays that of all of them, with which the predictor has learned."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0,

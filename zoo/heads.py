@@ -9,7 +9,8 @@ from timm.layers import Attention, AttentionRope
 from torch import Tensor, nn
 
 from zoo.errors import InputError, first_few, near_misses
-from zoo.layers import HiLoAttention, TokenMixing
+from zoo.layers import HiLoAttention, SelfAttention, TokenMixing
+from zoo.layers.self_attention import RopeSelfAttention
 from zoo.modules import evaluating
 
 
@@ -24,10 +25,14 @@ class _Kind(NamedTuple):
     least: int = 1  # heads that have to stay
 
 
+_TIMMS = _Kind(("num_heads",), {"qkv": 3, "gate": 1}, "proj", ("attn_dim",), least=0)
+_TIMMS_WITH_ROPE = _Kind(("num_heads", "num_kv_heads"), {"qkv": 3, "q_proj": 1, "k_proj": 1, "v_proj": 1, "gate": 1}, "proj",
+                         ("attn_dim", "kv_dim"), least=0)
 KINDS: dict[type[nn.Module], tuple[_Kind, ...]] = {
-    Attention: (_Kind(("num_heads",), {"qkv": 3, "gate": 1}, "proj", ("attn_dim",), least=0),),
-    AttentionRope: (_Kind(("num_heads", "num_kv_heads"), {"qkv": 3, "q_proj": 1, "k_proj": 1, "v_proj": 1, "gate": 1}, "proj",
-                          ("attn_dim", "kv_dim"), least=0),),
+    Attention: (_TIMMS,),
+    AttentionRope: (_TIMMS_WITH_ROPE,),
+    SelfAttention: (_TIMMS._replace(least=1),),
+    RopeSelfAttention: (_TIMMS_WITH_ROPE._replace(least=1),),
     TokenMixing: (_Kind(("num_heads",), {"q": 1, "kv": 2}, "proj"),),
     HiLoAttention: (_Kind(("hi_heads",), {"hi_qkv": 3}, "hi_proj", suffix=".hi"),
                     _Kind(("lo_heads",), {"lo_q": 1, "lo_kv": 2}, "lo_proj", suffix=".lo")),
@@ -46,14 +51,20 @@ class _Heads(NamedTuple):
     def count(self) -> int:
         return cast(int, getattr(self.layer, self.kind.heads[0]))
 
+    @property
+    def mechanism(self) -> nn.Module | None:
+        """What `zoo.replace_attention` has put between the projections."""
+        return getattr(self.layer, "mechanism", None)
+
     def keep(self, heads: list[int]) -> None:
         """Leaves these heads, in place."""
-        width = self.proj.in_features // self.count
-        channels = (torch.tensor(heads, dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+        channels = _channels(heads, self.proj.in_features // self.count)
         for name, parts in self.kind.linears.items():
             linear = getattr(self.layer, name, None)
             if linear is not None:
-                rows = (torch.arange(parts)[:, None] * (self.count * width) + channels).flatten()
+                of_head = linear.out_features // (parts * self.count)  # 1 of a gate by the head
+                kept = _channels(heads, of_head)
+                rows = (torch.arange(parts)[:, None] * (self.count * of_head) + kept).flatten()
                 _cut(linear, "weight", 0, rows)
                 _cut(linear, "bias", 0, rows)
                 linear.out_features = len(rows)
@@ -62,6 +73,12 @@ class _Heads(NamedTuple):
         for names, size in ((self.kind.widths, len(channels)), (self.kind.heads, len(heads))):
             for name in names:
                 setattr(self.layer, name, size)
+        if self.mechanism is not None:
+            cast(Any, self.mechanism).keep_heads(heads)
+
+
+def _channels(heads: list[int], width: int) -> Tensor:
+    return (torch.tensor(heads, dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
 
 
 def _cut(linear: nn.Linear, name: str, dim: int, kept: Tensor) -> None:
@@ -131,7 +148,9 @@ def prune_heads(
     projections stay, also those of layers without any head left.
 
     Layers: timm's `Attention` and `AttentionRope` (ViT, DeiT, DINO, CLIP, …), ours in FAN (`TokenMixing`) and LITv2 (`HiLoAttention`,
-    whose two kinds of heads keep one each at least). Not BiFormer, whose routes are made of all heads' queries and keys.
+    whose two kinds of heads keep one each at least). Not BiFormer, whose routes are made of all heads' queries and keys. Of what
+    `zoo.replace_attention` puts into timm's all but "moh", whose router chooses among the heads, and "rela", which norms them together;
+    one head stays there. A mechanism of one's own has `heads_are_independent = True` and `keep_heads(heads)`.
 
     Args:
         heads: by names of layers, the heads to take out; or which share of all heads, in (0, 1), by `importance`.
@@ -206,6 +225,9 @@ def _heads_of(model: nn.Module) -> dict[str, _Heads]:
             raise InputError(f"{name} has a norm over all its heads before the projection, so that none goes without changing the others")
         if getattr(heads.layer, "num_kv_heads", heads.count) != heads.count:
             raise InputError(f"{name} has keys and values that several heads share, and heads cannot be taken out one by one")
+        if heads.mechanism is not None and not getattr(heads.mechanism, "heads_are_independent", False):
+            raise InputError(f"{name} has {heads.mechanism} between its projections, whose heads depend on each other, so that none goes "
+                             "without changing the others")
     return found
 
 

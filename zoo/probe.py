@@ -54,8 +54,6 @@ class Probe(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Sequential, pooling: Pooling, class_token: bool):
         super().__init__()
-        if (class_token or pooling == "class") and not has_class_token(backbone):
-            raise InputError(f"{type(backbone).__name__} has no class token, of which a head could be made")
         self.backbone, self.head, self.pooling, self.class_token = backbone.requires_grad_(False).eval(), head, pooling, class_token
         self.num_classes = cast(nn.Linear, head[-1]).out_features
         self.num_prefix_tokens = _prefix_tokens(backbone)
@@ -127,7 +125,10 @@ def probe(
     if not callable(getattr(backbone, "forward_features", None)):
         raise InputError(f"{type(backbone).__name__} has no forward_features, by which timm's networks hand over tokens or maps")
     backbone = backbone if norm else _without_last_norm(backbone)
-    head = head_for(width_of(backbone), classes, pooling, queries, d_out)
+    width, with_class_token = width_of(backbone)
+    if (class_token or pooling == "class") and not with_class_token:
+        raise InputError(f"{type(backbone).__name__} has no class token, of which a head could be made")
+    head = head_for(width, classes, pooling, queries, d_out)
     reference = next(backbone.parameters())
     return Probe(backbone, head.to(reference.device, reference.dtype), pooling, class_token)
 
@@ -140,17 +141,17 @@ def patches_and_class_token(network: nn.Module, features: Any) -> tuple[Tensor, 
     if features.ndim == 4:
         channels_last = str(getattr(network, "output_fmt", "NCHW")) == "NHWC"
         return features.flatten(1, 2) if channels_last else features.flatten(2).mT, None
-    return features[:, _prefix_tokens(network) :], features[:, :1] if has_class_token(network) else None
+    return features[:, _prefix_tokens(network) :], features[:, :1] if _has_class_token(network) else None
 
 
-def has_class_token(network: nn.Module) -> bool:
-    """Whether a class token is the first of its tokens."""
+def _has_class_token(network: nn.Module) -> bool:
+    """Whether a class token is the first of its tokens, if they are tokens."""
     return isinstance(getattr(network, "cls_token", None), Tensor)
 
 
 def _prefix_tokens(network: nn.Module) -> int:
     """How many tokens stand before the patches'."""
-    return int(cast(Any, getattr(network, "num_prefix_tokens", has_class_token(network))))
+    return int(cast(Any, getattr(network, "num_prefix_tokens", _has_class_token(network))))
 
 
 def _pretrained(name: str) -> nn.Module:
@@ -186,18 +187,21 @@ def _without_last_norm(network: Any) -> nn.Module:
     return without
 
 
-def width_of(network: nn.Module) -> int:
-    """How wide the network's tokens are, found out with an image. Raises InputError if it hands over none."""
+def width_of(network: nn.Module) -> tuple[int, bool]:
+    """How wide the network's tokens are, and whether a class token comes with them, found out with an image.
+
+    Raises InputError if it hands over none.
+    """
     try:
         with evaluating(network), torch.no_grad():
-            patches, _ = patches_and_class_token(network, cast(Any, network).forward_features(_image(network)))
+            patches, class_token = patches_and_class_token(network, cast(Any, network).forward_features(_image(network)))
     except InputError:
         raise
     except Exception as error:  # every network stumbles in its own way
         raise InputError(f"{type(network).__name__} does not run on an image of its own size: {error}") from error
     if patches.shape[1] < 1:
         raise InputError(f"{type(network).__name__}.forward_features hands over no patch tokens, only {_prefix_tokens(network)} of its own")
-    return patches.shape[-1]
+    return patches.shape[-1], class_token is not None
 
 
 def _image(network: Any) -> Tensor:

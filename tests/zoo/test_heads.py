@@ -19,6 +19,7 @@ from zoo.heads import _heads_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_importance"
 VIT = partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+ROPE = partial(timm.create_model, "vit_small_patch16_rope_224", img_size=32, depth=1, num_classes=3)
 
 
 class Gated(Attention):
@@ -26,13 +27,21 @@ class Gated(Attention):
         super().__init__(*args, gated=True, **kwargs)
 
 
+def replaced(layer: str, build=VIT, **args) -> nn.Module:
+    return zoo.replace_attention(build(), layer, **args)
+
+
 BUILT = {
     "vit": VIT,
     "gated": lambda: VIT(attn_layer=Gated),
-    "rope": partial(timm.create_model, "vit_small_patch16_rope_224", img_size=32, depth=1, num_classes=3),
+    "rope": ROPE,
     "deit": partial(timm.create_model, "deit_nano_patch16_224_cb", img_size=32, num_classes=3),
     "fan": partial(timm.create_model, "tap_fan_nano", num_classes=3),
     "litv2": partial(timm.create_model, "litv2_nano", num_classes=3),
+    **{layer: partial(replaced, layer) for layer in ("softmax", "entmax15", "entmax", "cog", "hedgehog", "sparsifiner")},
+    "pyramid_sparse": partial(replaced, "pyramid_sparse", block_size=(8, 8), prefix_tokens=1),
+    "softmax, rope": partial(replaced, "softmax", ROPE),
+    **{f"gated by {gate}": partial(replaced, "softmax", gate=gate) for gate in ("head", "element")},
 }
 
 
@@ -177,6 +186,9 @@ def test_frozen_parameters_stay_frozen():
     (VIT, (0.3, {"blocks.0.attn": torch.ones(3)}), "importance is of"),
     (partial(timm.create_model, "resnet18"), ({},), "ResNet has no attention whose heads can be told apart"),
     (partial(timm.create_model, "vit_small_patch16_rope_mixed_224", img_size=32, depth=1), ({},), "rotates every head"),
+    (partial(replaced, "rela"), ({},), "blocks.0.attn has NormalizedAttention.*rela.* whose heads depend on each other"),
+    (partial(replaced, "moh"), ({},), "whose heads depend on each other"),
+    (partial(replaced, "softmax"), ({"blocks.0.attn": [0, 1, 2]}, None, 0), "of which at least 1 have to stay"),
     (partial(VIT, scale_attn_norm=True), ({},), "has a norm over all its heads before the projection"),
 ])
 def test_what_cannot_be_pruned_is_refused_and_left(build, arguments, said):

@@ -23,6 +23,13 @@ def vit(**args):
     return model
 
 
+def _mapped_with_class_token() -> nn.Module:
+    """A class token that is not among what `forward_features` hands over, as in networks of several stages."""
+    model = timm.create_model("test_resnet")
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
+    return model
+
+
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -130,6 +137,8 @@ def test_wrong_arguments():
     for other, args, message in (
             (nn.Linear(3, 3), {}, "Linear has no forward_features"),
             (timm.create_model("test_resnet"), dict(pooling="class"), "ResNet has no class token"),
+            (_mapped_with_class_token(), dict(pooling="class"), "ResNet has no class token"),
+            (_mapped_with_class_token(), dict(class_token=True), "ResNet has no class token"),
             (timm.create_model("test_resnet"), dict(norm=False), "ResNet has no norm called `norm`"),
             (timm.create_model("coat_tiny", img_size=64), {}, "CoaT.forward_features gives list, neither tokens"),
             (timm.create_model("pit_ti_224"), {}, "hands over no patch tokens, only 1")):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.checkpoints import MODEL_PREFIX, ModelInfo
 from zoo.errors import InputError
 from zoo.files import replacing
-from zoo.probe import POOLINGS, Pooling, has_class_token, head_for, probe, width_of
+from zoo.probe import POOLINGS, Pooling, head_for, probe, width_of
 from zoo.probing.tokens import Tokens
 
 READ: dict[Pooling, str] = {"attentive": "tokens", "simpool": "tokens", "linear": "mean", "class": "class_token"}  # of a picture
@@ -51,8 +51,8 @@ def heads_of(network: nn.Module, asked: Iterable[str] | None, queries: int | Non
 
     Raises InputError for a pooling without tokens, and for what `zoo.probe` refuses.
     """
-    width = width_of(network)
-    possible: list[Pooling] = [pooling for pooling in POOLINGS if pooling != "class" or has_class_token(network)]
+    width, class_token = width_of(network)
+    possible: list[Pooling] = [pooling for pooling in POOLINGS if pooling != "class" or class_token]
     if asked is not None and "class" in asked and "class" not in possible:
         raise InputError(f"{type(network).__name__} has no class token, of which --heads class could be made; {', '.join(possible)} can be")
     queries = queries or max(count for count in range(1, QUERIES + 1) if width % count == 0)
