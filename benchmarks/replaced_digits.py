@@ -38,7 +38,7 @@ epochs of AdamW, the same for all. "Put in": into the softmax network of the sam
 """
 
 Way = Callable[[nn.Module], nn.Module]
-WAYS: dict[str, Way] = {name: partial(zoo.replace_attention, layer=name) for name in (*NORMALIZERS, "hedgehog")}
+WAYS: dict[str, Way] = {name: partial(zoo.replace_attention, layer=name) for name in (*NORMALIZERS, "hedgehog", "moh", "sparsifiner")}
 WAYS |= {f"softmax, gate by {gate}": partial(zoo.replace_attention, layer="softmax", gate=gate) for gate in ("head", "element")}
 WAYS["softmax, σReparam"] = partial(zoo.reparametrize, where="blocks.*")
 

@@ -6,11 +6,12 @@ from torch import nn
 
 from zoo.attention_removal import diluted_blocks, remove_attention
 from zoo.errors import InputError, near_misses
-from zoo.heads import prune_heads
+from zoo.heads import prune_heads, regroup_heads
 from zoo.replace_attention import replace_attention
 
 Change = Mapping[str, Any]  # the name of one of `CHANGES` under `type`, and its arguments
-CHANGES: dict[str, Callable[..., Any]] = {function.__name__: function for function in (prune_heads, remove_attention, replace_attention)}
+CHANGES: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (prune_heads, regroup_heads, remove_attention, replace_attention)}
 
 
 def are_changes(value: object) -> bool:

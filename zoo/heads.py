@@ -186,6 +186,38 @@ def prune_heads(
     return removed
 
 
+def regroup_heads(model: nn.Module, heads: Mapping[str, int]) -> nn.Module:
+    """Gives layers of attention another number of heads, in place, and returns the model: the same channels in more or fewer groups.
+
+        zoo.regroup_heads(vit, {"blocks.11.attn": 16})
+
+    Parameters stay as they are, by shape and name; outputs change, for heads are of another width d, and logits are divided by its square
+    root. For networks that are trained so, as UNIP's (arXiv 2502.02257), whose last block has as many heads as the teacher's.
+
+    Args:
+        heads: by names of layers, of timm's `Attention` without norms of queries and keys, the number of heads; it divides their width.
+
+    Raises:
+        InputError: no such layer, or a number that does not divide its width. The model is then as it was.
+    """
+    modules = {name: module for name, module in model.named_modules() if type(module).forward is Attention.forward}
+    for name, count in heads.items():
+        layer: Any = modules.get(name)
+        if layer is None:
+            raise InputError(f"the model has no layer {name!r} of timm's Attention{near_misses(name, modules)}; "
+                             f"it has {first_few(list(modules) or ['none'])}")
+        if not isinstance(layer.q_norm, nn.Identity):
+            raise InputError(f"{name} has norms of its heads' queries and keys, which are for {layer.head_dim} channels")
+        width = layer.proj.in_features
+        if count < 1 or width % count:
+            raise InputError(f"{name} has {width} channels, which {count!r} heads do not divide")
+    for name, count in heads.items():
+        layer = modules[name]
+        layer.num_heads, layer.head_dim = count, layer.proj.in_features // count
+        layer.scale = layer.head_dim**-0.5
+    return model
+
+
 def _least_important(
     layers: Mapping[str, _Heads], share: float, importance: Mapping[str, Tensor] | None, at_least: int,
 ) -> dict[str, list[int]]:

@@ -97,7 +97,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     """Inside, lets timm's attention run as scaled_dot_product_attention, which computes the same."""
     spelled_out = [m for m in model.modules() if isinstance(m, SPELLED_OUT) and not m.fused_attn]
     if spelled_out and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
-        raise InputError("the attention diversification loss needs fused attention where gradients are checkpointed: "
+        raise InputError("a loss of attention needs fused attention where gradients are checkpointed: "
                          "leave one of checkpointing and fused_attn=False")
     for module in spelled_out:
         vars(module)["fused_attn"] = True
@@ -176,6 +176,89 @@ class AttentionDistillationLoss(nn.Module):
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """The loss, a scalar; images (B, …), as `model` takes them."""
         return torch.stack(_taught_layers(model, images, HedgehogAttention, "hedgehog", _imitated)).mean()
+
+
+class TeacherAttentionLoss(nn.Module):
+    """How far a network's attention is from that of a larger network's block (UNIP, arXiv 2502.02257, section 4); to be made small.
+
+        teacher = timm.create_model("vit_large_patch16_224.mae", pretrained=True).eval()
+        zoo.regroup_heads(vit, {"blocks.11.attn": 16})            # as many as the teacher has
+        imitation = zoo.TeacherAttentionLoss(teacher, block=17)
+        imitation(vit, images).backward()
+
+        mean over images, heads, queries of KL(softmax(T) ‖ softmax(S)),   T, S = scale · Q Kᵀ of all tokens, (B, heads, N, N)
+
+    Either network is one whose tokens attend to one another by torch's fused attention: any timm vision transformer. Both see the same
+    images as the same number of tokens; widths may differ. The teacher runs as it is, without gradients, and is no part of this module:
+    neither among its parameters nor in its state. What follows the network's logits (its values, projections, the MLP of that block)
+    gets no gradient. Matrices of attention are kept for one block of either.
+
+    Args:
+        teacher: on the images' device.
+        block: of the teacher, counted from 0, negative from the end. The authors take 17, the 18th of MAE-L's 24.
+        network_block: of the network that learns, which is its last in the paper.
+
+    Difference from the authors' code (casiatao/UNIP, UNIP_pretraining/models_unip.py): its other divergence, "CE", takes the heads for
+    classes, and is left out.
+
+    Raises:
+        ValueError: in `forward`, a network without such a block, attention with a bias or a mask, or shapes of attention that differ.
+    """
+
+    def __init__(self, teacher: nn.Module, block: int, network_block: int = -1):
+        super().__init__()
+        self._teacher, self.block, self.network_block = (teacher,), block, network_block
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The loss, a scalar of at least float32; images (B, …)."""
+        teacher, = self._teacher
+        with torch.no_grad():
+            expected = _logits_of_attention(teacher, images, "block", self.block)
+        found = _logits_of_attention(model, images, "network_block", self.network_block)
+        if found.shape[:2] != expected.shape[:2]:
+            raise InputError(f"block {self.network_block} of {type(model).__name__} has {found.shape[1]} heads, and block {self.block} of "
+                             f"the teacher {expected.shape[1]}; zoo.regroup_heads gives it as many")
+        if found.shape != expected.shape:
+            raise InputError(f"{type(model).__name__} sees images as {found.shape[-1]} tokens, and the teacher as {expected.shape[-1]}")
+        divergence = F.kl_div(found.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
+        return divergence.sum(-1).mean()
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, network_block={self.network_block}"
+
+
+class _Logits(WatchingAttention):
+    """Adds to `found` queries, keys and scale of every attention between all tokens of the images, or None for those with a bias."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        self.found: list[tuple[Tensor, Tensor, float | None] | None] = []
+
+    def watch(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> None:
+        if query.ndim == 4 and query.shape[0] == self.batch and query.shape == key.shape:
+            self.found.append(None if attn_mask is not None or is_causal else (query, key, scale))
+
+
+def _logits_of_attention(model: nn.Module, images: Tensor, argument: str, block: int) -> Tensor:
+    """Of one of the blocks, (B, heads, N, N)."""
+    with fused(model), _Logits(len(images)) as seen:
+        model(images)
+    blocks = len(seen.found)
+    if not blocks:
+        raise InputError(f"{type(model).__name__} has no layer in which all tokens of an image attend to one another, "
+                         "which the teacher's attention is for")
+    if not -blocks <= block < blocks:
+        raise InputError(f"{argument} must be from {-blocks} to {blocks - 1} for {type(model).__name__}, got {block}")
+    chosen = seen.found[block]
+    if chosen is None:
+        raise InputError(f"block {block} of {type(model).__name__} adds a bias or a mask to its attention, and the loss takes attention of "
+                         "queries and keys alone")
+    q, k, scale = chosen
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        return q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class MultipleInstanceLoss(nn.Module):

@@ -308,7 +308,7 @@ def test_changes_are_made_one_after_the_other():
 
 @pytest.mark.parametrize(("described", "said"), [
     ({"type": "remove_atention", "blocks": [0]}, "there is no change 'remove_atention'; did you mean remove_attention"),
-    ({"blocks": [0]}, "there is no change None; changes are prune_heads, remove_attention, replace_attention"),
+    ({"blocks": [0]}, "there is no change None; changes are prune_heads, regroup_heads, remove_attention, replace_attention"),
     ({"type": "remove_attention", "block": [0]}, "remove_attention cannot be done with {'block': \\[0\\]}"),
 ])
 def test_changes_that_there_are_not(described, said):
