@@ -3,6 +3,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from zoo import kernels
-from zoo.layers import HaloAttention
+from zoo.layers import HaloAttention, pyramid_levels
 from zoo.layers._positions_first import positions_first
 from zoo.measuring.kernel_benchmark import Case, Cases, Side
 
@@ -196,10 +197,30 @@ def token_aware_avg_pool(device: str, dtype: torch.dtype, small: bool) -> Iterat
                moved((x, weights), x.numel()), (9 * (pools - 1) * 2 * x.numel(), 3 * 9 * (pools - 1) * 2 * x.numel()))
 
 
+def pyramid_sparse_attention(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """Rows of an image of 64² and 128² tokens, levels as the layer chooses them, beside all levels masked, and dense attention."""
+    batch, heads, width, block = (1, 2, 16, (16, 16)) if small else (4, 6, 64, (128, 128))
+    for side_of_map in (12,) if small else (64, 128):
+        tokens = side_of_map**2
+        q, k, v = (leaf(device, dtype, batch, heads, tokens, width) for _ in range(3))
+        levels = pyramid_levels(q.detach(), k.detach(), block, generator=torch.Generator().manual_seed(0))
+        given: dict[str, Any] = dict(levels=levels, block_size=block)
+        rivals = {}
+        if tokens <= 4096:  # both hold a mask of all tokens and means
+            rivals["all levels, masked"] = side(functools.partial(kernels.pyramid_sparse_attention, backend="reference", **given), q, k, v)
+            flex = functools.partial(kernel_rivals.flex_pyramid, mask=kernel_rivals.pyramid_mask(levels, block, tokens), **given)
+            rivals["FlexAttention, compiled"] = side(flex, q, k, v)
+        scores = sum(int((levels == level).sum()) * block[0] * block[1] // level for level in (1, 2, 4, 8))
+        yield Case("pyramid_sparse_attention", f"{side_of_map}² tokens, {heads} heads of {width}, batch {batch}",
+                   side(functools.partial(kernels.pyramid_sparse_attention, **given), q, k, v), rivals, moved((q, k, v), q.numel()),
+                   (4 * scores * width, 14 * scores * width), {"dense: flash attention": side(F.scaled_dot_product_attention, q, k, v)})
+
+
 # Operators that this checkout lacks are left out.
 CASES: dict[str, Cases] = {
     cases.__name__: cases
-    for cases in (routing_attention, region_routes, halo_attention, deform_conv2d, depthwise_dynamic_conv2d, token_aware_avg_pool)
+    for cases in (routing_attention, region_routes, halo_attention, deform_conv2d, depthwise_dynamic_conv2d, token_aware_avg_pool,
+                  pyramid_sparse_attention)
     if hasattr(kernels, cases.__name__)
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from zoo.kernels.pyramid_sparse_attention._pyramid import LEVELS, counts, pyramid
 from zoo.layers import HaloAttention
 
 from .biformer_authors import _cut, _paste
@@ -212,6 +213,34 @@ def halo_mask(length: int, block: int, halo: int, device: str) -> BlockMask:
         return (y >= 0) & (y < block + 2 * halo) & (x >= 0) & (x < block + 2 * halo)
 
     return create_block_mask(within, None, None, length**2, bordered**2, device=device)
+
+
+# Pyramid sparse attention, of q, k, v (B, heads, N, d) and levels (B, heads, query blocks, key blocks).
+
+
+def flex_pyramid(q: Tensor, k: Tensor, v: Tensor, levels: Tensor, block_size: tuple[int, int], mask: BlockMask) -> Tensor:
+    """FlexAttention over keys and their means, each as many times as it has keys."""
+    keys, values = (pyramid(x, levels.shape[3], block_size[1]) for x in (k, v))
+    logarithms = counts(k.shape[2], levels.shape[3], block_size[1], k.device).clamp(min=1).log()
+
+    def repeated(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + logarithms[j]
+
+    return _flex(q, keys, values, repeated, mask, q.shape[3] ** -0.5)
+
+
+def pyramid_mask(levels: Tensor, block_size: tuple[int, int], tokens: int) -> BlockMask:
+    """Which keys and means a query reads: those of its blocks' levels."""
+    (b, heads, _, blocks), (of_queries, of_keys) = levels.shape, block_size
+    rows = [(torch.arange(blocks * (of_keys // level), device=levels.device) // (of_keys // level), level) for level in LEVELS]
+    block = torch.cat([places for places, _ in rows])
+    own_level = torch.cat([torch.full_like(places, level) for places, level in rows])
+    there = counts(tokens, blocks, of_keys, levels.device) > 0
+
+    def read(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (levels[b, h, i // of_queries, block[j]] == own_level[j]) & there[j]
+
+    return create_block_mask(read, b, heads, tokens, len(block), device=str(levels.device))
 
 
 # Depthwise dynamic convolution, of maps (B, C, H, W), kernels (B, C, 3, 3) and theta (C,), inhibition included.

@@ -58,6 +58,10 @@ def test_flex_attention_is_one_graph():
         torch.testing.assert_close(flex.run(), expected)
         (case,) = kernel_cases.halo_attention("cpu", torch.float32, True)
         torch.testing.assert_close(case.rivals["FlexAttention, compiled"].run(), case.ours.run())
+        (case,) = kernel_cases.pyramid_sparse_attention("cpu", torch.float32, True)
+        for x in case.ours.leaves:
+            x.requires_grad_(False)  # torch's operator on the CPU has no gradients
+        torch.testing.assert_close(case.rivals["FlexAttention, compiled"].run(), case.ours.run())
 
 
 @pytest.fixture
