@@ -2,6 +2,7 @@
 
     python docs/pictures.py            # or: python docs/pictures.py hilo sk
 """
+import copy
 import sys
 from pathlib import Path
 
@@ -98,7 +99,35 @@ def spectral_norms() -> Seen:
     return Seen("spectral_norms", "Attention's entropy", "Weights of attention in training at a rate of 0.005.", render(figure))
 
 
-OTHERS = {"sigma_reparam": spectral_norms}  # pictures of guides
+def replaced() -> Seen:
+    """What the class token of a small vision transformer attends to in a digit, by what stands in the place of softmax."""
+    data = load_digits()
+    images = nn.functional.interpolate(torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1, size=(32, 32), mode="bilinear")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    optimizer = torch.optim.AdamW(vit.parameters(), 2e-3)
+    for _ in range(400):
+        batch = torch.randint(1437, (32,))
+        optimizer.zero_grad()
+        cross_entropy(vit(images[batch]), torch.tensor(data.target)[batch]).backward()
+        optimizer.step()
+    digit = images[1437 + 4, None]
+    blocks = dict(grid=(16, 16), block_size=(16, 16), shares=(0.1, 0.2, 0.3, 0.6))
+    figure, axes = new_figure(8)
+    for each, name in zip(axes, ("softmax", "entmax15", "sparsemax", "entmax", "cog", "rela", "hedgehog", "pyramid_sparse"), strict=True):
+        changed = zoo.replace_attention(copy.deepcopy(vit).eval(), name, "blocks.1", **(blocks if name == "pyramid_sparse" else {}))
+        with torch.no_grad(), zoo.capture(changed) as maps:
+            changed(digit)
+        seen = maps["blocks.1.attn.mechanism"]["attention"][0, 0]
+        weights = seen[150 if name == "pyramid_sparse" else 0, 1:].reshape(16, 16)
+        each.imshow(digit[0, 0], cmap="gray", extent=(0, 16, 16, 0), alpha=0.5)
+        limit = weights.abs().max().item()
+        each.imshow(weights, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, 16, 16, 0), alpha=0.7)
+        each.set_title(name, fontsize=8)
+    return Seen("replaced", "Attention by mechanism", "The class token's weights of patches (pyramid_sparse: one patch's).", render(figure))
+
+
+OTHERS = {"replaced": replaced, "sigma_reparam": spectral_norms}  # pictures of guides
 
 
 def main() -> None:
