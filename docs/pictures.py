@@ -104,7 +104,8 @@ def replaced() -> Seen:
     data = load_digits()
     images = nn.functional.interpolate(torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1, size=(32, 32), mode="bilinear")
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3,
+                            num_classes=10)
     optimizer = torch.optim.AdamW(vit.parameters(), 2e-3)
     for _ in range(400):
         batch = torch.randint(1437, (32,))
