@@ -40,7 +40,7 @@ def trained(name: str) -> Path:
     if name != "attention_unet":
         for part in ("train", "val"):
             options += [f"{part}_dataloader.dataset.size={SIDE}", f"{part}_dataloader.dataset.transform.input_size=(1,{SIDE},{SIDE})"]
-    if "deit" in name or name.startswith("vidat"):
+    if "deit" in name or name.startswith(("ifam", "vidat")):
         options.append(f"model.args.img_size={SIDE}")
     folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
     return latest_checkpoint(folder)

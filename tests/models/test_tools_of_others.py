@@ -18,7 +18,8 @@ from zoo.models import unet
 PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulation of their own
 MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
-    "deit_nano_patch16_224_cb", "lambda_deit_nano_02", "litv2_nano", "moh_transnext_nano", "vidat_nano_patch16_224"]
+    "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano", "moh_transnext_nano",
+    "vidat_nano_patch16_224"]
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 models = pytest.mark.parametrize("name", MODELS)
 

@@ -19,7 +19,7 @@ LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(na
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
-    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano", "vidat_nano_patch16_224")},
+    **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "tap_fan_nano", "vidat_nano_patch16_224")},
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
 }
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
@@ -152,6 +152,7 @@ LAYERS = {
     "AggregatedAttention": (functools.partial(layers.AggregatedAttention, 16, 2, 2), (1, 5, 6, 16)),
     "LengthScaledAttention": (functools.partial(layers.LengthScaledAttention, 16, 2), (1, 5, 6, 16)),
     "MixtureOfHeads": (functools.partial(layers.MixtureOfHeads, 16, 4, 1, 2), (1, 5, 16)),
+    "PartDiscovery": (functools.partial(layers.PartDiscovery, 16, 3), (1, 5, 6, 16)),
     "EfficientProbing": (functools.partial(layers.EfficientProbing, 16, 4), (1, 5, 16)),
     "SimPool": (functools.partial(layers.SimPool, 16), (1, 5, 16)),
     "SelfAttention": (functools.partial(layers.SelfAttention, 16, 2, "entmax15", "head"), (1, 5, 16)),
