@@ -1,4 +1,5 @@
 """Parts that a network discovers by itself, and the mask of the patches that belong to any (iFAM, arXiv 2506.08915, stage 1)."""
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class PartDiscovery(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"PartDiscovery: x must be (B, H, W, {self.dim}), got shape {tuple(x.shape)}")
         exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # which knows no meta tensors
             y, w = x.to(exact), self.prototypes.to(exact)
             products = (y @ w.mT).permute(0, 3, 1, 2)
             z = 2 * products - w.square().sum(-1)[:, None, None]

@@ -113,7 +113,7 @@ class TwoStageVisionTransformer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The blocks of either stage count from the first one."""
-        return dict(stem=r"^stage_[12]\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+        return dict(stem=r"^stage_[12]\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
                     blocks=[(r"^stage_[12]\.blocks\.(\d+)", None), (r"^stage_[12]\.norm\.|^parts|^part_head|^fc_norm", (99999,))])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
