@@ -1,7 +1,7 @@
 """Losses of networks that discover parts (iFAM, arXiv 2506.08915): what maps of parts should be like, without anybody's labels.
 
 Maps m (B, M, H, W) are shares: of every patch they sum to 1 over all parts and, where it is asked for, the background, which is last.
-Losses are scalars of at least float32; sources are the authors' (ananthu-aniraj/ifam, losses/).
+Losses are scalars of at least float32; sources are the authors' (ananthu-aniraj/ifam, losses/equivarance_loss.py and those beside it).
 """
 import contextlib
 import math

@@ -142,6 +142,16 @@ def test_the_terms_are_of_the_pass_that_gave_the_logits():
     torch.testing.assert_close(loss, sum(terms.values()) + terms["concentration"])
 
 
+def test_a_compiled_network():
+    model, (images, labels) = network().eval(), batch()
+    chosen = zoo.PartDiscoveryLoss(dict(equivariance=0))
+    _, expected, _ = chosen(model, images, labels)
+    _, loss, _ = chosen(torch.compile(model, fullgraph=True, backend="aot_eager"), images, labels)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_pass_under_autocast():
     images, labels = batch()
     with torch.autocast("cpu", torch.bfloat16):
