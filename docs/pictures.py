@@ -41,8 +41,10 @@ def trained(name: str) -> Path:
     if name != "attention_unet":
         for part in ("train", "val"):
             options += [f"{part}_dataloader.dataset.size={SIDE}", f"{part}_dataloader.dataset.transform.input_size=(1,{SIDE},{SIDE})"]
-    if "deit" in name or name.startswith("vidat"):
+    if "deit" in name or name.startswith(("ifam", "vidat")):
         options.append(f"model.args.img_size={SIDE}")
+    if name.startswith("ifam"):
+        options.append(f"model.args.patch_size={SIDE // 8}")
     folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
     return latest_checkpoint(folder)
 

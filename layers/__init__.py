@@ -18,6 +18,7 @@ from .hilo import HiLoAttention
 from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
 from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
+from .part_discovery import PartDiscovery
 from .polarized import PolarizedSelfAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
@@ -30,9 +31,9 @@ __all__ = [
     "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
     "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention",
     "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
-    "NormalizedAttention", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention", "SelectiveKernelUnit",
-    "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
-    "gilbert_order", "pyramid_levels",
+    "NormalizedAttention", "PartDiscovery", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention",
+    "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
+    "capture", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

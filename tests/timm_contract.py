@@ -21,6 +21,7 @@ LEFT_OUT = {  # by what the name of a test holds
     "features_pretrained": "it downloads weights",
     # It expects maps of features, and these are tokens.
     "default_cfgs[1-vidat": "timm's test excepts its own vision transformers, by their names",
+    "default_cfgs[1-ifam": "timm's test excepts its own vision transformers, by their names",
     # Its last map needs all branches, whose other outputs then have no user.
     "prune_intermediate_layers_contract[polarized_hrnet": "timm's test excepts its own HRNets, by their names",
     # It expects maps of features, and these are tokens.

@@ -13,6 +13,7 @@ if not _command.import_is_put_off:
         AttentionDiversificationLoss,
         LoadBalancingLoss,
         MultipleInstanceLoss,
+        PartDiscoveryLoss,
         SparsifinerReconstructionLoss,
         TeacherAttentionLoss,
         TokenDistillationLoss,
@@ -26,6 +27,7 @@ if not _command.import_is_put_off:
         deit,
         fan,
         halonet,
+        ifam,
         lambda_deit,
         list_models,
         litv2,
@@ -43,8 +45,8 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss", "MultipleInstanceLoss",
-    "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "attach", "attention_share", "attnet", "biformer",
-    "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "lambda_deit", "list_models", "litv2",
-    "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "regroup_heads", "remove_attention", "reparametrize",
-    "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
+    "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "attach", "attention_share",
+    "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "ifam", "lambda_deit",
+    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "regroup_heads", "remove_attention",
+    "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
 ]

@@ -16,6 +16,16 @@ from zoo.kernels import attention_cross_entropy, attention_similarity
 from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention, SparsifinerAttention
 from zoo.layers.multiple_instance import BagOutput
 from zoo.modules import WatchingAttention
+from zoo.part_losses import (  # noqa: F401  which are many, and stand by themselves
+    PartDiscoveryLoss,
+    concentration,
+    enforced_presence,
+    equivariance,
+    orthogonality,
+    pixel_entropy,
+    presence,
+    total_variation,
+)
 
 SPELLED_OUT = (Attention, AttentionRope, BeitAttention, NormalizedAttention)
 

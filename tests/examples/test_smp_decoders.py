@@ -6,7 +6,8 @@ import torch
 import zoo
 
 FAMILIES = [name for name in zoo.list_models("*_nano*") if "unet" not in name]
-PLAIN = ["deit_nano_patch16_224_cb", "lambda_deit_nano_02", "vidat_nano_patch16_224"]  # whose maps are all of one stride
+PLAIN = [  # whose maps are all of one stride
+    "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "vidat_nano_patch16_224"]
 ANY_STRIDE = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", "DPT"]
 
 

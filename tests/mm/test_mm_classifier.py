@@ -72,6 +72,29 @@ def test_load_balancing_is_added_and_logged():
         ImageClassifier("test_vit", ARGS, load_balancing=0.5)(inputs, targets, mode="loss")
 
 
+def test_what_parts_should_be_is_added_and_logged():
+    """Without being asked for, as nothing else would train stage 1; the logits' own term is that of the recipe."""
+    inputs, targets = _batch()
+    args = dict(num_classes=10, in_chans=1, depth=1, img_size=32, patch_size=8)
+    plain = ImageClassifier("ifam_nano_patch16_224", args, label_smoothing=0.1, part_discovery=False).eval()
+    task = ImageClassifier("ifam_nano_patch16_224", args, label_smoothing=0.1, part_discovery=dict(weights=dict(equivariance=0))).eval()
+    task.load_state_dict(plain.state_dict())
+    without, found = (each(inputs, targets, mode="loss") for each in (plain, task))
+    discovery = zoo.PartDiscoveryLoss(dict(equivariance=0), criterion=torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+    _, loss, terms = discovery(plain.model, inputs, targets)
+    assert set(without) == {"loss"} and set(found) == {"loss", *(f"part_{name}" for name in terms)} and len(terms) == 7
+    torch.testing.assert_close(found["loss"], loss)
+    for name, term in terms.items():
+        torch.testing.assert_close(found[f"part_{name}"], term.detach())
+    torch.testing.assert_close(terms["stage_2"], without["loss"])
+    _, logged = task.parse_losses(found)
+    assert logged["loss"] == found["loss"]
+    chosen = ImageClassifier("ifam_nano_patch16_224", args).train()(inputs, targets, mode="loss")
+    assert set(chosen) == {"loss", "part_equivariance", *(f"part_{name}" for name in terms)}
+    with pytest.raises(InputError, match="holds, 0 networks that discover parts"):
+        ImageClassifier("test_vit", ARGS, part_discovery={})(inputs, targets, mode="loss")
+
+
 def test_predictions_are_probabilities():
     inputs, targets = _batch()
     predictions = ImageClassifier("test_vit", ARGS).eval()(inputs, targets, mode="predict")
@@ -84,6 +107,8 @@ def test_predictions_are_probabilities():
     ({"name": "test_vit", "args": {"depht": 2}}, "depht"),
     ({"name": "test_vit", "mixup": {"alpha": 1}}, "alpha"),
     ({"name": "test_vit", "loss": "hinge"}, "hinge"),
+    ({"name": "test_vit", "part_discovery": {"wieghts": {}}}, "wieghts"),
+    ({"name": "test_vit", "part_discovery": {"weights": {"entrpy": 1}}}, "did you mean entropy"),
 ])
 def test_what_cannot_be_created(arguments, message):
     with pytest.raises(InputError, match=message):

@@ -23,6 +23,7 @@ from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 import zoo
+from zoo import part_losses
 from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention
 from zoo.layers import (
     AggregatedAttention,
@@ -36,6 +37,7 @@ from zoo.layers import (
     HedgehogAttention,
     HiLoAttention,
     LengthScaledAttention,
+    PartDiscovery,
     PolarizedSelfAttention,
     RelationalAttention,
     SelfAttention,
@@ -46,7 +48,8 @@ from zoo.layers import (
     TokenMixing,
 )
 from zoo.layers._capture import report
-from zoo.models import attnet, biformer, fan, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
+from zoo.layers.part_discovery import Parts
+from zoo.models import attnet, biformer, fan, ifam, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -454,17 +457,84 @@ def _with_shares(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return {name: value for name, value in model.state_dict().items() if name.endswith("attention_share")} | state
 
 
+class _Stages(nn.Module):
+    """Both stages of iFAM, or one: what they put out, with the network's own parameter names."""
+
+    def __init__(self, network: ifam.TwoStageVisionTransformer, which: str):
+        super().__init__()
+        self.__dict__["network"], self.which = network, which
+        self._modules = network._modules
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        if mask is not None:
+            side = math.isqrt(mask.shape[1])
+            seen = mask.unflatten(1, (side, side))
+            nothing = torch.empty(0)
+            tokens, _ = self.network._stage_2(x, Parts(nothing, nothing, torch.stack([seen, 1 - seen], 1), seen, nothing))
+            return self.network.forward_head(tokens)
+        with part_losses.discoveries(self.network) as found:
+            out = self.network(x) if self.which == "both" else self.network.discover(x)[0].maps
+        parts = found.parts
+        likeliness = parts.mask - parts.mask.detach()
+        report(self, maps=parts.maps, features=parts.features.mT, soft_mask=parts.soft_mask, part_logits=parts.products,
+               hard_mask=torch.stack([parts.mask, 1 - parts.mask.detach() + likeliness], 1),
+               scores=self.network.part_head(parts.features[:, :-1]).mT)
+        return out
+
+
+class _PartLosses(nn.Module):
+    def forward(self, features: Tensor, logits: Tensor) -> None:
+        maps, background = logits.softmax(1), logits.softmax(1)[:, -1]
+        report(self, concentration=part_losses.concentration(maps[:, :-1]), entropy=part_losses.pixel_entropy(maps),
+               orthogonality=part_losses.orthogonality(features.mT), total_variation=part_losses.total_variation(maps),
+               presence=part_losses.presence(maps), enforced_presence=part_losses.enforced_presence(background),
+               **{f"presence_{kind}": part_losses.presence(maps, kind, 0.1) for kind in ("soft_constraint", "soft_tanh", "tanh")},
+               **{f"enforced_presence_{kind}": part_losses.enforced_presence(background, kind) for kind in ("linear", "log", "mse")})
+
+
+class _Equivariance(nn.Module):
+    def __init__(self, side: int, angle: float, translate: list[int], scale: float):
+        super().__init__()
+        self.there = angle, tuple(translate), scale, (side, side)
+
+    def forward(self, logits: Tensor, transformed: Tensor) -> None:
+        maps, moved = (x.softmax(1)[:, :-1] for x in (logits, transformed))
+        report(self, equivariance=part_losses.equivariance(maps, moved, *self.there))
+
+
+def _ifam(config: dict[str, Any], reference: str) -> nn.Module:
+    if "losses/*.py" in reference:
+        return _PartLosses()
+    if "losses/" in reference:
+        return _Equivariance(config["image_side"], config["angle"], config["translate"], config["scale"])
+    stages = (VisionTransformer(num_classes=0, **config["vit"]) for _ in range(2))
+    network = ifam.TwoStageVisionTransformer(
+        *stages, config["num_classes"], config.get("num_landmarks", 1), "soft" if config.get("use_soft_masks") else "hard", "always",
+        config.get("gumbel_softmax", True), config.get("part_dropout_stage_2", 0), config.get("part_dropout", 0),
+        drop_masked=not config.get("use_soft_masks", False))
+    which = {"IndividualLandmarkViT2StageMod": "stage_1", "AttnMaskViT2Stage": "stage_2"}.get(reference.split()[2], "both")
+    return _Stages(network, which)
+
+
+def _convert_ifam(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(model, _Stages):
+        return state
+    alone = "" if model.which == "both" else f"{model.which}."
+    converted = ifam.checkpoint_filter_fn({f"{alone}{name}": value for name, value in state.items()}, model)
+    return {name: torch.zeros_like(value) for name, value in model.state_dict().items() if alone} | converted
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
     attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
-    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh,
+    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, ifam=_ifam, litv2=_litv2, moh=_moh,
     polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner,
     tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
     attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
     bra=biformer.checkpoint_filter_fn, cog=_as_it_is, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
-    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
+    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, ifam=_convert_ifam,
     litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is,
     rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner,
     tap=fan.checkpoint_filter_fn)
@@ -477,6 +547,14 @@ def _attention_of(model: nn.Module) -> dict[str, Tensor]:
         name = f"attention.{i}" if len(layers) > 1 else "attention"
         layer.register_forward_pre_hook(lambda layer, inputs, name=name: found.update({name: layer.attention(*inputs)}))
     return found
+
+
+def _draw(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """What parts are discovered with draws the reference's numbers."""
+    draws = iter([tensors[name] for name in sorted(tensors) if name.startswith("exponential.")])
+    for layer in model.modules():
+        if isinstance(layer, PartDiscovery):
+            layer.exponential = lambda z: next(draws)
 
 
 def _close(name: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
@@ -494,8 +572,10 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     model = BUILD[case["family"]](case["config"], case["reference"]).train(case["config"].get("training", False))
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
+    _draw(model, tensors)
     given = ["input", "gating", "symbols", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
-    inputs = {name: tensors[name].requires_grad_(tensors[name].is_floating_point()) for name in given if name in tensors}
+    given += ["features", "logits", "logits_transformed"] if "losses/" in case["reference"] else []
+    inputs = {name: tensors[name].requires_grad_(f"grad/{name}" in tensors) for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:
         outputs = {"output": model(*inputs.values())}

@@ -23,7 +23,8 @@ ARGS = dict(
     AttentionGate=(16, 24), MultiAttentionGate=(16, 24), ChannelProcessing=(16, 2, 32), FullyAttentionalBlock=(16, 2), TokenMixing=(16, 2),
     HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), PyramidSparseAttention=(2, 8, (3, 5)), SelfAttention=(16, 2),
     EfficientProbing=(16, 4), MixtureOfHeads=(16, 4, 1, 2), MixtureOfHeadAttention=(4, 4, 16),
-    MultipleInstanceHead=(16, 2), SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2))
+    MultipleInstanceHead=(16, 2), PartDiscovery=(16, 3), SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1),
+    RelationalAttention=(16, 2))
 ALL_PARTS = dict(  # arguments with which a layer has every parameter it can have
     BiLevelRoutingAttention=dict(soft_routing=True, differentiable_routing=True, learned_routing=True),
     ContextBroadcast=dict(scaled=True), FullyAttentionalBlock=dict(num_scales=2), PolarizedSelfAttention=dict(layout="sequential"),
@@ -160,7 +161,7 @@ def test_deterministic_algorithms_and_inference_mode(name):
         grads = []
         for _ in range(2):
             torch.manual_seed(0)
-            grads.append(torch.autograd.grad(model(image(model)).square().sum(), model.parameters()))
+            grads.append(torch.autograd.grad(model(image(model)).square().sum(), model.parameters(), materialize_grads=True))
         assert all(map(torch.equal, *grads))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -190,9 +191,9 @@ POOLS = ["avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fas
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name in LIGHT])
 def test_every_kind_of_pooling_is_obeyed_or_refused_at_once(name, pool):
     """As an argument and later; `head_hidden_size` is the width that the classifier is given."""
-    token = name.startswith(("deit", "lambda_deit", "tap_fan", "vidat"))  # have a class token
-    before = name.startswith(("attnet", "tap_fan", "deit", "lambda_deit", "vidat"))  # have a norm after pooling, of the map's width
-    plain = "deit" in name or name.startswith("vidat")
+    token = name.startswith(("deit", "ifam", "lambda_deit", "tap_fan", "vidat"))  # have a class token
+    before = name.startswith(("attnet", "tap_fan", "deit", "ifam", "lambda_deit", "vidat"))  # have a norm after pooling, of the map's width
+    plain = "deit" in name or name.startswith(("ifam", "vidat"))
     refused = pool == "unknown" or pool == "token" and not token or before and "cat" in pool or plain and "fast" in pool
     x = torch.empty(2, 3, 64, 64, device="meta")
     classes = 0 if not pool else 5  # linear classifiers take no map, in timm's networks neither

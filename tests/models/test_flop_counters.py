@@ -27,6 +27,7 @@ from zoo.models import unet
 SIZE = (3, 64, 64)
 UNITS = ["attnet_nano", "tap_fan_nano"]  # whose traces move or add numbers by convolutions with ones, and multiply nothing by that
 BROADCAST = ["moh_transnext_nano"]  # products of operands that are broadcast, which fvcore counts by the first operand alone
+BESIDE = ["ifam_nano_patch16_224"]  # what the logits do not need, here part logits, is not in the traces that fvcore counts
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 MODELS = [name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS and "3d" not in name]
 models = pytest.mark.parametrize("name", MODELS)
@@ -97,8 +98,8 @@ def test_torchinfo_sees_every_convolution_and_linear_layer(name):
         assert count <= seen[id(module)] <= 2 * count, path  # it counts biases as weights
 
 
-# of DeiT, as of timm's own, ptflops leaves out the linear layers inside timm's Attention, which it has a rule for
-@pytest.mark.parametrize("name", [name for name in MODELS if "deit" not in name])
+# of DeiT and iFAM, as of timm's own, ptflops leaves out the linear layers inside timm's Attention, which it has a rule for
+@pytest.mark.parametrize("name", [name for name in MODELS if "deit" not in name and "ifam" not in name])
 def test_ptflops_sees_every_convolution_and_linear_layer(name):
     model, x = make(name)
     everything, least = counted_by_torch(model, x)[0], sum(products(model, x).values())
@@ -126,4 +127,6 @@ def test_fvcore_sees_the_products_of_the_definition(name):
         most *= 1.2
     if name in BROADCAST:
         least *= 0.99
+    if name in BESIDE:
+        least *= 0.97
     assert 0.99999 * least <= count <= most  # fvcore rounds

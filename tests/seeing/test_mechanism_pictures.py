@@ -21,7 +21,8 @@ from zoo.seeing.mechanism_pictures import region_box, region_of, sampling_points
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
 STAGES = {
-    "attnet_nano": 4, "biformer_nano": 3, "das_resnet_nano": 4, "deit_nano_patch16_224_cb": 1, "halonet_nano": 5, "litv2_nano": 2,
+    "attnet_nano": 4, "biformer_nano": 3, "das_resnet_nano": 4, "deit_nano_patch16_224_cb": 1, "halonet_nano": 5,
+    "ifam_nano_patch16_224": 1, "litv2_nano": 2,
     "moh_transnext_nano": 4,
     "polarized_resnet_nano": 4, "sknet_nano": 4, "tap_fan_nano": 1, "vidat_nano_patch16_224": 1,
 }

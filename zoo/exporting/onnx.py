@@ -189,7 +189,7 @@ def convert(model: nn.Module, images: torch.Tensor, axes: dict[int, str], opset:
 
     Neither a free length of `images` nor those of the maps made of it should be one: torch takes one for a constant.
     """
-    with _quiet(), _without_slow_rules():
+    with _quiet(), _without_slow_rules(), torch.no_grad():  # attention whose mask has gradients has other strides, which trouble torch
         program = torch.export.export(model, (images,), dynamic_shapes=(dict.fromkeys(axes, Dim.DYNAMIC),),
                                       prefer_deferred_runtime_asserts_over_guards=True)
         converted = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, opset_version=opset,

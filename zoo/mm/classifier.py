@@ -16,6 +16,8 @@ from zoo.checkpoints import start_from
 from zoo.errors import InputError
 from zoo.losses import AttentionDiversificationLoss, balances
 from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.models.ifam import TwoStageVisionTransformer
+from zoo.part_losses import PartDiscoveryLoss, discoveries
 
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -40,6 +42,9 @@ class ImageClassifier(BaseModel):
         attention_threshold: that loss's threshold.
         load_balancing: weight of the loss `zoo.LoadBalancingLoss` of networks whose tokens pick heads, 0 for none; the authors of MoH
             have 0.01 (https://github.com/SkyworkAI/MoH). Its value before weighting is logged as `load_balance`.
+        part_discovery: arguments of `zoo.PartDiscoveryLoss`, which is what networks that discover parts are trained by; by default the
+            authors' for such a network. False for the loss of the logits alone. Classes are compared as `loss` says. Its terms before
+            weighting are logged by their names, behind `part_`.
         weights: a file whose weights training starts from, but for the head's: the authors' (`zoo.models.released`), timm's, or a
             checkpoint of `zoo train`. Read when training starts; what evaluates or resumes does not need it.
         freeze: the head alone learns.
@@ -54,7 +59,8 @@ class ImageClassifier(BaseModel):
     def __init__(self, name: str, args: Mapping | None = None, mixup: Mapping | None = None,
                  label_smoothing: float = 0.0, loss: str = "cross_entropy",
                  attention_diversification: float = 0.0, attention_threshold: float = 2.0, load_balancing: float = 0.0,
-                 weights: str | None = None, freeze: bool = False, changes: Sequence[Change] = ()):
+                 part_discovery: Mapping | bool | None = None, weights: str | None = None, freeze: bool = False,
+                 changes: Sequence[Change] = ()):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"unknown loss {loss!r}: it is one of {', '.join(LOSSES)}")
@@ -67,6 +73,10 @@ class ImageClassifier(BaseModel):
         self.changes = plain(list(changes))
         self.load_balancing_weight = load_balancing
         self.model = create_network(name, self.args)
+        if part_discovery is None:
+            part_discovery = any(isinstance(module, TwoStageVisionTransformer) for module in self.model.modules())
+        arguments = {} if part_discovery is True else part_discovery
+        self.part_discovery = None if arguments is False else self._part_discovery(plain(arguments))
         change(self.model, self.changes)
         self.num_classes, self.weights, self.freeze = self.model.num_classes, weights, freeze
         try:
@@ -114,15 +124,27 @@ class ImageClassifier(BaseModel):
         else:
             targets = mixup_target(targets, self.num_classes, smoothing=self.label_smoothing)
         logged = {}
-        with balances(self.model) if self.load_balancing_weight else contextlib.nullcontext([]) as found:
+        with contextlib.ExitStack() as watching:
+            found = watching.enter_context(balances(self.model)) if self.load_balancing_weight else []
+            parts = None if self.part_discovery is None else watching.enter_context(discoveries(self.model))
             logits, similarity = (self.model(inputs), None) if self.diversification is None else self.diversification(self.model, inputs)
         loss = self._criterion(logits, targets)
+        if self.part_discovery is not None and parts is not None:
+            terms = {"stage_2": loss, **self.part_discovery.of_parts(parts, inputs, targets)}
+            loss = self.part_discovery.total(terms)
+            logged |= {f"part_{name}": term.detach() for name, term in terms.items()}
         if similarity is not None:
             loss, logged["attention_similarity"] = loss + self.diversification_weight * similarity, similarity.detach()
         if found:
             balance = torch.stack(found).mean()
             loss, logged["load_balance"] = loss + self.load_balancing_weight * balance, balance.detach()
         return {"loss": loss, **logged}
+
+    def _part_discovery(self, arguments: Mapping) -> PartDiscoveryLoss:
+        try:
+            return PartDiscoveryLoss(**arguments, criterion=self._criterion)
+        except TypeError as error:
+            raise InputError(f"part_discovery cannot be set up: {error}") from error
 
     def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "binary_cross_entropy":

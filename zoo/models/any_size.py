@@ -35,7 +35,7 @@ class AnySizeVisionTransformer(vit.VisionTransformer):
         return out[:, self.num_prefix_tokens :].unflatten(1, size).permute(0, 3, 1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's for any size, called from here: `torch.fx` takes functions as they are where the traced forward is written only."""
+        """timm's for any size, called from here, where `torch.fx` takes the functions as they are."""
         batch, height, width, channels = holding_images(x).shape
         prefix = [tokens.expand(batch, -1, -1) for tokens in (self.cls_token, self.reg_token) if tokens is not None]
         x, within = x.reshape(batch, height * width, channels), not self.no_embed_class
@@ -56,3 +56,7 @@ def holding_images(x: Tensor) -> Tensor:
     if not x.shape[0]:
         raise ValueError("vision transformers need at least one image, and x holds none")
     return x
+
+
+torch.fx.wrap("holding_images")
+torch.fx.wrap("resample_abs_pos_embed")

@@ -14,6 +14,7 @@ from zoo.seeing.attributions import grid
 from zoo.seeing.figures import HEAT, new_figure, overlay, rectangle
 
 Point = tuple[float, float]
+PARTS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22")  # colours of the first, and so on
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,20 @@ def _queries(seen: Captured, query: Point):
     return figure, f"Where each query of the head gathers its channels, on a map of {rows}x{columns} tokens, each in its own scale."
 
 
+def _discovered(seen: Captured, query: Point):
+    maps, mask = seen.maps["maps"], seen.maps["mask"] > 0
+    parts, own = len(maps) - 1, maps.argmax(0)
+    colours = torch.tensor([hex_colour(PARTS[part % len(PARTS)]) for part in range(parts)] + [(0.0, 0.0, 0.0)])[own]
+    figure, (left, right) = new_figure(2)
+    extent = (-0.5, own.shape[1] - 0.5, own.shape[0] - 0.5, -0.5)
+    for axes, colour, strength in ((left, colours, 0.55 * (own < parts)), (right, torch.zeros(*own.shape, 3), 0.85 * ~mask)):
+        axes.imshow(seen.image, extent=extent)
+        axes.imshow(torch.cat([colour, strength[..., None]], -1).numpy(), extent=extent, interpolation="nearest")
+    found = len(set(own.unique().tolist()) - {parts})
+    return figure, (f"Left, the likeliest of {parts} parts for every patch, of which {found} are there; patches without a colour are of "
+                    f"the background. Right, what is left to see: {int(mask.sum())} of {mask.numel()} patches.")
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
@@ -231,6 +246,7 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.HaloAttention: _halo,
     zoo.layers.HiLoAttention: _high_and_low,
     zoo.layers.MixtureOfHeads: _picked_heads,
+    zoo.layers.PartDiscovery: _discovered,
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
@@ -247,6 +263,7 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.HaloAttention: ("from", "block", "heat"),
     zoo.layers.HiLoAttention: ("from", "routes", "heat"),
     zoo.layers.MixtureOfHeads: ("heat",),
+    zoo.layers.PartDiscovery: ("parts", "masked"),
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
@@ -284,6 +301,12 @@ def sampling_points(offset: Tensor) -> Tensor:
     kernel = torch.stack(torch.meshgrid(around, around, indexing="ij"), -1).reshape(-1, 2, 1, 1)
     here = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
     return here + kernel + places
+
+
+def hex_colour(colour: str) -> tuple[float, float, float]:
+    """#rrggbb as shares of red, green and blue."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red, green, blue
 
 
 def _spread(length: int) -> Iterable[int]:

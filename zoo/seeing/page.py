@@ -35,6 +35,8 @@ LEGEND = {
     "block": ("#fff", "the block that it lies in"),
     "samples": ("linear-gradient(90deg,#1f77b4,#ff7f0e,#2ca02c)", "dots: where the convolution samples for the cross nearby"),
     "relations": ("linear-gradient(90deg,#b2182b,#f7f7f7,#2166ac)", "over the picture: red above 0, blue below"),
+    "parts": ("linear-gradient(90deg,#1f77b4,#ff7f0e,#2ca02c,#d62728,#9467bd,#8c564b,#e377c2,#bcbd22)", "over the picture: a part each"),
+    "masked": ("#000", "over the picture: what is not seen any more"),
     "signs": ("linear-gradient(90deg,#b2182b,#f7f7f7,#2166ac)", "weights of kernels: red above 0, blue below"),
 }
 

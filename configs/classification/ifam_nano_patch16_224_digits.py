@@ -1,0 +1,8 @@
+_base_ = ['../_base_/datasets/digits.py', '../_base_/schedules/adamw_20e_digits.py', '../_base_/default_runtime.py']
+
+model = dict(
+    type='ImageClassifier',
+    name='ifam_nano_patch16_224',
+    args=dict(num_classes=10, in_chans=1, img_size=32, patch_size=4))
+
+train_cfg = dict(max_epochs=30)
