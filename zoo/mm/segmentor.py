@@ -9,8 +9,9 @@ from torch import Tensor
 from zoo.errors import InputError
 from zoo.mm.monai import monai_part
 from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.models.dconnnet import AUTHORS_NAMES
 from zoo.models.unet import TimmEncoder
-from zoo.weights import load_weights, weights_in
+from zoo.weights import load_weights, own_names, weights_in
 
 
 @MODELS.register_module()
@@ -50,7 +51,7 @@ class Segmentor(BaseModel):
         if self.weights is None:
             return
         encoder = getattr(self.model, "encoder", None)
-        whole = any(name.startswith("encoder.") for name in weights_in(self.weights, own=self.model.state_dict()))
+        whole = any(name.startswith(("encoder.", *AUTHORS_NAMES)) for name in weights_in(self.weights, own=own_names(self.model)))
         if isinstance(encoder, TimmEncoder) and not whole:
             encoder.load_weights(self.weights)
         else:
