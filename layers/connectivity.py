@@ -1,6 +1,7 @@
 """Masks as the connections of neighbouring pixels, and back (BiconNet, arXiv 2103.00334; DconnNet, arXiv 2304.00145)."""
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor
 
 # Where a pixel's neighbours lie: shifts of the content by (down, right). Number 7 - i is opposite to i.
@@ -51,6 +52,7 @@ def bilateral_voting(maps: Tensor) -> tuple[Tensor, Tensor]:
     return votes.amax(2), votes
 
 
+@register_notrace_function
 def class_logits(maps: Tensor, num_classes: int) -> Tensor:
     """Logits of classes by the votes of connections, logits z: (B, 8 K, H, W) → (B, num_classes, H, W).
 
@@ -66,10 +68,10 @@ def class_logits(maps: Tensor, num_classes: int) -> Tensor:
         raise ValueError(f"maps must be (B, {channels}, H, W) for {num_classes} classes, got shape {tuple(maps.shape)}")
     if num_classes > 2:
         return bilateral_voting(maps)[0]
-    z = maps[:, None].float()
+    z = (maps if maps.dtype == torch.float64 else maps.float())[:, None]
     other = _shifted(z.flip(2), OUTSIDE)
     # σ(a) σ(b) has the logit -log(exp(-a) + exp(-b) + exp(-a - b))
-    voted = -torch.logaddexp(torch.logaddexp(-z, -other), -z - other).amin(2).to(maps.dtype)
+    voted = -torch.stack([-z, -other, -z - other]).logsumexp(0).amin(2).to(maps.dtype)
     return voted if num_classes == 1 else torch.cat([torch.zeros_like(voted), voted], 1)
 
 

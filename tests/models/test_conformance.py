@@ -500,15 +500,16 @@ def _convert_connectivity(state: dict[str, Tensor], model: nn.Module) -> dict[st
 
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
-    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, connectivity=_connectivity, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
-    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh,
-    polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner,
-    tap=_tap)
+    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, connectivity=_connectivity,
+    dual_attention=_dual_attention, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
+    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, litv2=_litv2, moh=_moh, polarized=_polarized,
+    pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
     attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
-    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, connectivity=_convert_connectivity, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
-    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
+    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, connectivity=_convert_connectivity,
+    dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan,
+    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn,
     litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is,
     rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner,
     tap=fan.checkpoint_filter_fn)

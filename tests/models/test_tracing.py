@@ -94,8 +94,9 @@ def test_torch_export_with_named_and_bounded_sizes(name):
 def extracted(model: nn.Module, mode: str = "eval") -> nn.Module:
     """The model's own output from a graph that torch.fx made of it."""
     options = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
-    nodes = dict(zip(("train", "eval"), get_graph_node_names(model, tracer_kwargs=options), strict=True))[mode]
-    return torchvision_extractor(model, return_nodes={nodes[-1]: "out"}, tracer_kwargs=options)
+    nodes = dict(zip(("train", "eval"), get_graph_node_names(model, tracer_kwargs=options), strict=True))
+    last = {f"{each}_return_nodes": {(nodes[mode] if nodes[mode][-1] in own else own)[-1]: "out"} for each, own in nodes.items()}
+    return torchvision_extractor(model, **last, tracer_kwargs=options)
 
 
 @families

@@ -34,8 +34,9 @@ WIDE_PRIOR = 32  # channels from which on a prior is not widened any more before
 
 
 @register_notrace_function
-def interpolate(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinearly between the corners (align_corners=True), which the authors do everywhere in the decoder."""
+def interpolate(x: Tensor, to: Sequence[int] | int) -> Tensor:
+    """Bilinearly between the corners (align_corners=True), as the authors do everywhere, to a size or by a factor."""
+    size = [n * to for n in x.shape[2:]] if isinstance(to, int) else to
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
@@ -58,9 +59,9 @@ class PositionAttention(nn.Module):
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (proj(x).flatten(2).mT[:, None] for proj in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.gamma * attended[:, 0].mT.unflatten(2, x.shape[2:]) + x
+        q, k, v = (proj(x).flatten(2) for proj in (self.query, self.key, self.value))
+        attention = (q.mT @ k).softmax(-1)
+        return self.gamma * (v @ attention.mT).unflatten(2, x.shape[2:]) + x
 
 
 class ChannelAttention(nn.Module):
@@ -111,8 +112,8 @@ class DirectionalExcitation(nn.Module):
         self.encode = named(conv1=nn.Conv2d(prior_dim, hidden, 1, **dd), act=nn.ReLU(), conv2=nn.Conv2d(hidden, dim, 1, **dd))
 
     def forward(self, x: Tensor, prior: Tensor) -> Tensor:
-        slices = zip(self.heads, x.chunk(NEIGHBOURS, 1), self.encode(prior).chunk(NEIGHBOURS, 1), strict=True)
-        return x + self.proj(self.drop(torch.cat([head(piece, scale) for head, piece, scale in slices], 1)))
+        pieces, scales = x.chunk(NEIGHBOURS, 1), self.encode(prior).chunk(NEIGHBOURS, 1)
+        return x + self.proj(self.drop(torch.cat([head(pieces[i], scales[i]) for i, head in enumerate(self.heads)], 1)))
 
 
 @notrace_module
@@ -149,8 +150,8 @@ class FeatureBlock(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        return self.narrow(interpolate(self.spread(x), [2 * n for n in x.shape[2:]] if size is None else size))
+    def forward(self, x: Tensor, to: Sequence[int] | int = 2) -> Tensor:
+        return self.narrow(interpolate(self.spread(x), to))
 
 
 class LightDecoder(nn.Module):
@@ -169,15 +170,16 @@ class LightDecoder(nn.Module):
                 x = conv(x)
                 x = interpolate(x, maps[level - step - 1].shape[2:]) if level else x
             brought.append(x)
-        return torch.stack(brought).sum(0) / len(brought)
+        return sum(brought[1:], brought[0]) / len(brought)
 
 
 class DconnNet(nn.Module):
     """Connections of pixels from any hierarchical timm model (arXiv 2304.00145), and classes of pixels by bilateral voting.
 
     In evaluation mode (B, in_chans, H, W) → (B, num_classes, H, W), logits as `zoo.layers.connectivity.class_logits` makes them of
-    connections. In training mode a pair for `zoo.ConnectivityLoss`: the connections (B, 8 num_classes, H, W), with two classes, a background
-    and a thing, (B, 8, H, W), and the prior's, alike. Any sizes: inside, the last rows and columns are repeated up to sizes that divide.
+    connections. In training mode a pair for `zoo.ConnectivityLoss`: the connections (B, 8 num_classes, H, W), with two classes, a
+    background and a thing, (B, 8, H, W), and the prior's, alike. Any sizes: inside, the last rows and columns are repeated up
+    to sizes that divide.
 
     The coarsest map makes the prior, rough connections; their means over the picture excite the map's channels in 8 slices, one for each
     direction. On the way up, what a level shows where the coarser one's scene matters is added to the encoder's maps; a light decoder
@@ -271,7 +273,7 @@ class DconnNet(nn.Module):
         """The decoder's map, as large as the encoder's finest, and the prior's connections, as large as the coarsest."""
         *skips, x = self.encoder(x)
         prior = self.prior(x)
-        means = interpolate(prior, [n * self.reduction for n in x.shape[2:]]).mean((2, 3), keepdim=True)
+        means = interpolate(prior, self.reduction).mean((2, 3), keepdim=True)
         scene = x = self._run(self.excitation, x, means)
         levels: list[Tensor] = []
         for space, up, skip in zip(self.spaces, self.ups, reversed(skips), strict=True):
@@ -294,7 +296,7 @@ class DconnNet(nn.Module):
         return (out, self._sized(prior, self.reduction, size)) if self.training else class_logits(out, self.num_classes)
 
     def _sized(self, x: Tensor, reduction: int, size: Sequence[int] | None) -> Tensor:
-        x = interpolate(x, [n * reduction for n in x.shape[2:]])
+        x = interpolate(x, reduction)
         return x if size is None else crop(x, size, by_index=True)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
