@@ -227,7 +227,8 @@ class ConnectivityLoss(nn.Module):
         dconn, one class        BCE(p, m) + BCE(c, con) + Σ BCE(q, 0) / Σ q + λ BCE(v, con) + dice(p, m)
         dconn, several classes  CE(s, labels) + BCE(c, con) + Σ BCE(q, 0) / Σ q + λ BCE(v, con) + Σ_{k ≥ 1} dice(softmax(s)_k, m_k)
 
-    where s, masks, and the votes in q = min_i σ(v_i) · edge are of z itself in the last. dice is 1 - (2 Σ p m + ε) / (Σ p + Σ m + ε), the
+    where s, masks, and the votes in q = min_i σ(v_i) · edge are of z itself in the last. Σ BCE(q, 0) / Σ q is at least 1, which
+    it comes to as q comes to 0. dice is 1 - (2 Σ p m + ε) / (Σ p + Σ m + ε), the
     sums of bicon over every column of pixels with ε = 1e-3, those of dconn over a picture with ε = 1e-4; then the mean.
 
     Args:

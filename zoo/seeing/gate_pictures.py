@@ -18,7 +18,6 @@ from zoo.predicting.sheets import annotate, contact_sheet
 from zoo.seeing.figures import grey
 from zoo.seeing.page import Seen
 
-
 GATES = (AttentionGate, SpaceBlock)  # what reports as `attention` how much of a map it lets through
 
 
