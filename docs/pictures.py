@@ -6,6 +6,7 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -14,7 +15,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import zoo
+from benchmarks import thin_structures
 from zoo.checkpoints import load_trained
+from zoo.layers import bilateral_voting
+from zoo.layers.connectivity import class_logits
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
@@ -130,14 +134,33 @@ def replaced() -> Seen:
     return Seen("replaced", "Attention by mechanism", "The class token's weights of patches (pyramid_sparse: one patch's).", render(figure))
 
 
-OTHERS = {"replaced": replaced, "sigma_reparam": spectral_norms}  # pictures of guides
+def connections() -> Seen:
+    """A small U-Net on drawn thin branches, as benchmarks/thin_structures.py has them."""
+    torch.manual_seed(0)
+    model, _ = thin_structures.learn("connections, BiconNet's loss", 0, thin_structures.photographs(thin_structures.LEARNED_FROM))
+    behind = thin_structures.photographs(thin_structures.MEASURED_ON)
+    x, labels = thin_structures.batch(behind, 8, 96, np.random.default_rng(5))
+    with torch.no_grad():
+        maps = model.train()(x)  # connections, and their batch's statistics
+        votes = bilateral_voting(maps.sigmoid())[1].sum((1, 2))
+        found = class_logits(maps, 2).argmax(1).bool()
+    at = int(labels.sum((1, 2)).argmax())
+    true, ours = labels[at].bool(), found[at]
+    figure, axes = new_figure(3)
+    mask = torch.stack([true, true & ours, ours], -1).float()
+    for each, shown, options in zip(axes, (x[at, 0], votes[at], mask), (dict(cmap="gray"), dict(cmap="magma"), {}), strict=True):
+        each.imshow(shown.numpy(), **options)
+    return Seen("connections", "Connections", "The picture, the sum of the votes of every pixel, and the mask.", render(figure))
+
+
+OTHERS = {"replaced": replaced, "connectivity": connections, "sigma_reparam": spectral_norms}  # drawn otherwise, or pictures of guides
 
 
 def main() -> None:
     digit, _ = DigitsDataset("val", {"input_size": (1, SIDE, SIDE)}, size=SIDE).read(4)
     scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
     FOLDER.mkdir(exist_ok=True)
-    for mechanism in sys.argv[1:] or [*zoo.MECHANISMS, *OTHERS]:
+    for mechanism in sys.argv[1:] or list(dict.fromkeys([*zoo.MECHANISMS, *OTHERS])):
         if mechanism in OTHERS:
             seen = OTHERS[mechanism]()
         else:

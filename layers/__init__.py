@@ -6,6 +6,7 @@ from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
 from .attention_removal import DilutedBlock, DilutedPostNormBlock, NoAttention
 from .bi_level_routing_attention import BiLevelRoutingAttention
+from .connectivity import bilateral_voting, connectivity_target
 from .context_broadcast import ContextBroadcast
 from .das import DAS
 from .deformable_token_merging import DeformableTokenMerging
@@ -33,7 +34,7 @@ __all__ = [
     "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
     "NormalizedAttention", "PartDiscovery", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention",
     "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
-    "capture", "gilbert_order", "pyramid_levels",
+    "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

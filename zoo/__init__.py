@@ -11,6 +11,7 @@ if not _command.import_is_put_off:
     from .losses import (
         AttentionDistillationLoss,
         AttentionDiversificationLoss,
+        ConnectivityLoss,
         LoadBalancingLoss,
         MultipleInstanceLoss,
         PartDiscoveryLoss,
@@ -24,6 +25,7 @@ if not _command.import_is_put_off:
         attnet,
         biformer,
         das,
+        dconnnet,
         deit,
         fan,
         halonet,
@@ -44,9 +46,9 @@ if not _command.import_is_put_off:
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss", "MultipleInstanceLoss",
-    "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "attach", "attention_share",
-    "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "ifam", "lambda_deit",
-    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "regroup_heads", "remove_attention",
-    "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "ConnectivityLoss", "LoadBalancingLoss",
+    "MultipleInstanceLoss", "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "attach",
+    "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet",
+    "head_importance", "ifam", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads",
+    "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
 ]

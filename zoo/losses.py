@@ -1,8 +1,8 @@
-"""Losses on what happens inside a network."""
+"""Losses on what happens inside a network, and on what is more than logits of classes."""
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.errors import InputError
 from zoo.kernels import attention_cross_entropy, attention_similarity
-from zoo.layers import HedgehogAttention, MixtureOfHeads, NormalizedAttention, SparsifinerAttention
+from zoo.layers import (
+    HedgehogAttention,
+    MixtureOfHeads,
+    NormalizedAttention,
+    SparsifinerAttention,
+    bilateral_voting,
+    connectivity_target,
+)
+from zoo.layers.connectivity import NEIGHBOURS
 from zoo.layers.multiple_instance import BagOutput
 from zoo.modules import WatchingAttention
 from zoo.part_losses import (  # noqa: F401  which are many, and stand by themselves
@@ -300,6 +308,115 @@ class MultipleInstanceLoss(nn.Module):
             alike = [F.normalize(piece, dim=-1) @ F.normalize(piece, dim=-1).mT for piece in output.attention.split(output.sizes, -1)]
             terms["diversity"] = torch.stack([cosines[..., above].mean() for cosines in alike]).mean()
         return terms
+
+
+class ConnectivityLoss(nn.Module):
+    """The loss of BiconNet (arXiv 2103.00334, section 3.4) or of DconnNet (arXiv 2304.00145, section 3.4) of connections of pixels.
+
+    With the masks m of the labels, con = `connectivity_target`(m), the logits z of connections, c = σ(z), votes v_i and masks p of c by
+    `bilateral_voting`, edge = [0 < Σ_i con_i < 8], q = min_i v_i · edge, λ = `votes`, and BCE the mean over all numbers:
+
+        bicon                   BCE(p, m) + (1 - λ) BCE(c, con) + BCE(q, 0) + λ BCE(v, con) + dice(p, m)
+        dconn, one class        BCE(p, m) + BCE(c, con) + Σ BCE(q, 0) / Σ q + λ BCE(v, con) + dice(p, m)
+        dconn, several classes  CE(s, labels) + BCE(c, con) + Σ BCE(q, 0) / Σ q + λ BCE(v, con) + Σ_{k ≥ 1} dice(softmax(s)_k, m_k)
+
+    where s, masks, and the votes in q = min_i σ(v_i) · edge are of z itself in the last. Σ BCE(q, 0) / Σ q is at least 1, which
+    it comes to as q comes to 0. dice is 1 - (2 Σ p m + ε) / (Σ p + Σ m + ε), the
+    sums of bicon over every column of pixels with ε = 1e-3, those of dconn over a picture with ε = 1e-4; then the mean.
+
+    Args:
+        variant: "bicon", which is for one class, or "dconn".
+        votes: λ; the authors of DconnNet have 0 for CHASE-DB1 and 0.2 else.
+        auxiliary: weight of every map but the first where a network gives several, as DconnNet in training.
+        ignore_index: the label of pixels that do not count.
+
+    Args of `forward`:
+        maps: logits z (B, 8, H, W) of one class, or (B, 8 K, H, W) of K > 1; or several such.
+        labels: (B, H, W), int64: 1 is the one class, or 0 … K - 1.
+
+    Returns:
+        The loss, a scalar of float32.
+
+    Differences from the authors' code (Zyun-Y/BiconNets, general/train/connect_loss.py; Zyun-Y/DconnNet, connect_loss.py): without
+    edges Σ BCE(q, 0) / Σ q is 0, theirs 0 / 0; BCE(c, con) is of logits, so that it has a gradient wherever they are; their weights of
+    dice by the sizes of retinal fluids are not here.
+
+    Raises:
+        InputError: arguments outside what is said above, at construction; maps or labels of other shapes, in `forward`.
+    """
+
+    def __init__(self, variant: Literal["bicon", "dconn"] = "dconn", votes: float = 0.2, auxiliary: float = 0.3,
+                 ignore_index: int | None = None):
+        super().__init__()
+        if variant not in ("bicon", "dconn"):
+            raise InputError(f"variant must be bicon or dconn, got {variant!r}")
+        if not 0 <= votes <= 1:
+            raise InputError(f"votes must be from 0 to 1, got {votes}")
+        if not auxiliary >= 0:
+            raise InputError(f"auxiliary must be at least 0, got {auxiliary}")
+        self.variant, self.votes, self.auxiliary, self.ignore_index = variant, votes, auxiliary, ignore_index
+
+    def forward(self, maps: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        first, *others = [maps] if isinstance(maps, Tensor) else maps
+        loss = self._of(first, labels)
+        for other in others:
+            loss = loss + self.auxiliary * self._of(other, labels)
+        return loss
+
+    def _of(self, maps: Tensor, labels: Tensor) -> Tensor:
+        if maps.ndim != 4 or not maps.shape[1] or maps.shape[1] % NEIGHBOURS:
+            raise InputError(f"maps must be (B, 8 K, H, W), the connections of K classes, got shape {tuple(maps.shape)}")
+        if labels.shape != maps[:, 0].shape:
+            raise InputError(f"labels must be {tuple(maps[:, 0].shape)}, one of every pixel, got shape {tuple(labels.shape)}")
+        classes = maps.shape[1] // NEIGHBOURS
+        if classes > 1 and self.variant == "bicon":
+            raise InputError(f"the loss of BiconNet is for one class, whose connections are 8 maps; these are {maps.shape[1]}, "
+                             "for which variant='dconn' is")
+        with torch.autocast(maps.device.type, enabled=False):
+            z = maps.float()
+            numbers = torch.arange(classes, device=labels.device) if classes > 1 else torch.ones(1, device=labels.device)
+            masks = (labels[:, None] == numbers[:, None, None]).float()
+            valid = None if self.ignore_index is None else (labels[:, None] != self.ignore_index).float()
+            con = connectivity_target(masks)
+            together = con.unflatten(1, (classes, NEIGHBOURS)).sum(2)
+            edge = ((together > 0) & (together < NEIGHBOURS)).float()
+            p, v = bilateral_voting(z.sigmoid())
+            connections = _mean(F.binary_cross_entropy_with_logits(z, con, reduction="none"), valid)
+            voted = _mean(F.binary_cross_entropy(v.flatten(1, 2), con, reduction="none"), valid)
+            if classes == 1:
+                q = v.amin(2) * edge
+                region = _mean(F.binary_cross_entropy(p, masks, reduction="none"), valid)
+                dice: dict[str, Any] = dict(dims=(1, 2), epsilon=1e-3) if self.variant == "bicon" else dict(dims=(2, 3), epsilon=1e-4)
+                region = region + _dice(p, masks, valid, **dice)
+            else:
+                scores, of_logits = bilateral_voting(z)
+                q = of_logits.sigmoid().amin(2) * edge
+                ignored = -100 if self.ignore_index is None else self.ignore_index  # torch's, without any
+                region = _mean(F.cross_entropy(scores, labels, reduction="none", ignore_index=ignored)[:, None], valid)
+                shares = scores.softmax(1)
+                region = region + (classes - 1) * _dice(shares[:, 1:], masks[:, 1:], valid, (2, 3), 1e-4)
+            q = q if valid is None else q * valid
+            apart = F.binary_cross_entropy(q, torch.zeros_like(q), reduction="none")
+            if self.variant == "bicon":
+                return region + (1 - self.votes) * connections + _mean(apart, valid) + self.votes * voted
+            weight = q.sum()
+            apart = apart.sum() / torch.where(weight > 0, weight, 1.0)
+            return region + connections + apart + self.votes * voted
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}, votes={self.votes}, auxiliary={self.auxiliary}, ignore_index={self.ignore_index}"
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Over all numbers (B, C, H, W), or those of the pixels where valid (B, 1, H, W) is 1; 0 where there are none."""
+    return values.mean() if valid is None else (values * valid).sum() / (valid.sum() * values.shape[1]).clamp(min=1)
+
+
+def _dice(p: Tensor, masks: Tensor, valid: Tensor | None, dims: tuple[int, ...], epsilon: float) -> Tensor:
+    """1 - (2 Σ p m + ε) / (Σ p + Σ m + ε), sums over `dims` of (B, C, H, W), then the mean."""
+    p, masks = (p, masks) if valid is None else (p * valid, masks * valid)
+    both, either = (p * masks).sum(dims), p.sum(dims) + masks.sum(dims)
+    return (1 - (2 * both + epsilon) / (either + epsilon)).mean()
 
 
 def _taught_layers(model: nn.Module, images: Tensor, kind: type[nn.Module], name: str, teach: Callable[..., Tensor]) -> list[Tensor]:

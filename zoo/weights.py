@@ -112,11 +112,10 @@ def load_weights(model: nn.Module, file: str | Path | Mapping, ema: bool = False
 
     Raises InputError, and leaves the model as it was, for what `weights_in` refuses and for weights that do not fit.
     """
-    if filter_fn is None and timm.is_model(architecture := _architecture(model)):
-        family = sys.modules[timm.model_entrypoint(architecture).__module__]
-        filter_fn = getattr(family, "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        filter_fn = getattr(_family(model), "checkpoint_filter_fn", None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    given = weights_in(file, ema, own=model.state_dict(), licence=cfg.get("license"))
+    given = weights_in(file, ema, own=own_names(model), licence=cfg.get("license"))
     weights = converted(given, model, filter_fn)
     heads = cfg.get("classifier") if new_head else ()
     free = [name for head in ([heads] if isinstance(heads, str) else heads or ()) for name in (f"{head}.weight", f"{head}.bias")]
@@ -190,6 +189,17 @@ def _unwrapped(tensors: dict[str, Tensor], own: tuple[str, ...]) -> dict[str, Te
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def own_names(model: nn.Module) -> list[str]:
+    """Names before which nothing is taken off: the model's, and beginnings of its authors' that its family says by `AUTHORS_NAMES`."""
+    return [*model.state_dict(), *getattr(_family(model), "AUTHORS_NAMES", ())]
+
+
+def _family(model: nn.Module) -> object:
+    """The module that registers the model; None of a model that is not registered."""
+    name = _architecture(model)
+    return sys.modules[timm.model_entrypoint(name).__module__] if timm.is_model(name) else None
 
 
 def _architecture(model: nn.Module) -> str:

@@ -5,7 +5,7 @@ import torch
 
 import zoo
 
-FAMILIES = [name for name in zoo.list_models("*_nano*") if "unet" not in name]
+FAMILIES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 PLAIN = [  # whose maps are all of one stride
     "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "vidat_nano_patch16_224"]
 ANY_STRIDE = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", "DPT"]

@@ -46,10 +46,12 @@ from zoo.layers import (
     SymbolicAttention,
     TokenAwareAvgPool,
     TokenMixing,
+    bilateral_voting,
+    connectivity_target,
 )
 from zoo.layers._capture import report
 from zoo.layers.part_discovery import Parts
-from zoo.models import attnet, biformer, fan, ifam, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
+from zoo.models import attnet, biformer, dconnnet, fan, ifam, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
@@ -524,17 +526,60 @@ def _convert_ifam(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {name: torch.zeros_like(value) for name, value in model.state_dict().items() if alone} | converted
 
 
+class _Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def _connectivity_loss(**args: Any) -> nn.Module:
+    loss = zoo.ConnectivityLoss(**args)
+    return _Function(lambda logits, masks: loss(logits, (masks[:, 0] if masks.ndim == 4 else masks).long()))
+
+
+def _connectivity(config: dict[str, Any], reference: str) -> nn.Module:
+    match reference.split()[2]:
+        case "sal2conn":
+            return _Function(connectivity_target)
+        case "bv_test":
+            return _Function(lambda logits: bilateral_voting(logits.sigmoid())[0])
+        case "Bilateral_voting":
+            return _Function(bilateral_voting)
+        case "bicon_loss":
+            return _connectivity_loss(variant="bicon")
+        case "connect_loss":
+            return _connectivity_loss(variant="dconn")
+        case "SDE_module":
+            return dconnnet.DirectionalExcitation(config["in_channels"], config["num_class"])
+        case "SpaceBlock":
+            return dconnnet.SpaceBlock(config["in_channels"], config["channel_in"], config["out_channels"])
+        case "FeatureBlock":
+            return dconnnet.FeatureBlock(config["in_planes"], config["out_planes"], spread=not config["last"])
+    return dconnnet.LightDecoder(config["in_channels"], config["out_channels"])
+
+
+def _convert_connectivity(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    unused = "conv_3x3." if isinstance(getattr(model, "spread", None), nn.Identity) else "nothing"
+    return dconnnet.checkpoint_filter_fn({name: value for name, value in state.items() if not name.startswith(unused)}, model)
+
+
 BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     adl=_adl, atconv=_atconv, attention_gate=_attention_gate, attention_removal=_attention_removal, attention_unet=_attention_unet,
-    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, dual_attention=_dual_attention, efficient_probing=_efficient_probing,
-    entmax=_entmax, fan=_fan, gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, ifam=_ifam, litv2=_litv2, moh=_moh,
-    polarized=_polarized, pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner,
-    tap=_tap)
+    attnet=_attnet, biformer=_biformer, bra=_bra, cog=_cog, connectivity=_connectivity,
+    dual_attention=_dual_attention, efficient_probing=_efficient_probing, entmax=_entmax, fan=_fan,
+    gated_attention=_gated_attention, hedgehog=_hedgehog, hilo=_hilo, ifam=_ifam, litv2=_litv2, moh=_moh, polarized=_polarized,
+    pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam, sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
 CONVERT = dict(
     adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn, attention_removal=_with_shares,
     attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn, biformer=biformer.checkpoint_filter_fn,
-    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is,
-    fan=_convert_fan, gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, ifam=_convert_ifam,
+    bra=biformer.checkpoint_filter_fn, cog=_as_it_is, connectivity=_convert_connectivity,
+    dual_attention=_convert_dual, efficient_probing=_as_it_is, entmax=_as_it_is, fan=_convert_fan,
+    gated_attention=_convert_gated, hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, ifam=_convert_ifam,
     litv2=litv2.checkpoint_filter_fn, moh=_convert_moh, polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is,
     rela=_convert_rela, sigma_reparam=sigma_names, sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner,
     tap=fan.checkpoint_filter_fn)
@@ -573,18 +618,22 @@ def test_reference_vector(case: dict[str, Any]) -> None:
     convert = CONVERT[case["family"]]
     model.load_state_dict(convert(state, model), strict=True)
     _draw(model, tensors)
-    given = ["input", "gating", "symbols", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
+    given = case.get("inputs") or [
+        "input", "gating", "symbols", "q", "k", "v", "mask", *sorted(name for name in tensors if name.startswith("logits."))]
     given += ["features", "logits", "logits_transformed"] if "losses/" in case["reference"] else []
-    inputs = {name: tensors[name].requires_grad_(f"grad/{name}" in tensors) for name in given if name in tensors}
+    inputslearned = {name for name in given if name in tensors and tensors[name].is_floating_point(f"grad/{name}" in )} - set(case.get("constants", ()))
+    inputs = {name: tensors[name].requires_grad_(name in learned) for name in given if name in tensors}
     attention = _attention_of(model)
     with zoo.capture(model) as maps:
-        outputs = {"output": model(*inputs.values())}
+        out = model(*inputs.values())
+    outputs = dict(zip(case.get("outputs", ["output"]), out if isinstance(out, tuple) else (out,), strict=True))
     outputs |= maps.get("", {}) | attention  # what a single layer reports of itself, and token mixing's
     outputs |= {"weights": maps["mechanism"]["attention"]} if "mechanism" in maps else {}
     names = [name.removeprefix("cotangent/") for name in tensors if name.startswith("cotangent/")]
-    for name in names:
+    for name in case.get("outputs", names):
         _close(name, outputs[name], tensors[name], OUTPUT_BOUND)
-    sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
+    if names:
+        sum((outputs[name] * tensors[f"cotangent/{name}"]).sum() for name in names).backward()
     for name, x in ((name, x) for name, x in inputs.items() if x.requires_grad):
         _close(f"gradient of {name}", x.grad, tensors[f"grad/{name}"], GRADIENT_BOUND)
     parameters = dict(model.named_parameters())

@@ -161,7 +161,7 @@ def test_batch_norms_freeze_and_thaw(name):
     assert not any(type(module) is nn.BatchNorm2d for module in frozen.modules())
     with torch.no_grad():
         expected = model(image(model))
-        same(frozen.train()(image(model)), expected)
+        same(frozen.train(name != "dconnnet_nano")(image(model)), expected)  # which in training puts out connections
         same(unfreeze_batch_norm_2d(frozen).eval()(image(model)), expected)
 
 

@@ -14,8 +14,8 @@ from torchvision.models.feature_extraction import get_graph_node_names
 import zoo
 from zoo import layers
 
-DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano")
-LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano", "dconnnet_nano")
+LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
@@ -27,7 +27,7 @@ families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 
 def make(name: str, **args) -> nn.Module:
     torch.manual_seed(0)
-    widths = dict(widths=(4, 6, 8)) if name in DENSE and "litv2" not in name else {}
+    widths = dict(widths=(4, 6, 8)) if name in DENSE[:2] else {}
     return timm.create_model(name, **widths, **args).eval()
 
 
@@ -94,8 +94,9 @@ def test_torch_export_with_named_and_bounded_sizes(name):
 def extracted(model: nn.Module, mode: str = "eval") -> nn.Module:
     """The model's own output from a graph that torch.fx made of it."""
     options = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
-    nodes = dict(zip(("train", "eval"), get_graph_node_names(model, tracer_kwargs=options), strict=True))[mode]
-    return torchvision_extractor(model, return_nodes={nodes[-1]: "out"}, tracer_kwargs=options)
+    nodes = dict(zip(("train", "eval"), get_graph_node_names(model, tracer_kwargs=options), strict=True))
+    last = {f"{each}_return_nodes": {(nodes[mode] if nodes[mode][-1] in own else own)[-1]: "out"} for each, own in nodes.items()}
+    return torchvision_extractor(model, **last, tracer_kwargs=options)
 
 
 @families

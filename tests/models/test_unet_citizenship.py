@@ -1,4 +1,4 @@
-"""U-Nets as citizens of timm, as far as dense outputs go: they have no features_only, no pooling and no single classifier."""
+"""U-Nets and DconnNet as citizens of timm, as far as dense outputs go: they have no features_only, no pooling and no single classifier."""
 import io
 
 import pytest
@@ -13,14 +13,27 @@ from zoo.models import unet
 
 MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ == "zoo.models.unet"]
 LIGHT = ["attention_unet_nano", "attention_unet3d_nano"]
+CONNECTED = ["dconnnet_nano", "attention_unet_nano with connectivity"]
 SIZE = {2: (32, 32), 3: (8, 8, 8)}
 light = pytest.mark.parametrize("name", LIGHT)
 light_or_around_another = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_sknet_nano"])
+light_or_connected = pytest.mark.parametrize("name", [*LIGHT, *CONNECTED])
+all_kinds = pytest.mark.parametrize("name", [*LIGHT, *CONNECTED, "attention_unet_sknet_nano"])
 
 
 def make(name: str, **args) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, **args).eval()
+    return create(name, **args)
+
+
+def create(name: str, **args) -> nn.Module:
+    name, _, option = name.partition(" with ")
+    return timm.create_model(name, **args, **({option: True} if option else {})).eval()
+
+
+def first(out) -> torch.Tensor:
+    """The output, of a network that puts out several in training."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def images(model: nn.Module, size=None, batch=2) -> torch.Tensor:
@@ -31,7 +44,7 @@ def images(model: nn.Module, size=None, batch=2) -> torch.Tensor:
 def test_every_hierarchical_network_of_the_zoo_is_an_encoder():
     """Families join by a line in zoo.models.unet; what decides is their light models' own feature maps."""
     for name in zoo.list_models("*_nano"):
-        if name in MODELS:
+        if zoo.models.is_dense(name):
             continue
         reductions = [info["reduction"] for info in timm.create_model(name).feature_info]
         hierarchical = reductions == sorted(set(reductions))
@@ -52,7 +65,7 @@ def test_forward_and_backward(name):
     assert not without, f"parameters without a finite gradient: {without}"
 
 
-@light_or_around_another
+@all_kinds
 @pytest.mark.parametrize("size", [(1, 1, 1), (7, 3, 2), (45, 38, 11)], ids=str)
 def test_output_has_the_size_of_any_input(name, size):
     model = make(name, num_classes=3)
@@ -74,7 +87,7 @@ def test_what_is_repeated_at_the_borders_is_the_last_slice(name):
         torch.testing.assert_close(model(x), model(longer)[cut])
 
 
-@light_or_around_another
+@all_kinds
 def test_an_image_does_not_depend_on_its_batch(name):
     model = make(name)
     x = images(model, batch=3)
@@ -95,7 +108,7 @@ def test_defaults_are_documented(name):
         assert modules[cfg["first_conv"]].in_channels == model.in_chans
 
 
-@light_or_around_another
+@all_kinds
 def test_classifier_can_be_reset_and_taken_apart(name):
     model = make(name, num_classes=5)
     x = images(model)
@@ -109,7 +122,7 @@ def test_classifier_can_be_reset_and_taken_apart(name):
         assert model(x).shape[1] == make(name, num_classes=0)(x).shape[1] == model.num_features
 
 
-@light
+@light_or_connected
 def test_gradient_checkpointing_changes_nothing(name):
     grads, stored = [], []
     for enable in (False, True):
@@ -117,7 +130,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         model.set_grad_checkpointing(enable)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            out = model(images(model))
+            out = first(model(images(model)))
         out.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
         stored.append(sum(kept))
@@ -125,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert stored[1] < 0.7 * stored[0]
 
 
-@light_or_around_another
+@all_kinds
 @pytest.mark.parametrize("channels", [1, 4])
 def test_input_channels(name, channels):
     model = make(name, in_chans=channels)
@@ -133,20 +146,20 @@ def test_input_channels(name, channels):
         assert model(images(model)).shape[1] == model.num_classes
 
 
-@light_or_around_another
+@all_kinds
 def test_state_survives_saving_and_fits_other_classes(name, tmp_path):
     model = make(name)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "w.pth")))
     torch.manual_seed(7)
-    same, other = (timm.create_model(name, **overlay, **args).eval() for args in ({}, dict(num_classes=7)))
+    same, other = (create(name, **overlay, **args) for args in ({}, dict(num_classes=7)))
     with torch.no_grad():
         assert torch.equal(model(images(model)), same(images(model)))
         assert other(images(model)).shape[1] == 7
-    assert torch.equal(other.decoder[0].conv.conv1.weight, model.decoder[0].conv.conv1.weight)
+    assert torch.equal(next(other.encoder.parameters()), next(model.encoder.parameters()))
 
 
-@light
+@light_or_connected
 def test_memory_formats_give_the_same(name):
     model = make(name)
     x = images(model)
@@ -158,7 +171,7 @@ def test_memory_formats_give_the_same(name):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm().clamp(min=1e-3)
 
 
-@light
+@light_or_connected
 def test_precisions(name):
     model = make(name)
     x = images(model, (32, 32) if model.spatial_dims == 2 else (16, 16, 16))  # torch 2.15 on the CPU: no bfloat16 gradients of 2×2×2 maps
@@ -174,7 +187,7 @@ def test_precisions(name):
         assert out.dtype == dtype and out.isfinite().all()
 
 
-@light
+@light_or_connected
 def test_compiles_whole(name):
     model = make(name)
     x = images(model, (31, 21, 9))
@@ -185,7 +198,7 @@ def test_compiles_whole(name):
     torch.testing.assert_close(torch.autograd.grad(out.sum(), model.get_classifier().parameters()), wanted, atol=1e-4, rtol=1e-4)
 
 
-@light
+@light_or_connected
 def test_exports_and_loads(name):
     model = make(name)
     program = torch.export.export(model, (images(model),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
@@ -197,7 +210,7 @@ def test_exports_and_loads(name):
         torch.testing.assert_close(torch.export.load(buffer).module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-@light_or_around_another
+@all_kinds
 def test_groups_cover_every_parameter(name):
     model = make(name)
     for coarse in (False, True):
@@ -208,7 +221,7 @@ def test_groups_cover_every_parameter(name):
     assert len({g["lr_scale"] for g in groups}) > 4
 
 
-@light_or_around_another
+@all_kinds
 def test_feature_maps_are_not_offered(name):
     with pytest.raises(RuntimeError, match="features_only is not implemented"):
         make(name, features_only=True)

@@ -1,16 +1,20 @@
 """Parts of segmentors that mmsegmentation does not have. Imported where a config or a checkpoint is of mmsegmentation."""
+import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmseg.datasets.transforms import LoadAnnotations
-from mmseg.models import EncoderDecoder, SegformerHead
+from mmseg.models import EncoderDecoder, FCNHead, SegformerHead
+from mmseg.models.losses import accuracy
 from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
-from zoo import AttentionDiversificationLoss
+from zoo import AttentionDiversificationLoss, ConnectivityLoss
 from zoo.errors import InputError
+from zoo.layers.connectivity import class_logits, map_channels
 from zoo.mm import toolbox_pictures  # noqa: F401  registered so
 from zoo.reading.masks import MaskValues, read_picture_mask
 
@@ -91,6 +95,56 @@ class LinearSegformerHead(SegformerHead):
             elif part == "conv_seg":  # of mmsegmentation's base class, which their head does not use
                 continue
             state_dict[prefix + name] = value
+
+
+class ConnectivityHead(FCNHead):
+    """mmsegmentation's `FCNHead` whose last convolution puts out connections of neighbouring pixels: 8 for each class.
+
+    Its subclasses say by which loss it learns. Predictions are logits of classes, of connections at the picture's size, as
+    `zoo.layers.connectivity.class_logits` makes them; two classes are a background and a thing, whose 8 connections suffice.
+
+    Args:
+        votes: of `zoo.ConnectivityLoss`. Pixels of the label `ignore_index` do not count.
+
+    Other arguments as `FCNHead`, but for losses, samplers of pixels, and `out_channels`, which are not there.
+    """
+
+    variant: Literal["bicon", "dconn"]
+
+    def __init__(self, *, num_classes: int, votes: float = 0.2, **kwargs):
+        refused = [name for name in ("loss_decode", "sampler", "out_channels", "threshold") if name in kwargs]
+        if refused:
+            raise InputError(f"{type(self).__name__} learns by its own loss, of all pixels and classes, and takes no {refused[0]}")
+        if self.variant == "bicon" and num_classes != 2:
+            raise InputError(f"{type(self).__name__} is for two classes, a background and a thing, and num_classes is {num_classes}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # two classes would better have one channel, which here they have
+            super().__init__(num_classes=num_classes, **kwargs)
+        self.conv_seg = nn.Conv2d(self.channels, map_channels(num_classes), 1)
+        self.connectivity_loss = ConnectivityLoss(self.variant, votes, ignore_index=self.ignore_index)
+
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
+        labels = self._stack_batch_gt(batch_data_samples)[:, 0]
+        maps = F.interpolate(seg_logits, labels.shape[1:], mode="bilinear", align_corners=self.align_corners)
+        found = accuracy(class_logits(maps.detach(), self.num_classes), labels, ignore_index=self.ignore_index)
+        return {f"loss_{self.variant}": self.connectivity_loss(maps, labels), "acc_seg": cast(Tensor, found)}
+
+    def predict_by_feat(self, seg_logits: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        return class_logits(super().predict_by_feat(seg_logits, batch_img_metas), self.num_classes)
+
+
+@MODELS.register_module()
+class BiconHead(ConnectivityHead):
+    """A `ConnectivityHead` for a thing and its background that learns by the loss of BiconNet (arXiv 2103.00334)."""
+
+    variant = "bicon"
+
+
+@MODELS.register_module()
+class DconnHead(ConnectivityHead):
+    """A `ConnectivityHead` for any number of classes that learns by the loss of DconnNet (arXiv 2304.00145)."""
+
+    variant = "dconn"
 
 
 @MODELS.register_module()

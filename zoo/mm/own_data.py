@@ -20,7 +20,7 @@ from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
-from zoo.models import unet
+from zoo.models import is_dense
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume
@@ -88,7 +88,7 @@ def write_config(model: str, data: OwnData, work_dir: Path, wishes: Wishes) -> t
     """
     check_fits_data(model, data)
     if wishes.pretrained:
-        check_downloadable(unet.ENCODERS.get(model, model))
+        check_downloadable(getattr(_family(model), "ENCODERS", {}).get(model, model))
     if list(work_dir.glob("*.pth")):
         raise InputError(f"{work_dir} holds a run; go on with it by: zoo train {work_dir / 'config.py'} --resume; or name another "
                          "folder with --work-dir")
@@ -120,9 +120,14 @@ NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and 
 
 def kind_of(model: str) -> str:
     """ "unet" or "unet3d" for U-Nets, "network" for other registered models."""
-    if sys.modules[timm.model_entrypoint(model).__module__] is not unet:
+    if not is_dense(model):
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
+
+
+def _family(model: str) -> object:
+    """The module that registers the model."""
+    return sys.modules[timm.model_entrypoint(model).__module__]
 
 
 def classes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:

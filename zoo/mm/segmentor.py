@@ -4,13 +4,15 @@ from typing import Self, cast
 
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
+from zoo import ConnectivityLoss
 from zoo.errors import InputError
 from zoo.mm.monai import monai_part
 from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.models.dconnnet import AUTHORS_NAMES
 from zoo.models.unet import TimmEncoder
-from zoo.weights import load_weights, weights_in
+from zoo.weights import load_weights, own_names, weights_in
 
 
 @MODELS.register_module()
@@ -21,7 +23,8 @@ class Segmentor(BaseModel):
         name: a registered name.
         args: further arguments of `timm.create_model`, for example `num_classes`, `in_chans`, `widths`.
         loss: a loss of `monai.losses` by its `type`, default DiceCELoss (Dice and cross-entropy), with its arguments. It gets
-            logits and class indices: `softmax` and `to_onehot_y` are set.
+            logits and class indices: `softmax` and `to_onehot_y` are set. Of networks that put out connections of pixels,
+            `zoo.ConnectivityLoss` with its arguments.
         window: sizes of the windows in which evaluation goes through larger images; None for whole images.
         overlap: share of a window that its neighbours cover too.
         weights: a file whose weights training starts from: those of the network, but for its head, or of its encoder alone. Read when
@@ -42,15 +45,33 @@ class Segmentor(BaseModel):
         self.window, self.overlap, self.weights, self.freeze = window, overlap, weights, freeze
         if window is not None and len(window) != self.model.spatial_dims:
             raise InputError(f"window={tuple(window)} is for {len(window)}-D, and {name} takes {self.model.spatial_dims}-D input")
-        self.loss = monai_part("losses", {"type": "DiceCELoss", "softmax": True, "to_onehot_y": True, **(loss or {})})
+        self.connectivity = getattr(self.model, "connectivity", False)
+        self.loss = self._loss(loss or {})
         self.train()
+
+    def _loss(self, loss: Mapping) -> nn.Module:
+        kind, options = loss.get("type"), {key: value for key, value in loss.items() if key != "type"}
+        if not self.connectivity and kind == "ConnectivityLoss":
+            raise InputError(f"ConnectivityLoss is of connections of pixels, which {self.name} does not put out; a U-Net does with "
+                             "model.args.connectivity=True")
+        if not self.connectivity:
+            return monai_part("losses", {"type": "DiceCELoss", "softmax": True, "to_onehot_y": True, **loss})
+        if kind not in (None, "ConnectivityLoss"):
+            raise InputError(f"{self.name} puts out connections of pixels, whose loss is ConnectivityLoss, not {kind}")
+        if options.get("variant") == "bicon" and self.num_classes > 2:
+            raise InputError(f"variant='bicon' is for a thing and its background, and the model has {self.num_classes} classes; "
+                             "variant='dconn' is for any")
+        try:
+            return ConnectivityLoss(**options)
+        except TypeError as error:
+            raise InputError(f"ConnectivityLoss cannot be set up: {error}") from error
 
     def init_weights(self) -> None:
         """Loads `weights`, if there are any; the network has been initialised, and the engine would do so again."""
         if self.weights is None:
             return
         encoder = getattr(self.model, "encoder", None)
-        whole = any(name.startswith("encoder.") for name in weights_in(self.weights, own=self.model.state_dict()))
+        whole = any(name.startswith(("encoder.", *AUTHORS_NAMES)) for name in weights_in(self.weights, own=own_names(self.model)))
         if isinstance(encoder, TimmEncoder) and not whole:
             encoder.load_weights(self.weights)
         else:
@@ -73,7 +94,8 @@ class Segmentor(BaseModel):
             case "tensor":
                 return self.model(inputs)
             case "loss":
-                return {"loss": self.loss(self.model(inputs).float(), cast(Tensor, targets)[:, None])}
+                out, labels = self.model(inputs), cast(Tensor, targets)
+                return {"loss": self.loss(out, labels) if self.connectivity else self.loss(out.float(), labels[:, None])}
             case "predict":
                 found = {"labels": self._logits(inputs).argmax(1), "target": cast(Tensor, targets)}
                 found |= {} if spacing is None else {"spacing": spacing}

@@ -5,8 +5,10 @@ import pkgutil
 import timm
 
 from zoo.errors import InputError, near_misses
+from zoo.models.building import is_dense as is_dense
 
-_NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name == "unet")  # which is around the others
+_AROUND = ("dconnnet", "unet")  # others, which are there before them
+_NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name in _AROUND)
 _MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]
 MECHANISMS = {  # by the names of `attach`, and the pages of docs/: the family of models built on each
     family.MECHANISM: family for family in sorted((m for m in _MODULES if hasattr(m, "MECHANISM")), key=lambda m: m.MECHANISM)

@@ -1,18 +1,25 @@
 """timm's way of building a model, with weights chosen, named and checked by the rules of `zoo.weights`."""
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+import timm
 import timm.models
 from torch import Tensor, nn
 
 from zoo import downloads
-from zoo.weights import Filter, check_fit, converted, weights_in
+from zoo.weights import Filter, check_fit, converted, own_names, weights_in
 
-__all__ = ["build_model_with_cfg"]
+__all__ = ["build_model_with_cfg", "is_dense"]
 
 Model = TypeVar("Model", bound=nn.Module)
 ELSEWHERE = "zoo: the weights are read when the model is there"  # the one entry of what timm takes for the state dict until then
+
+
+def is_dense(name: str) -> bool:
+    """Whether the answer of a registered model is a map of its input's size, as a U-Net's, which its family says by `DENSE`."""
+    return getattr(sys.modules[timm.model_entrypoint(name).__module__], "DENSE", False)
 
 
 def build_model_with_cfg(model_cls: type[Model], variant: str, pretrained: bool, pretrained_cfg: Any = None,
@@ -49,12 +56,13 @@ def build_model_with_cfg(model_cls: type[Model], variant: str, pretrained: bool,
 def _weights(source: str | Mapping[str, Any], model: nn.Module, filter_fn: Filter | None, ema: bool, features: bool) -> dict[str, Tensor]:
     """The model's weights, of which timm has yet to fit the first convolution to other channels and to drop a head of other classes."""
     cfg = cast(dict[str, Any], model.pretrained_cfg)
-    given = weights_in(source, ema, own=model.state_dict(), licence=cfg.get("license"))
+    given = weights_in(source, ema, own=own_names(model), licence=cfg.get("license"))
     weights = dict(converted(given, model, filter_fn))
     heads, stems = _names(cfg.get("classifier")), _names(cfg.get("first_conv"))
     rows = {len(weights[name]) for name in heads if name in weights}
-    if len(rows) == 1:
-        cfg["num_classes"] = rows.pop()
+    if len(rows) == 1:  # as many as the model's own mean its classes, of which a head may have several rows each
+        own = {len(value) for name, value in model.state_dict().items() if name in heads}
+        cfg["num_classes"] = cast(Any, model).num_classes if rows == own else rows.pop()
     for name in stems:
         if name in weights and weights[name].ndim == 4 and model.get_parameter(name).shape[1] == getattr(model, "in_chans", None):
             cfg["input_size"] = (weights[name].shape[1], *cfg["input_size"][1:])

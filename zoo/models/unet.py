@@ -24,6 +24,7 @@ from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
 from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
+from zoo.layers.connectivity import class_logits, map_channels
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
 from zoo.models.staged import reset_parameters
@@ -32,6 +33,7 @@ from zoo.weights import load_weights
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
 MECHANISM = "gates"
+DENSE = True
 StateDict = dict[str, Tensor]
 NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 
@@ -215,6 +217,9 @@ class UNet(nn.Module):
         norm: "batch", "instance", or "group" (8 channels each), outside the encoder.
         act_layer: timm's name of the activation outside the encoder.
         spatial_dims: 2 or 3.
+        connectivity: the head puts out connections of neighbouring pixels, of which bilateral voting makes logits (BiconNet, arXiv
+            2103.00334); 2-D only. In training mode the output is (B, 8 num_classes, H, W), for `zoo.ConnectivityLoss`, or (B, 8, H, W) with
+            two classes, a background and a thing, whose connections suffice; in evaluation mode logits of classes, as ever.
 
     Raises:
         ValueError: arguments outside what is said above, at construction; an input of another shape, in `forward`.
@@ -236,11 +241,15 @@ class UNet(nn.Module):
         norm: Norm = "batch",
         act_layer: str = "relu",
         spatial_dims: int = 2,
+        connectivity: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        if connectivity and spatial_dims != 2:
+            raise ValueError(f"connectivity must be False in {spatial_dims}-D, as it is of the 8 neighbours of a pixel, got True")
+        self.connectivity = connectivity
         self.in_chans, self.num_classes, self.deep_supervision, self.spatial_dims = in_chans, num_classes, deep_supervision, spatial_dims
         blocks = Blocks(spatial_dims, norm, act_layer, **dd)
         if encoder is None:
@@ -288,7 +297,8 @@ class UNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         dims = self.widths if self.deep_supervision else self.widths[:1]
-        self.head = Head(dims, num_classes, self.spatial_dims, **get_device_dtype(self)) if num_classes else nn.Identity()
+        channels = map_channels(num_classes) if self.connectivity else num_classes
+        self.head = Head(dims, channels, self.spatial_dims, **get_device_dtype(self)) if num_classes else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -311,20 +321,25 @@ class UNet(nn.Module):
             maps = [x, *maps] if self.deep_supervision else [x]
         return maps
 
-    def forward_head(self, maps: list[Tensor], pre_logits: bool = False) -> Tensor:
-        return maps[0] if pre_logits or not self.num_classes else self.head(maps)
+    def forward_head(self, maps: list[Tensor], pre_logits: bool = False, size: Sequence[int] | None = None) -> Tensor:
+        """What the network puts out of the decoder's maps, of the first `size` of their positions, or of all."""
+        out = maps[0] if pre_logits or not self.num_classes else self.head(maps)
+        out = out if size is None else crop(out, size, by_index=True)
+        voting = self.connectivity and self.num_classes and not (pre_logits or self.training)
+        return class_logits(out, self.num_classes) if voting else out
 
     def forward(self, x: Tensor) -> Tensor:
         x = checked(x, self.in_chans, self.spatial_dims)
         maps = self.forward_features(pad_to_multiple(x, self.reduction, "replicate"))
-        return crop(self.forward_head(maps), x.shape[2:], by_index=True)
+        return self.forward_head(maps, size=x.shape[2:])
 
 
 @register_notrace_function
-def checked(x: Tensor, in_chans: int, spatial_dims: int) -> Tensor:
+def checked(x: Tensor, in_chans: int, spatial_dims: int, network: str = "UNet") -> Tensor:
     """x, unless it is of another shape."""
     if x.ndim != 2 + spatial_dims or x.shape[1] != in_chans:
-        raise ValueError(f"UNet: x must be (B, {in_chans}, {SIZES[spatial_dims]}) in {spatial_dims}-D, got shape {tuple(x.shape)}")
+        sizes = SIZES[spatial_dims]
+        raise ValueError(f"{network}: x must be (B, {in_chans}, {sizes}) in {spatial_dims}-D, got shape {tuple(x.shape)}")
     return x
 
 
@@ -393,13 +408,20 @@ def _unet(variant: str, pretrained: bool, **kwargs: Any) -> UNet:
     """`pretrained` is about the encoder, where there is one and no file of weights for the whole network is named."""
     if kwargs.get("features_only"):
         raise RuntimeError(f"features_only is not implemented for {variant}: U-Nets give maps of the input's size")
-    if kwargs.get("encoder") and pretrained and not _has_weights(kwargs):
-        pretrained, kwargs["encoder_args"] = False, dict(kwargs.get("encoder_args") or {}, pretrained=True)
+    pretrained = pretrained_encoder(pretrained, kwargs)
     model = build_model_with_cfg(UNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     if model.spatial_dims == 3:
         channels, *sides = model.pretrained_cfg["input_size"]
         model.pretrained_cfg["input_size"] = (channels, sides[0], *sides)
     return model
+
+
+def pretrained_encoder(pretrained: bool, kwargs: dict[str, Any]) -> bool:
+    """Makes `pretrained` one of the encoder's arguments where it is about it; returns whether it is about the whole network."""
+    if kwargs.get("encoder") and pretrained and not _has_weights(kwargs):
+        kwargs["encoder_args"] = dict(kwargs.get("encoder_args") or {}, pretrained=True)
+        return False
+    return pretrained
 
 
 def _has_weights(kwargs: dict[str, Any]) -> bool:

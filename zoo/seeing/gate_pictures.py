@@ -12,10 +12,13 @@ from zoo.errors import InputError
 from zoo.files import check_writable, replacing
 from zoo.layers import AttentionGate, capture
 from zoo.layers._spatial import crop, resize
+from zoo.models.dconnnet import SpaceBlock
 from zoo.predicting.segmentation import prepare
 from zoo.predicting.sheets import annotate, contact_sheet
 from zoo.seeing.figures import grey
 from zoo.seeing.page import Seen
+
+GATES = (AttentionGate, SpaceBlock)  # what reports as `attention` how much of a map it lets through
 
 
 def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: str | Path, *, slice_index: int | None = None) -> int:
@@ -28,7 +31,7 @@ def picture_gates(model: nn.Module, info: ModelInfo, path: str | Path, output: s
 
 
 def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_index: int | None = None) -> list[Seen]:
-    """The image and, for every gate of the U-Net `model`, its map over the image.
+    """The image and, for every gate of the U-Net or DconnNet `model`, its map over the image.
 
     Of a volume, they show the axial slice `slice_index` of the prepared volume (see `zoo.reading.volumes.Grid`; default: the middle
     one), and the network sees as many slices around it as its window has. Raises InputError if nothing can be shown.
@@ -45,11 +48,11 @@ def see_gates(model: nn.Module, info: ModelInfo, path: str | Path, *, slice_inde
     elif slice_index is not None:
         raise InputError(f"slice {slice_index} is asked for, but {path} is a picture")
     modules = dict(model.named_modules())
-    if not any(isinstance(module, AttentionGate) for module in modules.values()):
+    if not any(isinstance(module, GATES) for module in modules.values()):
         raise InputError(f"{info.name} has no attention gates to show")
     with capture(model) as maps, torch.inference_mode():
         model(x[None])
-    gates = {name: reported["attention"][0] for name, reported in maps.items() if isinstance(modules[name], AttentionGate)}
+    gates = {name: reported["attention"][0] for name, reported in maps.items() if isinstance(modules[name], GATES)}
     reduction = cast(int, model.reduction)
     padded = [-(-n // reduction) * reduction for n in x.shape[1:]]
     image = _shown(x[:1], at)
