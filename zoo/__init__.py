@@ -19,12 +19,14 @@ if not _command.import_is_put_off:
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
+        a2n,
         attnet,
         biformer,
         das,
         deit,
         fan,
         halonet,
+        han,
         lambda_deit,
         list_models,
         litv2,
@@ -42,8 +44,8 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "SparsifinerReconstructionLoss", "TokenDistillationLoss", "attach", "attention_share", "attnet", "biformer",
-    "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "lambda_deit", "list_models", "litv2",
-    "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
-    "transnext", "unet", "vidat", "weights_in",
+    "MultipleInstanceLoss", "SparsifinerReconstructionLoss", "TokenDistillationLoss", "a2n", "attach", "attention_share", "attnet",
+    "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "han", "head_importance", "lambda_deit",
+    "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention", "reparametrize",
+    "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
 ]

@@ -1,4 +1,4 @@
-"""Every registered classifier is a timm citizen; U-Nets, see test_unet_citizenship. New families join by being registered.
+"""Every registered classifier is a timm citizen; others: test_unet_citizenship, test_restoring. New families join by being registered.
 
 What a family's code decides once (compiling, exporting, precisions, memory formats, large images and the like) is tested on
 the family's light models by default, and on every model with ZOO_EVERY_MODEL=1; that takes an hour. What hangs on a model's own
@@ -18,7 +18,7 @@ from torch import nn
 
 import zoo
 
-MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+MODELS = [name for name in zoo.list_models() if not zoo.models.is_dense(name)]
 LIGHT = [name for name in MODELS if "_nano" in name]
 FAMILIES = sorted({timm.model_entrypoint(name).__module__ for name in MODELS})
 

@@ -13,12 +13,13 @@ import zoo
 SHALLOW = {
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
     **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "tap_fan_nano", "vidat_nano_patch16_224")},
-    "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
+    "lambda_deit_nano_02": dict(depth=2, removed=(0,)), "a2n_nano_x2": dict(dim=8, depth=1, up_dim=4),
+    "han_nano_x2": dict(dim=8, groups=2, depth=1),
     **{name: dict(widths=(4, 6, 8)) for name in ("attention_unet_nano", "attention_unet3d_nano")},
 }
-LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 TIMMS_ATTENTION = ("deit_nano_patch16_224_cb", "lambda_deit_nano_02", "tap_fan_nano")  # in DeiT's blocks, and in FAN's class attention
-families = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_nano", "attention_unet3d_nano"])
+families = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_nano", "attention_unet3d_nano", "a2n_nano_x2", "han_nano_x2"])
 
 
 def case(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

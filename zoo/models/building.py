@@ -1,18 +1,25 @@
 """timm's way of building a model, with weights chosen, named and checked by the rules of `zoo.weights`."""
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+import timm
 import timm.models
 from torch import Tensor, nn
 
 from zoo import downloads
 from zoo.weights import Filter, check_fit, converted, weights_in
 
-__all__ = ["build_model_with_cfg"]
+__all__ = ["build_model_with_cfg", "is_dense"]
 
 Model = TypeVar("Model", bound=nn.Module)
 ELSEWHERE = "zoo: the weights are read when the model is there"  # the one entry of what timm takes for the state dict until then
+
+
+def is_dense(name: str) -> bool:
+    """Whether a registered model's answer is a map, such as a mask or a picture, and not classes: its family says `DENSE`."""
+    return getattr(sys.modules[timm.model_entrypoint(name).__module__], "DENSE", False)
 
 
 def build_model_with_cfg(model_cls: type[Model], variant: str, pretrained: bool, pretrained_cfg: Any = None,
