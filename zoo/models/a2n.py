@@ -23,6 +23,7 @@ MECHANISM = "a2n"
 ATTACHABLE = AttentionInAttention
 HIERARCHICAL = False  # no encoder of U-Nets
 DENSE = True
+TASK = "restoration"
 
 
 class PixelAttention(nn.Module):

@@ -25,6 +25,7 @@ MECHANISM = "holistic"
 ATTACHABLE = ChannelSpatialAttention
 HIERARCHICAL = False  # no encoder of U-Nets
 DENSE = True
+TASK = "restoration"
 MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's pixels, red, green, blue, in [0, 1]
 
 
