@@ -22,6 +22,7 @@ from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
 from zoo.models import unet
+from zoo.predicting.restoration import scale_of
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume
@@ -382,7 +383,7 @@ def pictures_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, 
     """To make small pictures large again, `scale` times, as the network's name has it."""
     if wishes.freeze:
         raise InputError(f"--freeze leaves nothing of {model} to learn, which has no head for other data")
-    scale = timm.create_model(model, device="meta").scale
+    scale = scale_of(timm.create_model(model, device="meta"))
     sizes = picture_sizes([sample.path for samples in data.splits.values() for sample in samples])
     least = picture_sizes([sample.path for sample in data.splits["train"]])
     crop = min(wishes.size or CROP, min(map(min, least)) // scale)

@@ -135,11 +135,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return {renamed(name, renames): value for name, value in state_dict.items()}
 
 
-_REPOSITORY = "https://github.com/haoyuc/A2N"
+_REPOSITORY, _COMMIT = "https://github.com/haoyuc/A2N", "aff35c6e900eb0cdfb17f9ca5856f4eb27c8037e"
 
 
 def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    released = dict(url=f"{_REPOSITORY}/raw/main/code/experiment/model/{file}", origin_url=_REPOSITORY) if file else {}
+    released = dict(url=f"{_REPOSITORY}/raw/{_COMMIT}/code/experiment/model/{file}", origin_url=_REPOSITORY) if file else {}
     return restoration_cfg(
         first_conv="stem", paper_ids="arXiv:2104.09497",
         paper_name="Attention in Attention Network for Image Super-Resolution", **released, **kwargs)

@@ -5,7 +5,7 @@ The authors' networks (https://github.com/wwlCape/HAN, Apache 2.0, src/model/han
     timm.create_model("han_x2", pretrained=True, pretrained_cfg_overlay=dict(file="HAN_BIX2.pt"))
 """
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     if isinstance(model, HolisticAttentionNetwork):
         if any(name.startswith("stem.") for name in state_dict):  # ours
             return state_dict
-        renames = _renames(len(model.groups), len(model.groups[0].blocks))
+        renames = _renames(len(model.groups), len(cast(ResidualGroup, model.groups[0]).blocks))
     else:
         renames = [rename for rename in _renames(0, 0) if rename[0].startswith("(")]
     return {renamed(name, renames): value for name, value in state_dict.items()}
