@@ -18,10 +18,10 @@ from zoo.tools._cli import run
 ROOT = Path(__file__).resolve().parents[1]
 CARDS, GOLDEN = ROOT / "docs" / "cards", ROOT / "tests" / "golden"
 VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its authors' code
-    "atconv": ("atconv", "attnet"), "connectivity": ("connectivity",), "dual": ("dual_attention",),
-    "gates": ("attention_gate", "attention_unet"),
-    "hilo": ("hilo", "litv2"), "moh": ("moh",), "parts": ("ifam",), "polarized": ("polarized",), "removal": ("attention_removal",),
-    "routing": ("bra", "biformer"), "sk": ("sk",), "tap": ("tap", "fan", "adl"),
+    "a2n": ("a2n",), "atconv": ("atconv", "attnet"), "connectivity": ("connectivity",), "dual": ("dual_attention",),
+    "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "holistic": ("han",), "moh": ("moh",), "parts": ("ifam",),
+    "polarized": ("polarized",), "removal": ("attention_removal",), "routing": ("bra", "biformer"),
+    "sk": ("sk",), "tap": ("tap", "fan", "adl"),
 }
 OURS = {  # manifests of another name than our model's
     "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}

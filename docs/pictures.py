@@ -5,6 +5,7 @@
 import copy
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import timm
@@ -24,6 +25,8 @@ from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
 from zoo.mm.mask_datasets import DigitScenesDataset
 from zoo.modules import evaluating
+from zoo.reading.photographs import photographs
+from zoo.reading.shrinking import enlarge, shrink, whole
 from zoo.seeing.classifiers import mechanisms
 from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
@@ -153,6 +156,45 @@ def connections() -> Seen:
     return Seen("connections", "Connections", "The picture, the sum of the votes of every pixel, and the mask.", render(figure))
 
 
+def restoring(name: str, epochs: int) -> tuple[nn.Module, torch.Tensor]:
+    """A small network that has learned from seven photographs, and a part of a held-out one, made small, (3, H, W)."""
+    options = [f"model.name={name}", f"train_cfg.max_epochs={epochs}"]
+    folder, _ = train("a2n_nano_x2_photographs", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
+    model, _ = load_trained(cast(Path, latest_checkpoint(folder)))
+    return model, shrink(photographs("val")["chelsea"][:, 60:180, 120:300], 2)
+
+
+def gates_of_pixels() -> Seen:
+    """What a network is given, a gate of A2N over it, and its answer beside interpolation."""
+    model, given = restoring("a2n_nano_x2", 60)
+    with torch.no_grad(), zoo.capture(model) as maps:
+        answer = whole(model(given[None].float())[0])
+    gate = maps["blocks.1.attention"]["gate"][0].mean(0)
+    figure, axes = new_figure(4)
+    for axis, (title, shown) in zip(axes, {"given": given, "a gate": gate, "bicubic": enlarge(given, 2), "a2n_nano_x2": answer}.items(),
+                                    strict=True):
+        axis.imshow(shown if shown.ndim == 2 else shown.permute(1, 2, 0), interpolation="nearest")
+        axis.set(title=title)
+    weights = ", ".join(f"{maps[f'blocks.{i}']['weights'][0, 0]:.3f}" for i in range(len(model.blocks)))
+    return Seen("gates", "Gates of pixels", f"Weights of the branches with attention: {weights}.", render(figure))
+
+
+def layers_and_gates() -> Seen:
+    """Which groups of HAN attend to which, and its gates over channels and positions."""
+    model, given = restoring("han_nano_x2", 20)
+    with torch.no_grad(), zoo.capture(model) as maps:
+        model(given[None].float())
+    figure, axes = new_figure(2)
+    axes[0].imshow(maps["layers"]["attention"][0], vmin=0, vmax=1)
+    axes[0].set(title="attention between layers", xlabel="to layer", ylabel="of layer")
+    axes[0].set_axis_on()
+    axes[1].imshow(maps["channel_spatial"]["gate"][0].mean(0))
+    axes[1].set(title="gates of channels and positions, mean")
+    gammas = f"γ of the layers {model.layers.gamma.item():.2g}, of channels and positions {model.channel_spatial.gamma.item():.2g}"
+    return Seen("layers", "Holistic attention", f"{gammas}.", render(figure))
+
+
+OWN = {"a2n": gates_of_pixels, "holistic": layers_and_gates}  # of mechanisms that name no classes
 OTHERS = {"replaced": replaced, "connectivity": connections, "sigma_reparam": spectral_norms}  # drawn otherwise, or pictures of guides
 
 
@@ -161,8 +203,8 @@ def main() -> None:
     scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
     FOLDER.mkdir(exist_ok=True)
     for mechanism in sys.argv[1:] or list(dict.fromkeys([*zoo.MECHANISMS, *OTHERS])):
-        if mechanism in OTHERS:
-            seen = OTHERS[mechanism]()
+        if mechanism in OWN | OTHERS:
+            seen = (OWN | OTHERS)[mechanism]()
         else:
             name, stage = network(mechanism), STAGES.get(mechanism, 0)
             model, info = load_trained(trained(name))

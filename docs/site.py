@@ -21,8 +21,8 @@ import zoo.layers
 from zoo.measuring.model_table import read_page
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ("installing", "models", "layers", "attention", "training", "data", "segmentation", "detection", "robustness", "predicting",
-          "bags", "exporting", "frameworks", "yolo", "probing", "seeing", "speed")  # in the order of reading
+GUIDES = ("installing", "models", "layers", "attention", "training", "data", "segmentation", "detection", "restoration", "robustness",
+          "predicting", "bags", "exporting", "frameworks", "yolo", "probing", "seeing", "speed")  # in the order of reading
 WIDE = ("gallery.md", "models.md")
 SHIM = '<script src="https://unpkg.com/iframe-worker/shim"></script>'  # which Material's offline plugin would fetch
 SOURCES = {  # pages of the site that do not stand in docs/, by their files in the repository

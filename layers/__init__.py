@@ -4,6 +4,7 @@ from ._scripting import refuse_scripting
 from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .atconv import ATConv
 from .attention_gate import AttentionGate, MultiAttentionGate
+from .attention_in_attention import AttentionInAttention
 from .attention_removal import DilutedBlock, DilutedPostNormBlock, NoAttention
 from .bi_level_routing_attention import BiLevelRoutingAttention
 from .connectivity import bilateral_voting, connectivity_target
@@ -16,6 +17,7 @@ from .fully_attentional import ChannelProcessing, FullyAttentionalBlock, TokenMi
 from .halo import HaloAttention
 from .hedgehog import HedgehogAttention
 from .hilo import HiLoAttention
+from .holistic import ChannelSpatialAttention, LayerAttention
 from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
 from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
@@ -29,12 +31,13 @@ from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
-    "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention",
-    "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
-    "NormalizedAttention", "PartDiscovery", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention",
-    "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
-    "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "AttentionInAttention", "BiLevelRoutingAttention", "ChannelProcessing",
+    "ChannelSpatialAttention", "ContextBroadcast", "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock",
+    "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention", "MixtureOfHeadAttention",
+    "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery", "PolarizedSelfAttention",
+    "PyramidSparseAttention", "RelationalAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention",
+    "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "bilateral_voting", "capture", "connectivity_target", "gilbert_order",
+    "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from zoo.kernels._backends import in_functorch
 from zoo.kernels._exporting import is_exporting, known
 
 Norm = Literal["batch", "instance", "group"]
@@ -81,3 +82,11 @@ def crop(x: Tensor, size: Sequence[int], by_index: bool = False) -> Tensor:
         else:
             x = x.index_select(dim, torch.arange(n, device=x.device)) if by_index else torch.narrow_copy(x, dim, 0, n)
     return x
+
+
+@register_notrace_function
+def channels_last(x: Tensor) -> Tensor:
+    """x, on the CPU with channels last in memory, where convolutions are up to twice as fast."""
+    if x.device.type != "cpu" or is_exporting() or in_functorch():
+        return x
+    return x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is

@@ -1,20 +1,19 @@
 """Uses a trained model on pictures and volumes.
 
-Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects. Answers are
-printed, and written as tables, as COCO's results, as pictures and masks.
+Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects; writes sharper
+pictures. Answers are printed, and written as tables, as COCO's results, as pictures and masks.
 """
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoo.errors import InputError
-from zoo.tools._cli import Parser, run
+from zoo.tools._cli import Parser, Progress, run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +30,7 @@ OPTIONS = {
     "top": ("networks that name classes", 5), "batch": ("networks that name classes", 32),
     "window": ("networks that look at pictures or volumes in windows", None),
     "overlap": ("networks that look at pictures or volumes in windows", 0.25), "threshold": ("detectors", 0.3),
+    "ensemble": ("networks that restore pictures", False),
 }
 
 
@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                     "work_dirs/digits/epoch_20.pth scans/ --top 3 -o answers.csv",
                     "work_dirs/ct/epoch_200.pth abdomen.nii.gz -o mask.nii.gz",
                     "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o answers.json",
+                    "work_dirs/sharper/epoch_40.pth holiday/ --ensemble -o larger/",
                     "digits.onnx scans/ -o sheet.png")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote, or an ONNX file that `zoo export` wrote")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
@@ -47,10 +48,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures at once (default: 32)")
     parser.add_argument("-o", "--output",
                         help="where to write answers: NAME.csv or NAME.json, of detectors in COCO's form; a picture (several become a "
-                             "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask; "
+                             "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask, "
+                             "for networks that restore the picture itself; "
                              "any name without a suffix: a folder with a table and these files")
-    parser.add_argument("--window", type=int, nargs="+", metavar="N", help="sizes of sliding windows (default: those of training)")
-    parser.add_argument("--overlap", type=float, help="share of a window that the next one covers too (default: 0.25)")
+    parser.add_argument("--window", type=int, nargs="+", metavar="N",
+                        help="sizes of sliding windows (default: those of training; 256 256 where pictures are restored)")
+    parser.add_argument("--overlap", type=float,
+                        help="share of a window that the next one covers too (default: 0.25; 0.125 where pictures are restored)")
+    parser.add_argument("--ensemble", action="store_true", default=None,
+                        help="restore the mean of a picture turned and mirrored in all eight ways; eight times the work")
     parser.add_argument("--threshold", type=float, help="lowest score of a detector's boxes (default: 0.3)")
     return parser.parse_args(arguments)
 
@@ -72,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         if checkpoint.task in TOOLBOX_TASKS:
             return find_by_toolbox(args, checkpoint)
         model, info = load_trained(checkpoint)
-    return segment(args, model, info) if info.task == "segmentation" else name(args, model, info)
+    return {"segmentation": segment, "restoration": restore}.get(info.task, name)(args, model, info)
 
 
 def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
@@ -105,14 +111,10 @@ def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
     if args.output is None:
         raise InputError(f"{args.checkpoint} segments, and its masks have to go somewhere: name a file or folder with -o")
     files = unique(find_inputs(args.inputs, info))
-    answers, failures = mask_answers(model, info, files, args.output), Failures(len(files))
-    last = time.monotonic()
+    answers, failures, progress = mask_answers(model, info, files, args.output), Failures(len(files)), Progress()
 
     def show(path: Path, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 2:
-            print(f"{path}: window {done}/{total}", file=sys.stderr, flush=True)
-            last = time.monotonic()
+        progress(f"{path}: window {done}/{total}")
 
     def described(labelled: "Labelled") -> list[str]:
         width = max(map(len, labelled.classes))
@@ -120,6 +122,22 @@ def segment(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
 
     found = segment_each(model, info, files, window=args.window, overlap=args.overlap, progress=show, failed=failures)
     return report(found, described, answers, failures)
+
+
+def restore(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
+    """Writes what a network makes of pictures."""
+    from zoo.predicting.restoration import OVERLAP, RestoredPictures, restore_each
+    from zoo.reading.pictures import find_pictures
+
+    args.overlap = OVERLAP if args.overlap is None else args.overlap
+    settle(args, info.name, "window", "overlap", "ensemble")
+    if args.output is None:
+        raise InputError(f"{args.checkpoint} restores pictures, which have to go somewhere: name a file or folder with -o")
+    files, progress = unique(find_pictures(args.inputs)), Progress()
+    answers, failures = RestoredPictures(files, args.output), Failures(len(files))
+    found = restore_each(model, info, files, window=args.window, overlap=args.overlap, ensemble=args.ensemble, failed=failures,
+                         progress=lambda path, done, total: progress(f"{path}: tile {done}/{total}"))
+    return report(found, lambda restored: [f"{size[0]}×{size[1]}" for size in (restored.picture.size,)], answers, failures)
 
 
 def find_by_toolbox(args: argparse.Namespace, checkpoint: "Opened") -> int:

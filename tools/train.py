@@ -13,14 +13,14 @@ from pathlib import Path
 from zoo.errors import InputError
 from zoo.tools._cli import Parser, run
 
-FORMS = ("class folders, folders of pictures and masks, COCO's JSON with its pictures, NIfTI volumes and masks, or a CSV of paths and "
-         "labels")
+FORMS = ("class folders, folders of pictures and masks, COCO's JSON with its pictures, NIfTI volumes and masks, a CSV of paths and "
+         "labels, or, for networks that restore pictures, a folder of them")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__file__, __doc__, "biformer_nano_digits --work-dir work_dirs/digits",
                     "my_config.py --amp --cfg-options train_cfg.max_epochs=20 model.args.drop_path_rate=0.1",
-                    "biformer_nano flowers/ --epochs 50")
+                    "biformer_nano flowers/ --epochs 50", "a2n_nano_x2 holiday/")
     parser.add_argument("config", metavar="config | model",
                         help="path of a config, or name of an installed one, such as biformer_nano_digits; before data, a model's name")
     parser.add_argument("data", nargs="?", help=f"your own data: {FORMS}")
@@ -68,8 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     """Says what the data are and what will be done; the config for it, and the work dir."""
-    from zoo.mm.own_data import Wishes, write_config
-    from zoo.reading.discovery import discover
+    import timm
+
+    from zoo.mm.own_data import Wishes, kind_of, write_config
+    from zoo.reading.discovery import discover, plain_pictures
     from zoo.reading.own_data import divided
 
     if Path(args.config).is_dir():
@@ -79,7 +81,8 @@ def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     if "RANK" in os.environ:
         raise InputError("a model and data are for one process; many take the config.py that it writes into its work dir")
     wishes = Wishes(args.epochs, args.batch, args.lr, args.size, args.weights, args.pretrained, args.freeze)
-    data = divided(discover(args.data), args.folds, args.fold or 0, args.seed or 0)
+    restores = timm.is_model(args.config) and kind_of(args.config) == "restorer"
+    data = divided((plain_pictures if restores else discover)(args.data), args.folds, args.fold or 0, args.seed or 0)
     name = f"{args.config}_{data.root.absolute().stem}" + ("" if args.folds is None else f"_fold{args.fold or 0}")
     work_dir = Path(args.work_dir or Path("work_dirs") / name)
     print(*data.described(), sep="\n")

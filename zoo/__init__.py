@@ -22,6 +22,7 @@ if not _command.import_is_put_off:
     from .models import (
         MECHANISMS,
         REPORTED_TOP1,
+        a2n,
         attnet,
         biformer,
         das,
@@ -29,6 +30,7 @@ if not _command.import_is_put_off:
         deit,
         fan,
         halonet,
+        han,
         ifam,
         lambda_deit,
         list_models,
@@ -47,8 +49,9 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "ConnectivityLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "attach",
-    "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet",
-    "head_importance", "ifam", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads",
-    "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
+    "MultipleInstanceLoss", "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "a2n",
+    "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet",
+    "han", "head_importance", "ifam", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe",
+    "prune_heads", "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat",
+    "weights_in",
 ]

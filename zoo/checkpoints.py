@@ -18,7 +18,7 @@ from zoo.errors import InputError, near_misses
 from zoo.probe import probe
 from zoo.weights import CHECKPOINT_SUFFIXES, load_weights, read
 
-TASKS = ("classification", "segmentation")
+TASKS = ("classification", "segmentation", "restoration")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 # Arguments of timm.create_model that say which weights training started from. Those of a checkpoint take their place, so that
@@ -66,11 +66,17 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     text = str(name_or_path)
     if timm.is_model(text):
         model = timm.create_model(text, **model_args).eval()
-        task = "segmentation" if hasattr(model, "spatial_dims") else "classification"
-        return model, ModelInfo(text, (), _data_config(model, {}, model_args), task)
+        return model, ModelInfo(text, (), _data_config(model, {}, model_args), *of_network(model))
     if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
         return load_trained(text, **model_args)
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
+
+
+def of_network(model: nn.Module) -> tuple[str, str]:
+    """The task that a network is for, one of `TASKS`, and what it gives."""
+    if getattr(model, "task", None) == "restoration":
+        return "restoration", "picture"
+    return "segmentation" if hasattr(model, "spatial_dims") else "classification", "logits"
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     check_numbers(path, weights)
     model.load_state_dict(weights)
     changes = tuple(finish(network, record.get("changes") or ()))
-    return model.eval(), ModelInfo(name, classes, config, record["task"], changes=changes)
+    output = of_network(model)[1] if record["task"] == "restoration" else "logits"
+    return model.eval(), ModelInfo(name, classes, config, record["task"], output, changes)
 
 
 def check_downloadable(model: str) -> None:

@@ -1,4 +1,5 @@
-"""Every registered classifier is a timm citizen; U-Nets and DconnNet, see test_unet_citizenship. New families join by being registered.
+"""Every registered classifier is a timm citizen; others: test_unet_citizenship, test_restoring. New families join by being
+registered.
 
 What a family's code decides once (compiling, exporting, precisions, memory formats, large images and the like) is tested on
 the family's light models by default, and on every model with ZOO_EVERY_MODEL=1; that takes an hour. What hangs on a model's own

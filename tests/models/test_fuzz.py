@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
 LIGHT = zoo.list_models("*_nano*")
 UNETS = zoo.list_models("*_nano*", mechanism="gates")  # which name a class of every pixel, and have no features
+PICTURES = [name for name in LIGHT if zoo.models.is_dense(name) and name not in UNETS]  # whose answer is a picture
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -50,6 +51,8 @@ def draw(seed: int) -> dict:
         case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
         if "3d" in case["model"]:
             case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
+    if case["model"] in PICTURES:
+        case["way"], case["args"] = case["way"] if case["way"] in ("train", "autocast") else "logits", {}
     return case
 
 
@@ -78,6 +81,8 @@ def run(case: dict, seed: int) -> None:
         channels = model.feature_info.channels() if features else [info["num_chs"] for info in model.feature_info]
         assert [out.shape[:2] for out in outs] == [(case["batch"], number) for number in channels], [out.shape for out in outs]
         assert all(out.dtype == case["dtype"] for out in outs)
+    elif case["model"] in PICTURES:
+        assert outs[0].shape == (case["batch"], case["in_chans"], *(model.scale * side for side in case["size"])), outs[0].shape
     else:
         sizes = case["size"] if case["model"] in UNETS else ()
         assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape

@@ -18,8 +18,8 @@ from zoo.models import unet
 PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulation of their own
 MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
-    "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano", "moh_transnext_nano",
-    "vidat_nano_patch16_224"]
+    "a2n_nano_x2", "deit_nano_patch16_224_cb", "han_nano_x2", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano",
+    "moh_transnext_nano", "vidat_nano_patch16_224"]
 BEHIND_MASKS = ("stage_1.", "part_head")  # iFAM's, whose hard masks keep gradients of the logits from it
 UNCALLED = {"stage_1", "stage_2"}  # its transformers, with parameters of their own, whose parts run one by one
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -29,7 +29,8 @@ models = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     args = dict(layout="parallel") if name == PARALLEL else {}
-    model = timm.create_model(name.split()[0], num_classes=3, **args).eval()
+    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=3)
+    model = timm.create_model(name.split()[0], **classes, **args).eval()
     with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():
             if isinstance(module, PRODUCTS) and not module.weight.any():

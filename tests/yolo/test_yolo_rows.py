@@ -24,10 +24,10 @@ def model_of(*rows, scale="n", head=()):
 
 
 def test_every_layer_has_a_place():
-    of_rows = {  # of tokens
-        "DualAttention", "EfficientProbing", "HedgehogAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultipleInstanceHead",
-        "NormalizedAttention", "PartDiscovery", "PyramidSparseAttention", "RelationalAttention", "SelfAttention", "SimPool",
-        "SparsifinerAttention", "SymbolicAttention"}
+    of_rows = {  # of tokens, or of several maps
+        "DualAttention", "EfficientProbing", "HedgehogAttention", "LayerAttention", "MixtureOfHeadAttention", "MixtureOfHeads",
+        "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery", "PyramidSparseAttention", "RelationalAttention", "SelfAttention",
+        "SimPool", "SparsifinerAttention", "SymbolicAttention"}
     layers = {name for name in zoo.layers.__all__ if isinstance(getattr(zoo.layers, name), type)}
     assert layers - of_rows == set(LAYERS)
 

@@ -38,7 +38,7 @@ AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
 CROPS = ("interpolation", "crop_pct", "crop_mode")
 # By task and dimensions: what timm says of every model, and nothing is done with.
-MEANINGLESS = {("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
+MEANINGLESS = {("restoration", 2): CROPS, ("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
 
 
 class ExportError(RuntimeError):
@@ -77,7 +77,8 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
                 progress: Callable[[str], None] = lambda step: None) -> Exported:
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
-    Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes).
+    Networks for volumes take (batch, channels, depth, height, width), those that segment give (batch, classes, *sizes), and those
+    that restore pictures give `picture` (batch, channels, scale · height, scale · width).
     `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
     accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
     None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes
@@ -167,7 +168,7 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     try:
         axes = ({0: "batch"} if batch is None else {}) | (dict(enumerate(AXES[len(size)], 2)) if free_size else {})
         proto = convert(model, _images(info, batch or TRACED_BATCH, traced), axes, opset, [INPUT], [info.output])
-        _set_metadata(proto, info, size)
+        _set_metadata(proto, info, size, getattr(model, "scale", None) if info.task == "restoration" else None)
         progress("checking the file")
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
@@ -197,11 +198,12 @@ def convert(model: nn.Module, images: torch.Tensor, axes: dict[int, str], opset:
         return cast(torch.onnx.ONNXProgram, converted).model_proto
 
 
-def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...]) -> None:
+def _set_metadata(proto, info: ModelInfo, size: tuple[int, ...], scale: int | None) -> None:
     graph = proto.graph
     for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del described.metadata_props[:]  # the exporter's notes, paths on this machine among them
     said = {key: value for key, value in info.data_config.items() if key not in MEANINGLESS.get((info.task, len(size)), ())}
+    said |= {} if scale is None else {"scale": scale}
     recorded = {"task": info.task, "model": info.name, "classes": info.classes, **said, "input_size": (info.input_size[0], *size)}
     for key, value in recorded.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))

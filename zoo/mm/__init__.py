@@ -3,7 +3,21 @@ from zoo.errors import require
 
 require("zoo.mm, which trains and tests,", "train", "mmengine")
 
-from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, mask_datasets, metrics, optim, segmentor  # noqa: F401, E402  registered so
+from zoo.mm import (  # noqa: F401, E402  registered so
+    backbone,
+    checkpoint,
+    classifier,
+    corruptions,
+    datasets,
+    downstream,
+    hooks,
+    mask_datasets,
+    metrics,
+    optim,
+    restorer,
+    segmentor,
+    shrunk_datasets,
+)
 from zoo.mm.backbone import TimmBackbone  # noqa: E402
 from zoo.mm.training import evaluate, train  # noqa: E402
 

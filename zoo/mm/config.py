@@ -49,8 +49,9 @@ PARTS = ("train", "val", "test")
 HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
 BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 # Of metrics, the prefix and name of the number that says which checkpoint is the best.
-BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
-        "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
+BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "Restoration": ("restoration", "psnr"),
+        "IoUMetric": ("", "mIoU"), "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes",
+        "averageScore")}
 # Keys of the config that arguments of training and testing say, and how.
 ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
 # By toolbox, what takes the place of its own parts, and of those that are only replaced if no other argument is given, what is kept.

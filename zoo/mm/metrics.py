@@ -7,6 +7,9 @@ from mmengine.dist import all_reduce
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
+from zoo.measuring.restoration import measured
+from zoo.reading.shrinking import enlarge
+
 
 class Counted(BaseMetric):
     """Base of metrics whose `results` are tensors of counts, summed over batches and ranks.
@@ -53,6 +56,30 @@ class Accuracy(Counted):
         images, *hits = counts.tolist()
         classes = len(cast(dict, self.dataset_meta)["classes"])
         return {f"top{k}": 100 * hit / images for k, hit in zip(self.topk, hits, strict=True) if k <= classes}
+
+
+@METRICS.register_module()
+class Restoration(Counted):
+    """How close restored pictures come to the true ones, see `zoo.measuring.restoration`: the means over the pictures.
+
+    `restoration/psnr` and `restoration/ssim` of luminance, `psnr_rgb` and `ssim_rgb` of all channels, and `psnr_bicubic`, that of bicubic
+    interpolation of the same small pictures.
+    """
+
+    default_prefix = "restoration"
+    names = ("psnr", "ssim", "psnr_rgb", "ssim_rgb", "psnr_bicubic")
+
+    def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            given, restored, target = (sample[name].cpu() for name in ("given", "restored", "target"))
+            scale = target.shape[1] // given.shape[1]
+            found = {**measured(restored, target, scale), "psnr_bicubic": measured(enlarge(given, scale), target, scale)["psnr"]}
+            self.results.append(torch.tensor([1.0, *(found[name] for name in self.names)], dtype=torch.float64))
+
+    def compute_metrics(self, results: list[torch.Tensor]) -> dict[str, float]:
+        total = sum(results, torch.zeros(1 + len(self.names), dtype=torch.float64))
+        all_reduce(total)
+        return dict(zip(self.names, (total[1:] / total[0]).tolist(), strict=True))
 
 
 @METRICS.register_module()

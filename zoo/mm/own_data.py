@@ -1,4 +1,5 @@
 """Training on somebody's own data without a config: the config that suits the data, the machine and what is asked for."""
+import dataclasses
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
 from zoo.models import is_dense
+from zoo.predicting.restoration import scale_of
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
 from zoo.reading.volumes import Grid, open_volume
@@ -31,15 +33,17 @@ FITTING = {
     "masks": "a U-Net in 2-D, such as attention_unet_nano, or the backbone of one, such as biformer_nano",
     "boxes": "the backbone of a detector, such as biformer_nano",
     "volumes": "a U-Net in 3-D, such as attention_unet3d_nano",
+    "pictures": "a network that restores pictures, such as a2n_nano_x2",
 }
 # What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
 HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
 # Of a training by default, if there are epochs enough. U-Nets in 2-D stay at the background for some hundred steps.
-STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000}
+STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000, "pictures": 1500}
 EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
-RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4)}
+RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4),
+                                         "pictures": (3e-3, 3e-4)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
@@ -47,6 +51,8 @@ WINDOW, WINDOW_3D = 256, 96  # longest sides of what U-Nets see at once
 LONGEST = 640  # pixels of a picture that a detector sees
 NARROW = 64  # channels of a detector around a network that has no more than 256
 LOOKED_AT = 8  # volumes, for their intensities
+CROP, CROPS = 48, (4, 64)  # side of what a restoring network sees of a small picture at once, and how often in an epoch of each
+KEPT = 100e6  # pixels of pictures that are kept in memory
 AIR = -500  # Hounsfield units, below which only computed tomography goes
 
 
@@ -114,12 +120,16 @@ def check_fits_data(model: str, data: OwnData) -> None:
         raise InputError(f"{model} is {NAMED[kind]}, and {data.root} holds {data.form}, which need {FITTING[data.task]}")
 
 
-KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",)}
-NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks"}
+KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",),
+                                      "pictures": ("restorer",)}
+NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks",
+         "restorer": "a network that restores pictures"}
 
 
 def kind_of(model: str) -> str:
-    """ "unet" or "unet3d" for U-Nets, "network" for other registered models."""
+    """ "unet" or "unet3d" for U-Nets, "restorer" for networks that give pictures, "network" for other registered models."""
+    if getattr(_family(model), "TASK", None) == "restoration":
+        return "restorer"
     if not is_dense(model):
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
@@ -374,5 +384,28 @@ def boxes_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
                     f"{mirrored_or_not(mirrored)}", *told]
 
 
+def pictures_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To make small pictures large again, `scale` times, as the network's name has it."""
+    if wishes.freeze:
+        raise InputError(f"--freeze leaves nothing of {model} to learn, which has no head for other data")
+    scale = scale_of(timm.create_model(model, device="meta"))
+    sizes = picture_sizes([sample.path for samples in data.splits.values() for sample in samples])
+    least = picture_sizes([sample.path for sample in data.splits["train"]])
+    crop = min(wishes.size or CROP, min(map(min, least)) // scale)
+    if crop < 1:
+        raise InputError(f"a picture of {data.root} has fewer than {scale} pixels on a side, which {model} makes of one")
+    fewest, most = CROPS
+    crops = max(fewest, min(most, round(statistics.median(map(math.prod, sizes)) / (scale * crop) ** 2)))
+    wishes = dataclasses.replace(wishes, batch=wishes.batch or min(16, crops * len(least)))
+    config, told = started("pictures", data, wishes, "restoration/psnr", crops)
+    cache = sum(map(math.prod, sizes)) <= KEPT
+    merge(config, {
+        "model.name": model, **{f"{part}_dataloader.dataset": dict(scale=scale, cache=cache) for part in PARTS},
+        "train_dataloader.dataset": dict(crop=crop, crops=crops), **of_network(wishes, "model.args")})
+    return config, [f"pictures {extent(sizes)} pixels are made {scale} times smaller, and squares of {scale * crop} pixels are learned, "
+                    f"{crops} of each in an epoch, turned and mirrored", *told]
+
+
 BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {
-    "classes": classes_config, "masks": masks_config, "volumes": volumes_config, "boxes": boxes_config}
+    "classes": classes_config, "masks": masks_config, "volumes": volumes_config, "boxes": boxes_config,
+    "pictures": pictures_config}

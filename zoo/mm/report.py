@@ -24,6 +24,7 @@ from zoo.errors import InputError, first_few, near_misses
 from zoo.files import check_writable, replacing
 from zoo.measuring import per_class
 from zoo.measuring.per_class import Boxes, Row
+from zoo.measuring.restoration import measured
 from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, load_from_local, safe_files
 from zoo.mm.config import change_texts, load_config, scope
 from zoo.mm.data_checks import build_dataset
@@ -36,6 +37,7 @@ from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
 from zoo.reading.pictures import open_picture
 from zoo.reading.scalars import STAMP, Scalars, read_scalars
+from zoo.reading.shrinking import enlarge
 from zoo.seeing import mistakes
 from zoo.seeing.curves import PERCENT, training_charts
 from zoo.seeing.figures import grey
@@ -43,7 +45,7 @@ from zoo.seeing.mistakes import CONFUSED, DIFFERENCES
 from zoo.seeing.report import Mistake, Mistakes, Report, render
 
 NAME = "report.html"
-WORST = {"classes": 24, "masks": 8, "boxes": 12}  # mistakes that are pictured
+WORST = {"classes": 24, "masks": 8, "boxes": 12, "pictures": 6}  # mistakes that are pictured
 NUMBERS = 4  # metrics in the page's head
 THRESHOLD = 0.3  # score of boxes that are drawn
 LEGEND = 30  # classes in the legend of masks
@@ -115,11 +117,11 @@ def _evaluate(config: Config, model: Any) -> dict:
     dataset = loader.dataset
     metrics = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
-    answers = (kind or (_Classes if model.task == "classification" else _Masks))(dataset)
+    answers = (kind or {"classification": _Classes, "restoration": _Pictures}.get(model.task, _Masks))(dataset)
     config.test_evaluator = config.val_evaluator  # what the next reads
     table: list[Any] = []
     try:
-        table.append(class_table(config))
+        table += [class_table(config)] if answers.of_classes else []
     except InputError as error:
         answers.notes.append(f"There is no table of classes: {error}.")
     evaluator = Evaluator([*metrics, *table])
@@ -145,6 +147,7 @@ class _Answers:
     """
 
     most: int
+    of_classes = True
 
     def __init__(self, dataset: Any):
         self.names = [str(name) for name in dataset.metainfo["classes"]]
@@ -283,6 +286,38 @@ class _Masks(_Areas):
         return {"table": table, "by": "iou", "distance": "pixels", "mistakes": self.worst_masks()}
 
 
+class _Pictures(_Answers):
+    """Of networks that restore pictures."""
+
+    most = WORST["pictures"]
+    of_classes = False
+
+    def add(self, batch: dict, samples: Sequence[Any]) -> None:
+        for sample in samples:
+            given, restored, target = (sample[name].cpu() for name in ("given", "restored", "target"))
+            scale = target.shape[1] // given.shape[1]
+            bicubic = enlarge(given, scale)
+            found, usual = (measured(picture, target, scale)["psnr"] for picture in (restored, bicubic))
+            shown = {"bicubic": bicubic, "restored": restored, "true": target}
+            self.offer(1 / max(found, 1e-3), lambda shown=shown, found=found, usual=usual: Mistake(
+                f"{found:.2f} dB", f"{self.name()}: bicubic interpolation has {usual:.2f} dB; the place where the network is furthest off",
+                [(name, picture) for name, picture in _furthest(shown).items()]))
+            self.count += 1
+
+    def said(self, rows: Sequence[Row]) -> dict:
+        return {"by": "", "mistakes": self.worst("The pictures that come least close, the least first.", "No picture is there.")}
+
+
+def _furthest(pictures: Mapping[str, torch.Tensor], side: int = 96) -> dict[str, Image.Image]:
+    """Of pictures (C, H, W) the square where "restored" differs most from "true"."""
+    error = (pictures["restored"].float() - pictures["true"].float()).square().mean(0)
+    height, width = (min(side, length) for length in error.shape)
+    means = torch.nn.functional.avg_pool2d(error[None], (height, width), 8)[0]
+    row, column = (8 * place for place in divmod(int(means.argmax()), means.shape[1]))
+    square = (slice(None), slice(row, row + height), slice(column, column + width))
+    return {name: Image.fromarray(picture[square].permute(1, 2, 0).expand(-1, -1, 3).numpy().copy()) for name, picture in pictures.items()}
+
+
 class _Scenes(_Areas):
     """Of mmsegmentation's segmentors."""
 
@@ -397,7 +432,7 @@ def _report(config: Config, paths: _Paths, scalars: Scalars, model: Any, trained
     facts = {
         "Model": f"{network}, {parameters / 1e6:.2f} million parameters",
         "Data": f"{data}: {len(trained_on):,} samples to train on" + (f", {held_out:,} held out" if held_out else ""),
-        "Classes": first_few(trained_on.metainfo["classes"], NAMED),
+        **({"Classes": first_few(trained_on.metainfo["classes"], NAMED)} if len(trained_on.metainfo["classes"]) else {}),
         "Checkpoint": f"{paths.checkpoint.name}, of {unit} {at}" + (f", the best by {best}" if is_best and best else ""),
         "Trained": f"{begun:%Y-%m-%d %H:%M} to {ended:{'%H:%M' if ended.date() == begun.date() else '%Y-%m-%d %H:%M'}}{runs}",
     }

@@ -39,6 +39,7 @@ from zoo.mm.downstream import SOURCES
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
+from zoo.mm.restorer import Restorer
 from zoo.mm.runner import Runner, unlogged, warnings_in_the_log
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
@@ -243,7 +244,7 @@ def check_model(config: Config) -> None:
 def read_start(model: nn.Module) -> None:
     """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
     for part in model.modules():
-        if isinstance(part, TimmBackbone | ImageClassifier | Segmentor):
+        if isinstance(part, TimmBackbone | ImageClassifier | Restorer | Segmentor):
             part.init_weights()
 
 

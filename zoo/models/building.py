@@ -18,7 +18,7 @@ ELSEWHERE = "zoo: the weights are read when the model is there"  # the one entry
 
 
 def is_dense(name: str) -> bool:
-    """Whether the answer of a registered model is a map of its input's size, as a U-Net's, which its family says by `DENSE`."""
+    """Whether a registered model's answer is a map, such as a mask or a picture, and not classes: its family says `DENSE`."""
     return getattr(sys.modules[timm.model_entrypoint(name).__module__], "DENSE", False)
 
 

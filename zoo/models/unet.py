@@ -18,12 +18,10 @@ from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
-from zoo.kernels._backends import in_functorch
-from zoo.kernels._exporting import is_exporting
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
 from zoo.layers._scripting import refuse_scripting
-from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
+from zoo.layers._spatial import CONV, MAX_POOL, SIZES, Norm, channels_last, check_spatial, crop, norm_layer, pad_to_multiple, resize
 from zoo.layers.connectivity import class_logits, map_channels
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
@@ -99,14 +97,6 @@ class ConvEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         self.grad_checkpointing = enable
-
-
-@register_notrace_function
-def channels_last(x: Tensor) -> Tensor:
-    """x, on the CPU with channels last in memory, where convolutions are up to twice as fast."""
-    if x.device.type != "cpu" or is_exporting() or in_functorch():
-        return x
-    return x.clone(memory_format=CHANNELS_LAST[x.ndim - 2])  # a copy, since `contiguous` leaves one channel as it is
 
 
 class TimmEncoder(nn.Module):

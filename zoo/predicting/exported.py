@@ -32,6 +32,7 @@ class ExportedNetwork(nn.Module):
         self.session = open_session(path)
         self.said = read_metadata(self.session, path)
         self.num_classes = len(self.said["classes"]) or self.session.get_outputs()[0].shape[1]
+        self.scale = self.said.get("scale")  # of networks that restore pictures: how many times larger they get
 
     @property
     def of_toolbox(self) -> bool:
@@ -52,11 +53,13 @@ class ExportedNetwork(nn.Module):
 
 
 def exported_info(network: ExportedNetwork) -> ModelInfo:
-    """What is known about a classifier or U-Net. Raises InputError for metadata that are not sound."""
+    """What is known about a classifier, a U-Net or a network that restores pictures. Raises InputError for metadata that are not sound."""
     said = network.said
     check_record(network.path, said, needed=("model", "input_size"))
+    if said["task"] == "restoration" and not (isinstance(network.scale, int) and network.scale >= 1):
+        raise InputError(f"{network.path} records scale={network.scale!r}, where a whole number above 0 is needed")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()
-              if key not in ("model", "classes", "task")}
+              if key not in ("model", "classes", "task", "scale")}
     return ModelInfo(said["model"], tuple(said["classes"]), config, said["task"])
 
 

@@ -1,6 +1,6 @@
-"""Segmentation in overlapping windows, with memory for one row of them."""
+"""Overlapping windows, with memory for one row of them."""
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -18,11 +18,8 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
             progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
     """The most probable class of every position: x (C, *sizes) → (*sizes), of `label_dtype`, on the CPU.
 
-    Logits of overlapping windows are added with Gaussian weights that favour a window's centre. Windows run along the
-    first axis last, and positions are settled as soon as no window is left that holds them: beside x and the result, only
-    `classes` × window[0] numbers per position of the other axes are kept, however long the first axis.
-
-    Where x is smaller than the window, it is padded on both sides with zeros, as MONAI's windows are in evaluation.
+    Logits of overlapping windows are added, see `settled`. Where x is smaller than the window, it is padded on both sides with zeros, as
+    MONAI's windows are in evaluation.
 
     `progress` is called with the numbers of windows done and in all. Raises InputError for a window of other dimensions, and for
     logits that are not finite.
@@ -30,15 +27,35 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
     sizes = tuple(x.shape[1:])
     if len(window) != len(sizes):
         raise InputError(f"the model takes {len(window)}-D input, and this is {len(sizes)}-D, of size {times(sizes)}")
-    check_overlap(overlap)
     x, inside = padded(x, window)
-    whole, sizes = sizes, tuple(x.shape[1:])
+    labels = torch.empty(x.shape[1:], dtype=label_dtype(classes))
+    for first, sums, _ in settled(model, x, window, channels=classes, overlap=overlap, batch=batch, progress=progress):
+        labels[first:first + sums.shape[1]] = sums.argmax(0).to(labels.dtype)
+    return labels[inside].clone() if sizes != x.shape[1:] else labels
+
+
+def settled(model: nn.Module, x: Tensor, window: Sequence[int], *, channels: int, overlap: float = 0.25, batch: int = 4, scale: int = 1,
+            progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What a network says of overlapping windows of x (C, *sizes), added: slab for slab along the first axis.
+
+    Gives the first position of each slab, the sums (channels, length, *sizes[1:]) and the sums of the weights (length, *sizes[1:]), on
+    the CPU. Weights are Gaussian and favour a window's centre. Windows run along the first axis last, and positions are settled as soon
+    as no window is left that holds them: beside x, only `channels` × window[0] numbers per position of the other axes are kept, however
+    long the first axis.
+
+    The network gives `channels` for `scale` positions of each of the window's along every axis; sizes and positions of what is
+    given here are so many times those of x, which is at least as large as the window.
+
+    Raises InputError for what is not finite.
+    """
+    check_overlap(overlap)
+    sizes = tuple(x.shape[1:])
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     starts = [_starts(n, w, overlap) for n, w in zip(sizes, window, strict=True)]
     rows, places = starts[0], list(itertools.product(*starts[1:]))
-    weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(w) for w in window]).clamp(min=LEAST)
-    labels = torch.empty(sizes, dtype=label_dtype(classes))
-    sums = torch.zeros(classes, window[0], *sizes[1:])
+    weights = reduce(lambda a, b: a[..., None] * b, [_gaussian(scale * w) for w in window]).clamp(min=LEAST)
+    sums = torch.zeros(channels, scale * window[0], *(scale * n for n in sizes[1:]))
+    shares = torch.zeros(sums.shape[1:])
     done = 0
     for row, following in zip(rows, [*rows[1:], sizes[0]], strict=True):
         for i in range(0, len(places), batch):
@@ -46,17 +63,19 @@ def segment(model: nn.Module, x: Tensor, window: Sequence[int], *, classes: int,
             cuts = [tuple(slice(start, start + w) for start, w in zip(place, window[1:], strict=True)) for place in chunk]
             windows = torch.stack([x[(slice(None), slice(row, row + window[0]), *cut)] for cut in cuts])
             with torch.inference_mode():
-                logits = model(windows.to(device)).float().cpu()
-            if not logits.isfinite().all():
+                given = model(windows.to(device)).float().cpu()
+            if not given.isfinite().all():
                 raise InputError("what the network gives is not finite: its weights, or the input, are not, or overflow its precision")
-            for cut, scores in zip(cuts, logits, strict=True):
-                sums[(slice(None), slice(None), *cut)] += scores * weights
+            for cut, values in zip(cuts, given, strict=True):
+                at = (slice(None), *(slice(scale * part.start, scale * part.stop) for part in cut))
+                sums[(slice(None), *at)] += values * weights
+                shares[at] += weights
             done += len(chunk)
             progress(done, len(rows) * len(places))
-        settled = following - row
-        labels[row:following] = sums[:, :settled].argmax(0).to(labels.dtype)
-        sums = torch.cat([sums[:, settled:], torch.zeros_like(sums[:, :settled])], 1)
-    return labels[inside].clone() if whole != sizes else labels
+        length = scale * (following - row)
+        yield scale * row, sums[:, :length], shares[:length]
+        sums = torch.cat([sums[:, length:], torch.zeros_like(sums[:, :length])], 1)
+        shares = torch.cat([shares[length:], torch.zeros_like(shares[:length])])
 
 
 def padded(x: Tensor, window: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:

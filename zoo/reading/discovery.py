@@ -17,7 +17,7 @@ from zoo.reading.decathlon import read_task
 from zoo.reading.masks import read_picture_mask
 from zoo.reading.own_data import OwnData, Sample, picture_sizes
 from zoo.reading.pairs import pair
-from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
+from zoo.reading.pictures import PICTURE_SUFFIXES, files_below, find_pictures
 from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
 
 FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
@@ -99,6 +99,18 @@ def class_folders(root: Path, pictures: Sequence[Path]) -> OwnData:
     places = {name: place for place, name in enumerate(classes)}
     splits = {split: [Sample(path, (places[parts[0]],)) for path, parts in files] for split, files in found.items()}
     return OwnData(root, "classes", "class folders", tuple(classes), splits, tuple(notes))
+
+
+def plain_pictures(path: str | Path) -> OwnData:
+    """The pictures in a folder, whatever its folders mean but those named after splits. Raises InputError where there are none."""
+    root = Path(path)
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder, which restoring pictures is learned from")
+    pictures = find_pictures([root])
+    top = sorted({picture.relative_to(root).parts[0] for picture in pictures if picture.parent != root})
+    folders = (split_folders(root, top) if any(map(split_of, top)) else {}) or {"train": root}
+    splits = {split: [Sample(picture, (0,)) for picture in pictures if folder in picture.parents] for split, folder in folders.items()}
+    return OwnData(root, "pictures", "pictures", ("picture",), splits)
 
 
 def pairs(root: Path, files: Sequence[Path]) -> dict[str, list[tuple[Path, Path]]]:

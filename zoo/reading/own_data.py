@@ -17,7 +17,7 @@ from zoo.reading.masks import read_picture_mask
 from zoo.reading.pictures import opening, seen_size
 from zoo.reading.splits import held_out, identical_files
 
-Task = Literal["classes", "masks", "boxes", "volumes"]
+Task = Literal["classes", "masks", "boxes", "volumes", "pictures"]
 
 SAMPLES = "samples.csv"
 COLUMNS = ("split", "path", "label")  # of the lists that training reads

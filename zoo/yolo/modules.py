@@ -7,7 +7,8 @@ import zoo.layers
 from zoo.backbones import FeatureMaps
 from zoo.errors import InputError
 
-MAPS = ("ATConv", "DAS", "DeformableTokenMerging", "HaloAttention", "PolarizedSelfAttention", "SelectiveKernelUnit")
+MAPS = ("ATConv", "AttentionInAttention", "ChannelSpatialAttention", "DAS", "DeformableTokenMerging", "HaloAttention",
+        "PolarizedSelfAttention", "SelectiveKernelUnit")
 TOKENS = ("AggregatedAttention", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast", "FullyAttentionalBlock",
           "HiLoAttention", "LengthScaledAttention", "TokenAwareAvgPool", "TokenMixing")
 GATES = ("AttentionGate", "MultiAttentionGate")
