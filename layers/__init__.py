@@ -19,6 +19,7 @@ from .mixture_of_heads import MixtureOfHeadAttention, MixtureOfHeads
 from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .polarized import PolarizedSelfAttention
+from .pyramid_attention import AxialAttention, PyramidAxialAttention, ScaleInvariantContextAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
@@ -27,12 +28,12 @@ from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "BiLevelRoutingAttention", "ChannelProcessing", "ContextBroadcast",
-    "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention",
-    "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead",
-    "NormalizedAttention", "PolarizedSelfAttention", "PyramidSparseAttention", "RelationalAttention", "SelectiveKernelUnit",
-    "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture",
-    "gilbert_order", "pyramid_levels",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "AxialAttention", "BiLevelRoutingAttention", "ChannelProcessing",
+    "ContextBroadcast", "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock", "HaloAttention",
+    "HedgehogAttention", "HiLoAttention", "LengthScaledAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate",
+    "MultipleInstanceHead", "NormalizedAttention", "PolarizedSelfAttention", "PyramidAxialAttention", "PyramidSparseAttention",
+    "RelationalAttention", "ScaleInvariantContextAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention",
+    "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "capture", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

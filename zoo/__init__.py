@@ -13,6 +13,7 @@ if not _command.import_is_put_off:
         AttentionDiversificationLoss,
         LoadBalancingLoss,
         MultipleInstanceLoss,
+        SaliencyPyramidLoss,
         SparsifinerReconstructionLoss,
         TokenDistillationLoss,
     )
@@ -25,6 +26,7 @@ if not _command.import_is_put_off:
         deit,
         fan,
         halonet,
+        inspyrenet,
         lambda_deit,
         list_models,
         litv2,
@@ -42,8 +44,8 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "SparsifinerReconstructionLoss", "TokenDistillationLoss", "attach", "attention_share", "attnet", "biformer",
-    "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "lambda_deit", "list_models", "litv2",
-    "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
-    "transnext", "unet", "vidat", "weights_in",
+    "MultipleInstanceLoss", "SaliencyPyramidLoss", "SparsifinerReconstructionLoss", "TokenDistillationLoss", "attach", "attention_share",
+    "attnet", "biformer", "capture", "choose_blocks", "das", "deit", "fan", "fold", "halonet", "head_importance", "inspyrenet",
+    "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe", "prune_heads", "remove_attention",
+    "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
 ]

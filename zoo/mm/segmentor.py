@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo.errors import InputError
 from zoo.mm.monai import monai_part
 from zoo.mm.networks import create_network, freeze_but, plain
-from zoo.models.unet import TimmEncoder
+from zoo.models.encoders import TimmEncoder
 from zoo.weights import load_weights, weights_in
 
 
