@@ -23,11 +23,13 @@ ARGS = dict(
     AttentionGate=(16, 24), MultiAttentionGate=(16, 24), ChannelProcessing=(16, 2, 32), FullyAttentionalBlock=(16, 2), TokenMixing=(16, 2),
     HedgehogAttention=(2, 8), NormalizedAttention=(2, 8), PyramidSparseAttention=(2, 8, (3, 5)), SelfAttention=(16, 2),
     EfficientProbing=(16, 4), MixtureOfHeads=(16, 4, 1, 2), MixtureOfHeadAttention=(4, 4, 16),
-    MultipleInstanceHead=(16, 2), ScaleInvariantContextAttention=(16, 8, (4, 6)), SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2))
+    MultipleInstanceHead=(16, 2), ScaleInvariantContextAttention=(16, 8, (4, 6)),
+    SparsifinerAttention=(2, 8, (3, 4)), DualAttention=(16, 1, 1), RelationalAttention=(16, 2))
 ALL_PARTS = dict(  # arguments with which a layer has every parameter it can have
     BiLevelRoutingAttention=dict(soft_routing=True, differentiable_routing=True, learned_routing=True),
     ContextBroadcast=dict(scaled=True), FullyAttentionalBlock=dict(num_scales=2), PolarizedSelfAttention=dict(layout="sequential"),
-    NormalizedAttention=dict(normalizer="rela"), ScaleInvariantContextAttention=dict(laplacian=True), SelfAttention=dict(normalizer="entmax", gate="head", qkv_bias=True))
+    NormalizedAttention=dict(normalizer="rela"), ScaleInvariantContextAttention=dict(laplacian=True),
+    SelfAttention=dict(normalizer="entmax", gate="head", qkv_bias=True))
 
 
 def classes(name: str) -> int:

@@ -5,7 +5,8 @@ mm_modules/DCN of ziplab/LITv2; models/AttNet.py of price112/Attentive-Convoluti
 TAPADL_FAN/models/fan.py of guoyongcs/TAPADL; classification/models/imagenet/resnet_sk.py of implus/PytorchInsight;
 MoH-ViT/{transnext,attention,attention_native}.py of SkyworkAI/MoH; semantic-segmentation/network/PSA.py of DeLightCMU/PSA;
 models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of ozan-oktay/Attention-Gated-Networks; vision_models.py,
-relational_attention.py and symbol_retrieval.py of dual-attention 0.0.7 (PyPI). HaloNet, DAS and context broadcasting have no code of
+relational_attention.py and symbol_retrieval.py of dual-attention 0.0.7 (PyPI); lib/modules of plemeri/InSPyReNet.
+HaloNet, DAS and context broadcasting have no code of
 their authors.
 """
 import math
@@ -67,6 +68,7 @@ TABLE = {  # by family: patterns of names, the first that fits counts
     "polarized_resnet_nano": [(r"aa\.(channel_query|channel_value|spatial_query|spatial_value)\.weight", "fan in"),
                               (r"aa\.channel_up\.1\.weight", ONE), (r"aa\.channel_up\.1\.bias", ZERO), (r"aa\.", "convolutions"),
                               (r".", None)],  # the rest is timm's ResNet
+    "inspyrenet_nano": [*NORMS, (r"gamma$", ZERO), (r"threshold$", ("=", 0.5)), (r"^backbone", None), (r"weight$", "fan in")],
     "attention_unet3d_nano": [(r"norm\d?\.weight", "around 1"), (r"norm\d?\.bias", ZERO), (r"weight$", "fan in"),
                               (r"bias$", "torch, of the weight")],
 }

@@ -115,7 +115,7 @@ def test_the_table_of_a_model_names_layers_and_widths(monkeypatch):
     assert "[16, {'ratio': 0.5}]" in das and "[16, 32, {}]" in merging
 
 
-BACKBONES = [name for name in zoo.list_models("*_nano*") if "unet" not in name and "3d" not in name]
+BACKBONES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

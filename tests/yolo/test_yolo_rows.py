@@ -27,7 +27,7 @@ def test_every_layer_has_a_place():
     of_rows = {  # of tokens
         "DualAttention", "EfficientProbing", "HedgehogAttention", "MixtureOfHeadAttention", "MixtureOfHeads", "MultipleInstanceHead",
         "NormalizedAttention", "PyramidSparseAttention", "RelationalAttention", "SelfAttention", "SimPool", "SparsifinerAttention",
-        "SymbolicAttention"}
+        "SymbolicAttention"} | {"AxialAttention", "PyramidAxialAttention", "ScaleInvariantContextAttention"}  # of InSPyReNet
     layers = {name for name in zoo.layers.__all__ if isinstance(getattr(zoo.layers, name), type)}
     assert layers - of_rows == set(LAYERS)
 

@@ -461,17 +461,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     "inspyrenet.untrained": _cfg(),
-    "inspyrenet_swin_b.untrained": _cfg(first_conv="backbone.patch_embed.proj"),
-    "inspyrenet_res2net50.untrained": _cfg(first_conv="backbone.model.conv1.0"),
+    "inspyrenet_swin_b.plus_ultra": _cfg(
+        url="https://github.com/plemeri/transparent-background/releases/download/1.2.12/ckpt_fast.pth",
+        first_conv="backbone.patch_embed.proj"),
+    "inspyrenet_res2net50.duts": _cfg(first_conv="backbone.model.conv1.0"),
     "inspyrenet_nano.untrained": _cfg(input_size=(3, 96, 96)),
 })
 
 
 def _inspyrenet(variant: str, pretrained: bool, **kwargs: Any) -> InSPyReNet:
-    """`pretrained` is about the encoder, unless weights of the whole network are named."""
+    """`pretrained` is about the encoder, unless weights of the whole network are named, or offered by its authors."""
     if kwargs.get("features_only"):
         raise RuntimeError(f"features_only is not implemented for {variant}: it gives a map of the input's size")
-    if pretrained and not names_weights(kwargs):
+    if pretrained and not names_weights(kwargs) and not cast(Any, timm.get_pretrained_cfg(variant)).url:
         pretrained, kwargs["encoder_args"] = False, dict(kwargs.get("encoder_args") or {}, pretrained=True)
     return build_model_with_cfg(InSPyReNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
@@ -484,7 +486,10 @@ def inspyrenet(pretrained: bool = False, **kwargs: Any) -> InSPyReNet:
 
 @register_model
 def inspyrenet_swin_b(pretrained: bool = False, **kwargs: Any) -> InSPyReNet:
-    """The authors' larger network, around Swin-B; also that of transparent-background."""
+    """The authors' larger network, around Swin-B; also that of transparent-background, whose weights `pretrained=True` takes.
+
+    They are those of its mode "fast". Those of its mode "base", ckpt_base.pth beside them, are for `base_size=(1024, 1024)`.
+    """
     return _inspyrenet("inspyrenet_swin_b", pretrained, **dict(dict(encoder="swin_padded"), **kwargs))
 
 
