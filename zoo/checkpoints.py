@@ -37,8 +37,8 @@ class ModelInfo:
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
     `crop_mode`. For segmentation `input_size` is that of a window, for saliency that of
     the first look, in 3-D (channels, depth, height, width), and `spacing` and `clip` are
-    what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported; `output` is what the model
-    gives, by name; `changes` what was done to the network after it was built, see `zoo.changes`.
+    what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported; `output` is what the
+    model gives, by name; `changes` what was done to the network after it was built, see `zoo.changes`.
     """
 
     name: str

@@ -49,7 +49,8 @@ PARTS = ("train", "val", "test")
 HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
 BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 # Of metrics, the prefix and name of the number that says which checkpoint is the best.
-BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "IoUMetric": ("", "mIoU"),
+BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "SaliencyMetrics": ("saliency", "S"),
+        "IoUMetric": ("", "mIoU"),
         "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes", "averageScore")}
 # Keys of the config that arguments of training and testing say, and how.
 ARGUMENTS = {"resume": "--resume says so", "launcher": "--launcher says which"}
