@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS, GOLDEN = ROOT / "docs" / "cards", ROOT / "tests" / "golden"
 VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its authors' code
     "a2n": ("a2n",), "atconv": ("atconv", "attnet"), "connectivity": ("connectivity",), "dual": ("dual_attention",),
-    "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "holistic": ("han",), "moh": ("moh",), "parts": ("ifam",),
+    "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "holistic": ("han",), "inspyrenet": ("inspyrenet",),
+    "moh": ("moh",), "parts": ("ifam",),
     "polarized": ("polarized",), "removal": ("attention_removal",), "routing": ("bra", "biformer"),
     "sk": ("sk",), "tap": ("tap", "fan", "adl"),
 }
+TESTS = {"inspyrenet": "tests/models/test_inspyrenet.py"}  # where it is not the one of most
 OURS = {  # manifests of another name than our model's
     "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}
 
@@ -59,7 +61,8 @@ def _verified(mechanism: str) -> str:
         sources = sorted({case["reference"].split(" ")[0] for case in cases})
         counted = ", ".join(f"{number} × {name}" for name, number in counts.items())
         lines.append(f"| outputs and all gradients as the authors' code gives them, {counted} "
-                     f"| numbers of {' and '.join(sources)}, float32, 1e-5 and 1e-4 | `tests/models/test_conformance.py` |")
+                     f"| numbers of {' and '.join(sources)}, float32, 1e-5 and 1e-4 "
+                     f"| `{TESTS.get(mechanism, 'tests/models/test_conformance.py')}` |")
     if manifests:
         named = ", ".join(f"`{name}`" for name in manifests)
         lines.append(f"| every name and shape of the weights of the authors' networks, and the count of parameters: {named} "

@@ -23,6 +23,7 @@ from .multiple_instance import MultipleInstanceHead
 from .normalized_attention import NormalizedAttention
 from .part_discovery import PartDiscovery
 from .polarized import PolarizedSelfAttention
+from .pyramid_attention import AxialAttention, PyramidAxialAttention, ScaleInvariantContextAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
 from .self_attention import AROUND, SelfAttention
@@ -31,13 +32,13 @@ from .sparsifiner import SparsifinerAttention
 from .token_aware_avg_pool import TokenAwareAvgPool
 
 __all__ = [
-    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "AttentionInAttention", "BiLevelRoutingAttention", "ChannelProcessing",
-    "ChannelSpatialAttention", "ContextBroadcast", "DeformableTokenMerging", "DualAttention", "EfficientProbing", "FullyAttentionalBlock",
-    "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention", "MixtureOfHeadAttention",
-    "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery", "PolarizedSelfAttention",
-    "PyramidSparseAttention", "RelationalAttention", "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention",
-    "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing", "bilateral_voting", "capture", "connectivity_target", "gilbert_order",
-    "pyramid_levels",
+    "DAS", "ATConv", "AggregatedAttention", "AttentionGate", "AttentionInAttention", "AxialAttention", "BiLevelRoutingAttention",
+    "ChannelProcessing", "ChannelSpatialAttention", "ContextBroadcast", "DeformableTokenMerging", "DualAttention", "EfficientProbing",
+    "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention",
+    "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery",
+    "PolarizedSelfAttention", "PyramidAxialAttention", "PyramidSparseAttention", "RelationalAttention", "ScaleInvariantContextAttention",
+    "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
+    "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

@@ -1,7 +1,7 @@
 """Uses a trained model on pictures and volumes.
 
-Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects; writes sharper
-pictures. Answers are printed, and written as tables, as COCO's results, as pictures and masks.
+Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects, and cuts them out;
+writes sharper pictures. Answers are printed, and written as tables, as COCO's results, as pictures and masks.
 """
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.checkpoints import ModelInfo, Opened
     from zoo.predicting.answers import Answers
     from zoo.predicting.classification import Prediction
+    from zoo.predicting.cutouts import CutOut
     from zoo.predicting.label_maps import Labelled
     from zoo.predicting.scenes import Scene, SceneInfo
 
@@ -31,6 +32,7 @@ OPTIONS = {
     "window": ("networks that look at pictures or volumes in windows", None),
     "overlap": ("networks that look at pictures or volumes in windows", 0.25), "threshold": ("detectors", 0.3),
     "ensemble": ("networks that restore pictures", False),
+    "resolution": ("networks that cut out objects", None),
 }
 
 
@@ -40,16 +42,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                     "work_dirs/ct/epoch_200.pth abdomen.nii.gz -o mask.nii.gz",
                     "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o answers.json",
                     "work_dirs/sharper/epoch_40.pth holiday/ --ensemble -o larger/",
-                    "digits.onnx scans/ -o sheet.png")
+                    "digits.onnx scans/ -o sheet.png",
+                    "latest.pth photos/ --model inspyrenet_swin_b -o cutouts/")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote, or an ONNX file that `zoo export` wrote")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
+    parser.add_argument("--model", metavar="NAME",
+                        help="the model that a file of its authors' weights is for; only for networks that cut out objects")
     parser.add_argument("--top", type=int, help="classes to name for each picture (default: 5)")
     parser.add_argument("--batch", type=int, help="pictures at once (default: 32)")
     parser.add_argument("-o", "--output",
                         help="where to write answers: NAME.csv or NAME.json, of detectors in COCO's form; a picture (several become a "
                              "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask, "
-                             "for networks that restore the picture itself; "
+                             "for networks that restore the picture itself, "
+                             "for those that cut out objects the object on a transparent background, with its mask beside it; "
                              "any name without a suffix: a folder with a table and these files")
     parser.add_argument("--window", type=int, nargs="+", metavar="N",
                         help="sizes of sliding windows (default: those of training; 256 256 where pictures are restored)")
@@ -57,6 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="share of a window that the next one covers too (default: 0.25; 0.125 where pictures are restored)")
     parser.add_argument("--ensemble", action="store_true", default=None,
                         help="restore the mean of a picture turned and mirrored in all eight ways; eight times the work")
+    parser.add_argument("--resolution", type=int, metavar="N",
+                        help="shorter side, in pixels, at which the edges of objects are looked at (default: 10/3 of the size of training)")
     parser.add_argument("--threshold", type=float, help="lowest score of a detector's boxes (default: 0.3)")
     return parser.parse_args(arguments)
 
@@ -64,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
-    from zoo.checkpoints import TOOLBOX_TASKS, load_trained, opened
+    from zoo.checkpoints import TOOLBOX_TASKS, load_released, load_trained, opened
     from zoo.predicting.exported import ExportedNetwork, exported_info, exported_scene_info, predict_exported
     from zoo.reading.onnx_files import ONNX_SUFFIX
 
@@ -73,12 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
         if network.of_toolbox:
             return find(args, exported_scene_info(network), lambda *given, **options: predict_exported(network, *given, **options))
         model, info = network, exported_info(network)
+    elif args.model is not None:
+        model, info = load_released(args.model, args.checkpoint)
+        if info.task != "saliency":
+            raise InputError(f"--model is for networks that cut out objects, and {args.model} is none of them")
     else:
         checkpoint = opened(args.checkpoint)
         if checkpoint.task in TOOLBOX_TASKS:
             return find_by_toolbox(args, checkpoint)
         model, info = load_trained(checkpoint)
-    return {"segmentation": segment, "restoration": restore}.get(info.task, name)(args, model, info)
+    return {"segmentation": segment, "restoration": restore, "saliency": cut_out}.get(info.task, name)(args, model, info)
 
 
 def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
@@ -138,6 +150,26 @@ def restore(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
     found = restore_each(model, info, files, window=args.window, overlap=args.overlap, ensemble=args.ensemble, failed=failures,
                          progress=lambda path, done, total: progress(f"{path}: tile {done}/{total}"))
     return report(found, lambda restored: [f"{size[0]}×{size[1]}" for size in (restored.picture.size,)], answers, failures)
+
+
+def cut_out(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
+    """Cuts the object out of pictures."""
+    from zoo.predicting.cutouts import CutOuts, cut_each
+    from zoo.reading.pictures import find_pictures
+
+    settle(args, info.name, "resolution")
+    if args.output is None:
+        raise InputError(f"{args.checkpoint} cuts out objects, and these have to go somewhere: name a file or folder with -o")
+    pictures = unique(find_pictures(args.inputs))
+    answers, failures = CutOuts(pictures, args.output), Failures(len(pictures))
+
+    def counted() -> "Iterator[CutOut]":
+        for done, found in enumerate(cut_each(model, info, pictures, resolution=args.resolution, failed=failures), 1):
+            if len(pictures) > 1:
+                print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
+            yield found
+
+    return report(counted(), lambda found: [f"object  {found.share():7.2%}, certain to {found.certainty:.0%}"], answers, failures)
 
 
 def find_by_toolbox(args: argparse.Namespace, checkpoint: "Opened") -> int:

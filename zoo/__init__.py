@@ -15,6 +15,7 @@ if not _command.import_is_put_off:
         LoadBalancingLoss,
         MultipleInstanceLoss,
         PartDiscoveryLoss,
+        SaliencyPyramidLoss,
         SparsifinerReconstructionLoss,
         TeacherAttentionLoss,
         TokenDistillationLoss,
@@ -32,6 +33,7 @@ if not _command.import_is_put_off:
         halonet,
         han,
         ifam,
+        inspyrenet,
         lambda_deit,
         list_models,
         litv2,
@@ -49,9 +51,9 @@ if not _command.import_is_put_off:
 
 __all__ = [
     "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "ConnectivityLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "PartDiscoveryLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "a2n",
-    "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet",
-    "han", "head_importance", "ifam", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "polarized", "probe",
-    "prune_heads", "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat",
-    "weights_in",
+    "MultipleInstanceLoss", "PartDiscoveryLoss", "SaliencyPyramidLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss",
+    "TokenDistillationLoss", "a2n", "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet",
+    "deit", "fan", "fold", "halonet", "han", "head_importance", "ifam", "inspyrenet", "lambda_deit", "list_models", "litv2", "load_weights",
+    "mechanism_of", "polarized", "probe", "prune_heads", "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
+    "transnext", "unet", "vidat", "weights_in",
 ]

@@ -22,7 +22,9 @@ from zoo.layers import (
     connectivity_target,
 )
 from zoo.layers.connectivity import NEIGHBOURS
+from zoo.layers.image_pyramid import reduce
 from zoo.layers.multiple_instance import BagOutput
+from zoo.models.inspyrenet import Pyramid
 from zoo.modules import WatchingAttention
 from zoo.part_losses import (  # noqa: F401  which are many, and stand by themselves
     PartDiscoveryLoss,
@@ -517,3 +519,57 @@ class TokenDistillationLoss(nn.Module):
 def _logits_and_tokens(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     tokens = model.forward_features(images)
     return model.forward_head(tokens), tokens[:, getattr(model, "num_prefix_tokens", 0) :]
+
+
+class SaliencyPyramidLoss(nn.Module):
+    """How far a pyramid of logits is from a mask at every level, and how consistent its levels are (InSPyReNet, arXiv 2209.09475, 3.4).
+
+        loss = zoo.SaliencyPyramidLoss()
+        loss(model.pyramid(images), masks).backward()
+
+    With y₀ the mask, y_i = reduce(y_{i-1}), p_i = σ(d_i), all interpolated to y₀'s size (nearest), and means over pixels and images:
+
+        Σ_{i=0..3} [mean w_i BCE(p_i, y_i) + mean (1 - (p_i y_i + 1) / (p_i + y_i - p_i y_i + 1))]
+            + consistency · Σ_{i=1..3} mean |d_i - c_i|
+        w_i = 1 + 5 |avg_31(y_i) - y_i|,   c_i = reduce(d_{i-1}), without gradient
+
+    avg_31 is the mean over 31 × 31 pixels, zeros outside among them. `reduce` is `zoo.layers.image_pyramid.reduce`.
+
+    Args:
+        consistency: the last sum's weight.
+
+    `forward` takes a `zoo.models.inspyrenet.Pyramid` and masks (B, 1, H, W) from 0 to 1 of d0's size, and gives a scalar, in float32 at
+    least.
+
+    Differences from the authors' code (plemeri/InSPyReNet, lib/InSPyReNet.py: forward_train; lib/optim/losses.py): cross-entropy is
+    computed of logits; y_i are kept within 0 and 1, which rounding leaves.
+
+    Raises:
+        ValueError: a negative weight, at construction; masks of another shape than d0, in `forward`.
+    """
+
+    def __init__(self, consistency: float = 1e-4):
+        super().__init__()
+        if not consistency >= 0:
+            raise InputError(f"consistency must be at least 0, got {consistency}")
+        self.consistency = consistency
+
+    def forward(self, pyramid: Pyramid, masks: Tensor) -> Tensor:
+        if masks.shape != pyramid.d0.shape:
+            raise InputError(f"masks must be of the logits' shape, {tuple(pyramid.d0.shape)}, got {tuple(masks.shape)}")
+        with torch.autocast(masks.device.type, enabled=False):
+            levels = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (pyramid.d0, pyramid.d1, pyramid.d2, pyramid.d3)]
+            target, size = masks.to(levels[0].dtype), masks.shape[2:]
+            loss = _of_pixels(levels[0], target)
+            for finer, coarser in zip(levels, levels[1:], strict=False):
+                target = reduce(target).clamp(0, 1)
+                loss = loss + _of_pixels(F.interpolate(coarser, size), F.interpolate(target, size))
+                loss = loss + self.consistency * F.interpolate((coarser - reduce(finer.detach())).abs(), size).mean()
+            return loss
+
+
+def _of_pixels(logits: Tensor, target: Tensor) -> Tensor:
+    weight = 1 + 5 * (F.avg_pool2d(target, 31, 1, 15) - target).abs()
+    p = logits.sigmoid()
+    overlap = 1 - (p * target + 1) / (p + target - p * target + 1)
+    return (weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).mean() + overlap.mean()

@@ -16,8 +16,9 @@ import zoo
 ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
 LIGHT = zoo.list_models("*_nano*")
-UNETS = zoo.list_models("*_nano*", mechanism="gates")  # which name a class of every pixel, and have no features
-PICTURES = [name for name in LIGHT if zoo.models.is_dense(name) and name not in UNETS]  # whose answer is a picture
+DENSE = [name for name in LIGHT if zoo.models.is_dense(name)]  # whose answer is a map, and which have no features
+UNETS = zoo.list_models("*_nano*", mechanism="gates")
+PICTURES = [name for name in DENSE if name.startswith(("a2n", "han"))]  # whose answer is a picture
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -46,13 +47,15 @@ def draw(seed: int) -> dict:
         case["grad_checkpointing"] = rng.random() < 0.5
     if case["way"] == "features_only":
         case["args"] = dict(out_indices=rng.choice(((0,), (1, 3), (-1,), (0, 1, 2, 3))))
-    if case["model"] in UNETS:
+    if case["model"] in DENSE:
         case["way"] = case["way"] if case["way"] in ("train", "autocast") else "logits"
+        case["args"] = {} if case["model"] in PICTURES else dict(num_classes=rng.choice((1, 4)))
+    if case["model"].startswith("inspyrenet"):
+        case["args"] = dict(num_classes=1, reshapes=rng.choice(("as_trained", "meant")))
+    if case["model"] in UNETS:
         case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
         if "3d" in case["model"]:
             case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
-    if case["model"] in PICTURES:
-        case["way"], case["args"] = case["way"] if case["way"] in ("train", "autocast") else "logits", {}
     return case
 
 
@@ -69,8 +72,9 @@ def run(case: dict, seed: int) -> None:
             out = model(x)
             # As a gradient scaler does where gradients overflow: batch norm over two positions multiplies them by hundreds.
             scale = 2**-12 if case["dtype"] == torch.float16 else 1
-            (scale * out.float().square().mean()).backward()
-        outs = [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+            outs = out if isinstance(out, tuple) else (out,)
+            sum(scale * one.float().square().mean() for one in outs).backward()
+        outs = [*outs, *(p.grad for p in model.parameters() if p.grad is not None)]
         assert len(outs) > 1
     else:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case["way"] == "autocast"):
@@ -84,7 +88,7 @@ def run(case: dict, seed: int) -> None:
     elif case["model"] in PICTURES:
         assert outs[0].shape == (case["batch"], case["in_chans"], *(model.scale * side for side in case["size"])), outs[0].shape
     else:
-        sizes = case["size"] if case["model"] in UNETS else ()
+        sizes = case["size"] if case["model"] in DENSE else ()
         assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape
         assert case["way"] == "autocast" or outs[0].dtype == case["dtype"]
 

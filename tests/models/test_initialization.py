@@ -6,7 +6,8 @@ TAPADL_FAN/models/fan.py of guoyongcs/TAPADL; classification/models/imagenet/res
 MoH-ViT/{transnext,attention,attention_native}.py of SkyworkAI/MoH; semantic-segmentation/network/PSA.py of DeLightCMU/PSA;
 models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of ozan-oktay/Attention-Gated-Networks; vision_models.py,
 relational_attention.py and symbol_retrieval.py of dual-attention 0.0.7 (PyPI); code/model/aan.py of haoyuc/A2N; src/model/{han,common}.py
-of wwlCape/HAN. HaloNet, DAS and context broadcasting have no code of
+of wwlCape/HAN; lib/modules of plemeri/InSPyReNet.
+HaloNet, DAS and context broadcasting have no code of
 their authors.
 """
 import math
@@ -70,6 +71,7 @@ TABLE = {  # by family: patterns of names, the first that fits counts
                               (r".", None)],  # the rest is timm's ResNet
     "a2n_nano_x2": CONVS,
     "han_nano_x2": [(r"gamma$", ZERO), *CONVS],
+    "inspyrenet_nano": [*NORMS, (r"gamma$", ZERO), (r"threshold$", ("=", 0.5)), (r"^backbone", None), (r"weight$", "fan in")],
     "attention_unet3d_nano": [(r"norm\d?\.weight", "around 1"), (r"norm\d?\.bias", ZERO), (r"weight$", "fan in"),
                               (r"bias$", "torch, of the weight")],
 }

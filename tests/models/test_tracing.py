@@ -14,7 +14,8 @@ from torchvision.models.feature_extraction import get_graph_node_names
 import zoo
 from zoo import layers
 
-DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano", "dconnnet_nano", "a2n_nano_x2", "han_nano_x2")
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "inspyrenet_nano", "attention_unet_litv2_nano", "dconnnet_nano", "a2n_nano_x2",
+         "han_nano_x2")
 LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
@@ -65,7 +66,7 @@ def test_torch_jit_trace_where_windows_and_levels_divide(name):
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:2], *DENSE[3:])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
+    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:3], *DENSE[4:])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
 def test_torch_export_with_free_sizes(name, size):
     """Traced at sizes that windows and blocks divide, and at sizes that they do not. torch takes lengths of one for constants."""
     model = make(name, **SHALLOW.get(name, {}))
@@ -167,11 +168,13 @@ LAYERS = {
     "DualAttention": (functools.partial(layers.DualAttention, 16, 1, 1), *[(1, 5, 16)] * 2),
     "RelationalAttention": (functools.partial(layers.RelationalAttention, 16, 2, activation="relu"), *[(1, 5, 16)] * 2),
     "SymbolicAttention": (functools.partial(layers.SymbolicAttention, 16), (1, 5, 16)),
+    "ScaleInvariantContextAttention": (
+        functools.partial(layers.ScaleInvariantContextAttention, 16, 8, (4, 6)), (1, 16, 5, 6), (1, 1, 3, 3)),
     "PyramidSparseAttention": (functools.partial(layers.PyramidSparseAttention, 2, 8, (4, 5), 1, (8, 8)), *[(1, 2, 21, 8)] * 3),
     "LayerAttention": (layers.LayerAttention, (1, 3, 16, 5, 6)),
     **{name: (functools.partial(getattr(layers, name), 16), (1, 16, 5, 6)) for name in (
-        "DAS", "ATConv", "AttentionInAttention", "ChannelSpatialAttention", "DeformableTokenMerging", "HaloAttention",
-        "PolarizedSelfAttention", "SelectiveKernelUnit")},
+        "DAS", "ATConv", "AttentionInAttention", "ChannelSpatialAttention", "AxialAttention", "DeformableTokenMerging", "HaloAttention",
+        "PolarizedSelfAttention", "PyramidAxialAttention", "SelectiveKernelUnit")},
     **{name: (functools.partial(getattr(layers, name), 16, 8), (1, 16, 5, 6), (1, 8, 3, 3)) for name in (
         "AttentionGate", "MultiAttentionGate")},
 }

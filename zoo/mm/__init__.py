@@ -15,6 +15,7 @@ from zoo.mm import (  # noqa: F401, E402  registered so
     metrics,
     optim,
     restorer,
+    saliency,
     segmentor,
     shrunk_datasets,
 )

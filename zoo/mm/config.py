@@ -50,6 +50,7 @@ HOUSE_HOOKS = ("IterationSeedHook", "FiniteHook", "ScreenHook")
 BACKENDS = ("LocalVisBackend", "TensorboardVisBackend")
 # Of metrics, the prefix and name of the number that says which checkpoint is the best.
 BEST = {"Accuracy": ("accuracy", "top1"), "MeanIoU": ("iou", "mean"), "MeanDice": ("dice", "mean"), "Restoration": ("restoration", "psnr"),
+        "SaliencyMetrics": ("saliency", "S"),
         "IoUMetric": ("", "mIoU"), "VOCMetric": ("pascal_voc", "mAP"), "LVISMetric": ("lvis", "bbox_AP"), "CityscapesMetric": ("cityscapes",
         "averageScore")}
 # Keys of the config that arguments of training and testing say, and how.

@@ -11,7 +11,7 @@ from zoo.errors import InputError
 from zoo.mm.monai import monai_part
 from zoo.mm.networks import create_network, freeze_but, plain
 from zoo.models.dconnnet import AUTHORS_NAMES
-from zoo.models.unet import TimmEncoder
+from zoo.models.encoders import TimmEncoder
 from zoo.weights import load_weights, own_names, weights_in
 
 

@@ -41,6 +41,7 @@ from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
 from zoo.mm.restorer import Restorer
 from zoo.mm.runner import Runner, unlogged, warnings_in_the_log
+from zoo.mm.saliency import Cutter
 from zoo.mm.segmentor import Segmentor
 from zoo.mm.toolbox_operators import operators_in_float32
 from zoo.reading.class_names import check_same_classes
@@ -244,7 +245,7 @@ def check_model(config: Config) -> None:
 def read_start(model: nn.Module) -> None:
     """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
     for part in model.modules():
-        if isinstance(part, TimmBackbone | ImageClassifier | Restorer | Segmentor):
+        if isinstance(part, TimmBackbone | ImageClassifier | Restorer | Segmentor | Cutter):
             part.init_weights()
 
 

@@ -5,7 +5,9 @@ import pkgutil
 import timm
 
 from zoo.errors import InputError, near_misses
-from zoo.models.building import is_dense as is_dense
+from zoo.models.building import is_dense
+
+__all__ = ["MECHANISMS", "REPORTED_TOP1", "is_dense", "list_models", "mechanism_of"]
 
 _AROUND = ("dconnnet", "unet")  # others, which are there before them
 _NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name in _AROUND)

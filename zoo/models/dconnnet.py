@@ -22,8 +22,9 @@ from zoo.layers._tracing import notrace_module
 from zoo.layers.connectivity import NEIGHBOURS, class_logits, map_channels
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
+from zoo.models.encoders import TimmEncoder, pretrained_encoder
 from zoo.models.staged import named, reset_parameters
-from zoo.models.unet import TimmEncoder, checked, pretrained_encoder
+from zoo.models.unet import checked
 
 __all__ = ["DconnNet", "checkpoint_filter_fn"]
 

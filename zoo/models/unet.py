@@ -8,16 +8,14 @@ https://github.com/ozan-oktay/Attention-Gated-Networks) load as they are:
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import timm
 import torch
 from timm.layers import create_act_layer, get_act_layer, get_device_dtype, register_notrace_function
-from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.errors import InputError, near_misses
 from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
 from zoo.layers._scripting import refuse_scripting
@@ -25,8 +23,8 @@ from zoo.layers._spatial import CONV, MAX_POOL, SIZES, Norm, channels_last, chec
 from zoo.layers.connectivity import class_logits, map_channels
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
+from zoo.models.encoders import TimmEncoder, pretrained_encoder
 from zoo.models.staged import reset_parameters
-from zoo.weights import load_weights
 
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
@@ -97,55 +95,6 @@ class ConvEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         self.grad_checkpointing = enable
-
-
-class TimmEncoder(nn.Module):
-    """A timm model's feature maps, as (B, C, H, W), finest first."""
-
-    channels: list[int]
-    reductions: list[int]
-
-    def __init__(self, name: str, in_chans: int, **args: Any):
-        super().__init__()
-        if not timm.is_model(name):
-            raise InputError(f"encoder must be a model that timm knows, got {name!r}{near_misses(name, timm.list_models())}")
-        try:
-            self._create = partial(timm.create_model, name, in_chans=in_chans, **args)
-            self.model = self._make()
-        except (RuntimeError, AttributeError, NotImplementedError) as error:  # models without feature maps, each in its way
-            raise InputError(f"encoder {name} cannot give feature maps: {error}") from error
-        info = cast(FeatureInfo, self.model.feature_info)
-        self.channels, self.reductions = info.channels(), info.reduction()
-        if any(fine >= coarse for fine, coarse in zip(self.reductions, self.reductions[1:], strict=False)):
-            raise InputError(f"encoder {name} is not hierarchical: its maps are the input's size divided by {self.reductions}")
-
-    def _make(self, **more: Any) -> nn.Module:
-        return self._create(features_only=True, **more)
-
-    def load_weights(self, file: str) -> None:
-        """Takes the weights of a classifier of the encoder's name in a file, as `zoo.weights.load_weights` reads it."""
-        whole = self._create()
-        load_weights(whole, file, new_head=True)
-        self.model.load_state_dict(self._make(pretrained=True, pretrained_cfg_overlay={"state_dict": whole.state_dict()}).state_dict())
-
-    def reset_parameters(self) -> None:
-        """Values of a new encoder; timm's models without head have no method for that."""
-        new = self._make(**get_device_dtype(self.model))
-        with torch.no_grad():
-            for old, value in zip(_tensors(self.model), _tensors(new), strict=True):
-                old.copy_(value)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.model(x)
-        return [x.permute(0, 3, 1, 2) for x in maps] if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else maps
-
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        network = self.model if hasattr(self.model, "set_grad_checkpointing") else self.model.model  # timm wraps some
-        cast(Any, network).set_grad_checkpointing(enable)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 class Up(nn.Module):
@@ -404,20 +353,6 @@ def _unet(variant: str, pretrained: bool, **kwargs: Any) -> UNet:
         channels, *sides = model.pretrained_cfg["input_size"]
         model.pretrained_cfg["input_size"] = (channels, sides[0], *sides)
     return model
-
-
-def pretrained_encoder(pretrained: bool, kwargs: dict[str, Any]) -> bool:
-    """Makes `pretrained` one of the encoder's arguments where it is about it; returns whether it is about the whole network."""
-    if kwargs.get("encoder") and pretrained and not _has_weights(kwargs):
-        kwargs["encoder_args"] = dict(kwargs.get("encoder_args") or {}, pretrained=True)
-        return False
-    return pretrained
-
-
-def _has_weights(kwargs: dict[str, Any]) -> bool:
-    """Whether weights of a whole network are named: in a file, in a saved folder or on the hub."""
-    cfgs = kwargs.get("pretrained_cfg_overlay"), kwargs.get("pretrained_cfg")
-    return any(cfg.get(source) for cfg in cfgs if isinstance(cfg, dict) for source in ("file", "hf_hub_id", "state_dict", "url"))
 
 
 @register_model
