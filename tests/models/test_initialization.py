@@ -67,6 +67,8 @@ TABLE = {  # by family: patterns of names, the first that fits counts
     "polarized_resnet_nano": [(r"aa\.(channel_query|channel_value|spatial_query|spatial_value)\.weight", "fan in"),
                               (r"aa\.channel_up\.1\.weight", ONE), (r"aa\.channel_up\.1\.bias", ZERO), (r"aa\.", "convolutions"),
                               (r".", None)],  # the rest is timm's ResNet
+    "dconnnet_nano": [(r"^encoder", None), (r"^ups\.\d\.\w+\.norm\.weight", "around 1"), (r"^ups\..*conv\.weight", "fan in"), *NORMS,
+                      (r"gamma$", ZERO), *CONVS],
     "attention_unet3d_nano": [(r"norm\d?\.weight", "around 1"), (r"norm\d?\.bias", ZERO), (r"weight$", "fan in"),
                               (r"bias$", "torch, of the weight")],
 }
