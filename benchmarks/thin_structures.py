@@ -97,15 +97,15 @@ def losses() -> dict[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]]:
     }
 
 
-def learn(way: str, seed: int, behind: list[np.ndarray]) -> tuple[nn.Module, float]:
+def learn(way: str, seed: int, behind: list[np.ndarray], steps: int = STEPS) -> tuple[nn.Module, float]:
     """The network in evaluation mode, and the seconds of this process that it took."""
     connectivity, loss = losses()[way]
     torch.manual_seed(seed)
     model = timm.create_model("unet", widths=(8, 16, 32, 64), in_chans=1, num_classes=2, connectivity=connectivity).train()
     optimizer = torch.optim.Adam(model.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     rng, took = np.random.default_rng(seed), 0.0
-    for _ in range(STEPS):
+    for _ in range(steps):
         pictures, labels = batch(behind, BATCH, SIDE, rng)
         start = time.process_time()
         optimizer.zero_grad()

@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 import zoo
 from benchmarks import thin_structures
 from zoo.checkpoints import load_trained
-from zoo.layers import bilateral_voting
-from zoo.layers.connectivity import class_logits
+from zoo.layers import connectivity_target
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
@@ -138,22 +137,15 @@ def replaced() -> Seen:
 
 
 def connections() -> Seen:
-    """A small U-Net on drawn thin branches, as benchmarks/thin_structures.py has them."""
-    torch.manual_seed(0)
-    model, _ = thin_structures.learn("connections, BiconNet's loss", 0, thin_structures.photographs(thin_structures.LEARNED_FROM))
+    """A drawn picture of thin branches, as benchmarks/thin_structures.py has them, and what a network is to say of them."""
     behind = thin_structures.photographs(thin_structures.MEASURED_ON)
-    x, labels = thin_structures.batch(behind, 8, 96, np.random.default_rng(5))
-    with torch.no_grad():
-        maps = model.train()(x)  # connections, and their batch's statistics
-        votes = bilateral_voting(maps.sigmoid())[1].sum((1, 2))
-        found = class_logits(maps, 2).argmax(1).bool()
+    pictures, labels = thin_structures.batch(behind, 8, 64, np.random.default_rng(5))
     at = int(labels.sum((1, 2)).argmax())
-    true, ours = labels[at].bool(), found[at]
-    figure, axes = new_figure(3)
-    mask = torch.stack([true, true & ours, ours], -1).float()
-    for each, shown, options in zip(axes, (x[at, 0], votes[at], mask), (dict(cmap="gray"), dict(cmap="magma"), {}), strict=True):
-        each.imshow(shown.numpy(), **options)
-    return Seen("connections", "Connections", "The picture, the sum of the votes of every pixel, and the mask.", render(figure))
+    figure, (left, right) = new_figure(2)
+    left.imshow(pictures[at, 0].numpy(), cmap="gray")
+    drawn = right.imshow(connectivity_target(labels[at, None, None])[0].sum(0).numpy(), cmap="magma")
+    figure.colorbar(drawn, ax=right, shrink=0.8)
+    return Seen("connections", "Connections", "The picture, and to how many neighbours every pixel is connected.", render(figure))
 
 
 def restoring(name: str, epochs: int) -> tuple[nn.Module, torch.Tensor]:

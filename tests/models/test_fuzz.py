@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
 LIGHT = zoo.list_models("*_nano*")
 DENSE = [name for name in LIGHT if zoo.models.is_dense(name)]  # whose answer is a map, and which have no features
-UNETS = zoo.list_models("*_nano*", mechanism="gates")
-PICTURES = [name for name in DENSE if name.startswith(("a2n", "han"))]  # whose answer is a picture
+UNETSDENSE = [name for name in LIGHT if zoo.models.is_dense(name)
+PICTURES]  # = [name for name in DENSE if name.startswith(("a2n", "han"))]  # whose answer is a picture
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -56,6 +56,10 @@ def draw(seed: int) -> dict:
         case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
         if "3d" in case["model"]:
             case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
+        else:
+            case["args"]["connectivity"] = rng.random() < 0.2
+        if case["model"] == "dconnnet_nano":
+            case["args"] = dict(num_classes=case["args"]["num_classes"], drop_rate=rng.choice((0.0, 0.3)))
     return case
 
 
@@ -70,6 +74,7 @@ def run(case: dict, seed: int) -> None:
         # oneDNN's bfloat16 convolutions leave parts of weights' gradients unwritten where a map is one position wide (torch 2.15).
         with torch.backends.mkldnn.flags(enabled=case["dtype"] != torch.bfloat16):
             out = model(x)
+            out = out[0] if isinstance(out, tuple) else out
             # As a gradient scaler does where gradients overflow: batch norm over two positions multiplies them by hundreds.
             scale = 2**-12 if case["dtype"] == torch.float16 else 1
             outs = out if isinstance(out, tuple) else (out,)
@@ -89,7 +94,8 @@ def run(case: dict, seed: int) -> None:
         assert outs[0].shape == (case["batch"], case["in_chans"], *(model.scale * side for side in case["size"])), outs[0].shape
     else:
         sizes = case["size"] if case["model"] in DENSE else ()
-        assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape
+        maps = 8 if case["way"] == "train" and getattr(model, "connectivity", False) else 1
+        assert outs[0].shape == (case["batch"], maps * case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape
         assert case["way"] == "autocast" or outs[0].dtype == case["dtype"]
 
 
