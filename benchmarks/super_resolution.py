@@ -143,8 +143,8 @@ def main() -> None:
     report = Report(facts(1, {"pictures": "as said above"}, "float32", 3, "cpu", True),
                     costs(model, info, rounds=3))
     print(HEAD.format(config=CONFIG, seed=SEED, steps=steps, batch=loader.batch_size, minutes=minutes, quality=table,
-                      table=report.markdown(), difference=f"in coffee, of tiles of 96 pixels, by {(one - other).abs().mean():.3f} of 255 on "
-                                                          f"average, {(one - other).abs().max():.0f} at most"))
+                      table=report.markdown(), difference=f"in coffee, of tiles of 96 pixels, by {(one - other).abs().mean():.3f} of "
+                                                          f"255 on average, {(one - other).abs().max():.0f} at most"))
 
 
 if __name__ == "__main__":
