@@ -21,8 +21,9 @@ from zoo.layers import ChannelSpatialAttention
 from zoo.measuring.model_benchmark import PASSES, Comparison, Report, compare, facts
 from zoo.measuring.restoration import measured
 from zoo.mm import train
+from zoo.mm.config import load_config
 from zoo.predicting.restoration import restore
-from zoo.reading.photographs import photographs
+from zoo.reading.photographs import PHOTOGRAPHS, photographs
 from zoo.reading.shrinking import cut, enlarge, shrink
 
 CONFIG, SCALE, SEED = "a2n_nano_x2_photographs", 2, 0
@@ -128,7 +129,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.process_time()
+    loader, begin = load_config(CONFIG).train_dataloader, time.process_time()
+    steps = args.epochs * (len(PHOTOGRAPHS["train"]) * loader.dataset.crops // loader.batch_size)
     with contextlib.redirect_stdout(sys.stderr):
         work_dir, _ = train(CONFIG, work_dir=args.work_dir, seed=SEED, cfg_options=[f"train_cfg.max_epochs={args.epochs}"])
     minutes = (time.process_time() - begin) / 60
@@ -140,9 +142,9 @@ def main() -> None:
     one, other = (last[way].float() for way in ("`a2n_nano_x2`", "`a2n_nano_x2`, tiles of 96"))
     report = Report(facts(1, {"pictures": "as said above"}, "float32", 3, "cpu", True),
                     costs(model, info, rounds=3))
-    print(HEAD.format(config=CONFIG, seed=SEED, steps=args.epochs * 14, batch=8, minutes=minutes, quality=table, table=report.markdown(),
-                      difference=f"in coffee, of tiles of 96 pixels, by {(one - other).abs().mean():.3f} of 255 on average, "
-                                 f"{(one - other).abs().max():.0f} at most"))
+    print(HEAD.format(config=CONFIG, seed=SEED, steps=steps, batch=loader.batch_size, minutes=minutes, quality=table,
+                      table=report.markdown(), difference=f"in coffee, of tiles of 96 pixels, by {(one - other).abs().mean():.3f} of "
+                                                          f"255 on average, {(one - other).abs().max():.0f} at most"))
 
 
 if __name__ == "__main__":

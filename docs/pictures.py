@@ -158,7 +158,7 @@ def restoring(name: str, epochs: int) -> tuple[nn.Module, torch.Tensor]:
 
 def gates_of_pixels() -> Seen:
     """What a network is given, a gate of A2N over it, and its answer beside interpolation."""
-    model, given = restoring("a2n_nano_x2", 60)
+    model, given = restoring("a2n_nano_x2", 2)
     with torch.no_grad(), zoo.capture(model) as maps:
         answer = whole(model(given[None].float())[0])
     gate = maps["blocks.1.attention"]["gate"][0].mean(0)
@@ -173,7 +173,7 @@ def gates_of_pixels() -> Seen:
 
 def layers_and_gates() -> Seen:
     """Which groups of HAN attend to which, and its gates over channels and positions."""
-    model, given = restoring("han_nano_x2", 20)
+    model, given = restoring("han_nano_x2", 1)
     with torch.no_grad(), zoo.capture(model) as maps:
         model(given[None].float())
     figure, axes = new_figure(2)

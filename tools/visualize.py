@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
         remark = (f"The weights of {info.name} are random: the pictures show what an untrained network does, and mean nothing about the "
                   "inputs. Give a checkpoint that `zoo train` wrote to see a trained one.")
         print(f"note: {remark}", file=sys.stderr, flush=True)
+    if info.task == "restoration":
+        raise InputError(f"{info.name} restores pictures: it names no classes, and has no picture here; zoo.capture gives its gates")
     if info.task == "segmentation":
         refuse(args, f"is for classifiers, and {info.name} segments", "query", "attributions", "target", "attention")
     if args.attention:

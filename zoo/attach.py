@@ -58,7 +58,7 @@ def attach(
         model: any CNN; its modules that are followed put out one map (B, C, H, W). Blocks of transformers that work on tokens, or on
             maps with their channels last, are refused.
         layer: called with the width C (and `layer_args`) it gives a module that keeps the map's shape: a class, a partial, or
-            the name of a mechanism with a layer for maps: atconv, das, halo, polarized, sk.
+            the name of a mechanism with a layer for maps: a2n, atconv, das, halo, holistic, polarized, sk.
         where: names of modules, or patterns whose *, ? and [] stand for parts between dots ("layer?", "stages.*.blocks.0"). A
             plain sequence of blocks is followed after its last. Default: every residual block (any module that adds
             two maps and puts out a map of their shape), after the sum and what follows it in the block.
@@ -66,8 +66,9 @@ def attach(
             exactly what it did, and the layer learns as soon as its gate has left zero. False leaves the gate out.
         example: an image for the passes, if (1, channels, 64, 64), or the size of a vision transformer, is not what the model takes.
 
-    With its gate every layer keeps the outputs. Without, at the start: polarized parallel multiplies the map by about 1 (two
-    gates near ½), sequential by about ¼, das by gates around ½; atconv and sk, being convolutions, and halo replace the map.
+    With its gate every layer keeps the outputs. Without, at the start: holistic keeps them by a factor of its own, a2n adds to the map,
+    polarized parallel multiplies it by about 1 (two gates near ½), sequential by about ¼, das by gates around ½; atconv and sk, being
+    convolutions, and halo replace it.
 
     Raises:
         InputError: no such layer, module or residual block, or a module or layer that this does not fit. The model is then

@@ -30,7 +30,7 @@ def test_models_of_a_mechanism_that_match():
     assert zoo.list_models("*_tiny", mechanism="das") == []
 
 
-@pytest.mark.parametrize(("mechanism", "message"), [("rooting", "did you mean routing"), ("", "there is no mechanism ''; atconv,")])
+@pytest.mark.parametrize(("mechanism", "message"), [("rooting", "did you mean routing"), ("", "there is no mechanism ''; a2n,")])
 def test_unknown_mechanisms(mechanism, message):
     with pytest.raises(InputError, match=message):
         zoo.list_models(mechanism=mechanism)

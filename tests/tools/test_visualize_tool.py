@@ -110,6 +110,7 @@ def test_gates_go_into_a_folder_too(main, grey, tmp_path, capsys):
     ("attention_unet_nano", ["--slice", "0"], "slice 0 is asked for, but .*grey.png is a picture"),
     ("attention_unet3d_nano", [], "is a 3-D network and takes volumes"),
     ("unet", [], "unet has no attention gates to show"),
+    ("a2n_nano_x2", [], "a2n_nano_x2 restores pictures: it names no classes"),
 ])
 def test_options_that_would_do_nothing_are_refused(main, grey, tmp_path, model, arguments, message):
     with pytest.raises(InputError, match=message):

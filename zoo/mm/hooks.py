@@ -241,8 +241,9 @@ class ScreenHook(Hook):
         classes = list((getattr(runner.train_dataloader.dataset, "metainfo", None) or {}).get("classes") or ())
         named = ", ".join(map(str, classes[:NAMED])) + (", …" if len(classes) > NAMED else "")
         held_out = f"; evaluated on {len(cast(Any, runner.val_loop).dataloader.dataset)}" if runner.val_loop is not None else ""
-        self._say(f"{name}, {millions:.2f} million parameters, is trained on {len(cast(Any, runner.train_dataloader.dataset))} samples of "
-                  f"{len(classes)} classes ({named}){held_out}")
+        of_classes = f" of {len(classes)} classes ({named})" if classes else ""
+        self._say(f"{name}, {millions:.2f} million parameters, is trained on {len(cast(Any, runner.train_dataloader.dataset))} samples"
+                  f"{of_classes}{held_out}")
         count = f"{runner.max_epochs} epochs of {self.length} steps" if self.by_epoch else f"{runner.max_iters} steps"
         batch = f" of {runner.train_dataloader.batch_size} samples" if runner.train_dataloader.batch_size else ""
         device = next(model.parameters()).device

@@ -4,7 +4,7 @@ train_dataloader = dict(
     drop_last=True,
     sampler=dict(type='ReproducibleSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
-    dataset=dict(type='PhotographsDataset', split='train', scale=2, crop=48, crops=16, cache=True))
+    dataset=dict(type='PhotographsDataset', split='train', scale=2, crop=48, crops=12, cache=True))
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
