@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
 LIGHT = zoo.list_models("*_nano*")
 DENSE = [name for name in LIGHT if zoo.models.is_dense(name)]  # whose answer is a map, and which have no features
-UNETSDENSE = [name for name in LIGHT if zoo.models.is_dense(name)
-PICTURES]  # = [name for name in DENSE if name.startswith(("a2n", "han"))]  # whose answer is a picture
+UNETS = zoo.list_models("*_nano*", mechanism="gates")
+PICTURES = [name for name in DENSE if name.startswith(("a2n", "han"))]  # whose answer is a picture
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -52,14 +52,14 @@ def draw(seed: int) -> dict:
         case["args"] = {} if case["model"] in PICTURES else dict(num_classes=rng.choice((1, 4)))
     if case["model"].startswith("inspyrenet"):
         case["args"] = dict(num_classes=1, reshapes=rng.choice(("as_trained", "meant")))
+    if case["model"] == "dconnnet_nano":
+        case["args"]["drop_rate"] = rng.choice((0.0, 0.3))
     if case["model"] in UNETS:
         case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
         if "3d" in case["model"]:
             case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
         else:
             case["args"]["connectivity"] = rng.random() < 0.2
-        if case["model"] == "dconnnet_nano":
-            case["args"] = dict(num_classes=case["args"]["num_classes"], drop_rate=rng.choice((0.0, 0.3)))
     return case
 
 
