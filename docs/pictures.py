@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import zoo
-from zoo.checkpoints import load_trained
+from benchmarks import ifam_backgrounds
+from zoo.checkpoints import ModelInfo, load_trained
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
@@ -40,10 +41,8 @@ def trained(name: str) -> Path:
     if name != "attention_unet":
         for part in ("train", "val"):
             options += [f"{part}_dataloader.dataset.size={SIDE}", f"{part}_dataloader.dataset.transform.input_size=(1,{SIDE},{SIDE})"]
-    if "deit" in name or name.startswith(("ifam", "vidat")):
+    if "deit" in name or name.startswith("vidat"):
         options.append(f"model.args.img_size={SIDE}")
-    if name.startswith("ifam"):
-        options.append(f"model.args.patch_size={SIDE // 8}")
     folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
     return latest_checkpoint(folder)
 
@@ -100,6 +99,17 @@ def spectral_norms() -> Seen:
     return Seen("spectral_norms", "Attention's entropy", "Weights of attention in training at a rate of 0.005.", render(figure))
 
 
+def parts() -> Seen:
+    """A digit that was never seen over a photograph, in the network of `benchmarks.ifam_backgrounds`."""
+    model = ifam_backgrounds.trained("masked", seed=0).eval()
+    data = ifam_backgrounds.Composed("val", ifam_backgrounds.photographs())
+    image = data.draw(torch.tensor([4]), torch.tensor([0]), torch.Generator().manual_seed(0))[0] * 0.3 + 0.4
+    side = ifam_backgrounds.SIDE
+    config = dict(input_size=(3, side, side), mean=(0.4,) * 3, std=(0.3,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="center")
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    return mechanisms(model, ModelInfo("iFAM", (), config), picture)[0]
+
+
 OTHERS = {"sigma_reparam": spectral_norms}  # pictures of guides
 
 
@@ -110,6 +120,8 @@ def main() -> None:
     for mechanism in sys.argv[1:] or [*zoo.MECHANISMS, *OTHERS]:
         if mechanism in OTHERS:
             seen = OTHERS[mechanism]()
+        elif mechanism == "parts":
+            seen = parts()
         else:
             name, stage = network(mechanism), STAGES.get(mechanism, 0)
             model, info = load_trained(trained(name))
