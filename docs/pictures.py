@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import zoo
-from benchmarks import ifam_backgrounds
 from zoo.checkpoints import ModelInfo, load_trained
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
@@ -25,7 +24,7 @@ from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).resolve().parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
 
 
@@ -101,6 +100,8 @@ def spectral_norms() -> Seen:
 
 def parts() -> Seen:
     """A digit that was never seen over a photograph, in the network of `benchmarks.ifam_backgrounds`."""
+    sys.path.append(str(FOLDER.parents[1]))
+    from benchmarks import ifam_backgrounds  # no part of the package
     model = ifam_backgrounds.trained("masked", seed=0).eval()
     data = ifam_backgrounds.Composed("val", ifam_backgrounds.photographs())
     image = data.draw(torch.tensor([4]), torch.tensor([0]), torch.Generator().manual_seed(0))[0] * 0.3 + 0.4
