@@ -104,7 +104,7 @@ def parts() -> Seen:
     from benchmarks import ifam_backgrounds  # no part of the package
     model = ifam_backgrounds.trained("masked", seed=0).eval()
     data = ifam_backgrounds.Composed("val", ifam_backgrounds.photographs())
-    image = data.draw(torch.tensor([4]), torch.tensor([0]), torch.Generator().manual_seed(0))[0] * 0.3 + 0.4
+    image = data.draw(torch.tensor([9]), torch.tensor([1]), torch.Generator().manual_seed(0))[0] * 0.3 + 0.4
     side = ifam_backgrounds.SIDE
     config = dict(input_size=(3, side, side), mean=(0.4,) * 3, std=(0.3,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="center")
     picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
