@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import zoo
 from benchmarks import thin_structures
-from zoo.checkpoints import load_trained
+from zoo.checkpoints import ModelInfo, load_trained
 from zoo.layers import connectivity_target
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
@@ -31,7 +31,7 @@ from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
 SIDE, EPOCHS, COLOURS = 64, 6, 96
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).resolve().parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
 
 
@@ -47,10 +47,8 @@ def trained(name: str) -> Path:
     if name != "attention_unet":
         for part in ("train", "val"):
             options += [f"{part}_dataloader.dataset.size={SIDE}", f"{part}_dataloader.dataset.transform.input_size=(1,{SIDE},{SIDE})"]
-    if "deit" in name or name.startswith(("ifam", "vidat")):
+    if "deit" in name or name.startswith("vidat"):
         options.append(f"model.args.img_size={SIDE}")
-    if name.startswith("ifam"):
-        options.append(f"model.args.patch_size={SIDE // 8}")
     folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto", cfg_options=options)
     return latest_checkpoint(folder)
 
@@ -187,6 +185,19 @@ def layers_and_gates() -> Seen:
 
 
 OWN = {"a2n": gates_of_pixels, "holistic": layers_and_gates}  # of mechanisms that name no classes
+def parts() -> Seen:
+    """A digit that was never seen over a photograph, in the network of `benchmarks.ifam_backgrounds`."""
+    sys.path.append(str(FOLDER.parents[1]))
+    from benchmarks import ifam_backgrounds  # no part of the package
+    model = ifam_backgrounds.trained("masked", seed=0).eval()
+    data = ifam_backgrounds.Composed("val", ifam_backgrounds.photographs())
+    image = data.draw(torch.tensor([9]), torch.tensor([1]), torch.Generator().manual_seed(0))[0] * 0.3 + 0.4
+    side = ifam_backgrounds.SIDE
+    config = dict(input_size=(3, side, side), mean=(0.4,) * 3, std=(0.3,) * 3, interpolation="bilinear", crop_pct=1.0, crop_mode="center")
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    return mechanisms(model, ModelInfo("iFAM", (), config), picture)[0]
+
+
 OTHERS = {"replaced": replaced, "connectivity": connections, "sigma_reparam": spectral_norms}  # drawn otherwise, or pictures of guides
 
 
@@ -197,6 +208,8 @@ def main() -> None:
     for mechanism in sys.argv[1:] or list(dict.fromkeys([*zoo.MECHANISMS, *OTHERS])):
         if mechanism in OWN | OTHERS:
             seen = (OWN | OTHERS)[mechanism]()
+        elif mechanism == "parts":
+            seen = parts()
         else:
             name, stage = network(mechanism), STAGES.get(mechanism, 0)
             model, info = load_trained(trained(name))
