@@ -3,8 +3,8 @@
     python -m benchmarks.thin_structures                # some minutes of one core; writes benchmarks/thin_structures.md
 
 The task is drawn, so that every pixel's label is exact: trees of thin curved branches over crops of photographs in grey, brighter than
-what is behind them where that is dark, and darker where it is bright. Photographs of scikit-image are behind those that are learned from, others of scikit-image and
-scikit-learn behind those that are measured. What is done is kept in the work dir, and not done again.
+what is behind them where that is dark, and darker where it is bright. Photographs of scikit-image are behind those that are learned from,
+others of scikit-image and scikit-learn behind those that are measured. What is done is kept in the work dir, and not done again.
 """
 import argparse
 import json
