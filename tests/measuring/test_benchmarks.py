@@ -1,5 +1,8 @@
 """Scripts of benchmarks/ that compare layers and networks run: once, on small ones."""
-from benchmarks import attention_removal, dual_attention, halo_timm, pruned_heads, sigma_reparam, sparsifiner
+import numpy as np
+import torch
+
+from benchmarks import attention_removal, dual_attention, halo_timm, pruned_heads, sigma_reparam, sparsifiner, thin_structures
 
 
 def test_halo_attention_beside_timms(monkeypatch):
@@ -36,3 +39,25 @@ def test_attention_to_few_keys(monkeypatch):
 def test_dual_attention_beside_plain_attention_and_pairs(monkeypatch):
     monkeypatch.setattr(dual_attention, "SIDES", (4,))
     assert dual_attention.layers(batch=2, rounds=1).markdown().count(", 17 tokens") == 4
+
+
+def test_thin_structures_are_drawn_alike_and_labelled_where_they_are():
+    behind = [np.full((60, 70), 0.5, np.float32)]
+    pictures, labels = thin_structures.batch(behind, 3, 48, np.random.default_rng(0))
+    again = thin_structures.batch(behind, 3, 48, np.random.default_rng(0))
+    assert torch.equal(pictures, again[0]) and torch.equal(labels, again[1])
+    assert pictures.shape == (3, 1, 48, 48) and 0.01 < labels.float().mean() < 0.3
+    inside, outside = pictures[:, 0][labels == 1].mean(), pictures[:, 0][labels == 0].mean()
+    assert outside - inside > 0.3  # darker, as what is behind is not dark
+
+
+def test_thin_structures_learn_by_every_loss_and_say_what_differs():
+    behind = thin_structures.photographs(("camera",))
+    pictures, labels = thin_structures.batch(behind, 2, 32, np.random.default_rng(1))
+    results = {}
+    for way in thin_structures.losses():
+        model, seconds = thin_structures.learn(way, 0, behind, steps=3)
+        results[way] = [thin_structures.measured(model, pictures, labels) | {"seconds": seconds}] * 2
+        assert all(value >= 0 for value in results[way][0].values())
+    assert thin_structures.table(results).count(" ± 0.0") == 12
+    assert thin_structures.words(results).count("beside") == 3

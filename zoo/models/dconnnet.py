@@ -98,6 +98,7 @@ class DirectionHead(nn.Module):
         return self.proj(self.drop((positions + channels) * scale.sigmoid()))
 
 
+@notrace_module
 class DirectionalExcitation(nn.Module):
     """x + the heads of its 8 slices of channels, as the prior excites them (section 3.2); x (B, dim, H, W), prior (B, prior_dim, 1, 1)."""
 
