@@ -116,7 +116,7 @@ def test_the_command_writes_cutouts_and_masks(released, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["latest.pth", "photos", "-o", "x", "--model", "inspyrenet_nona"], "there is no model 'inspyrenet_nona'; did you mean inspyrenet_nano"),
+    (["latest.pth", "photos", "-o", "x", "--model", "inspyrenet_nona"], "no model 'inspyrenet_nona'; did you mean inspyrenet_nano"),
     (["latest.pth", "photos", "-o", "x", "--model", "inspyrenet_swin_b"], "does not hold the weights of inspyrenet_swin_b"),
     (["latest.pth", "photos", "--model", "inspyrenet_nano"], "cuts out objects, and these have to go somewhere"),
     (["latest.pth", "photos", "-o", "x", "--model", "inspyrenet_nano", "--top", "3"], "--top is for networks that name classes"),

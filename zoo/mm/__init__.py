@@ -3,7 +3,7 @@ from zoo.errors import require
 
 require("zoo.mm, which trains and tests,", "train", "mmengine")
 
-from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, mask_datasets, metrics, optim, saliency, segmentor  # noqa: F401, E402  registered so
+from zoo.mm import backbone, checkpoint, classifier, corruptions, datasets, downstream, hooks, mask_datasets, metrics, optim, segmentor  # noqa: F401, E402  registered so
 from zoo.mm.backbone import TimmBackbone  # noqa: E402
 from zoo.mm.training import evaluate, train  # noqa: E402
 
