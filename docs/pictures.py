@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 
 import zoo
 from benchmarks import thin_structures
@@ -23,6 +23,8 @@ from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import DigitsDataset
 from zoo.mm.mask_datasets import DigitScenesDataset
+from zoo.mm.saliency import PhotographScenesDataset
+from zoo.models.inspyrenet import scaled
 from zoo.modules import evaluating
 from zoo.reading.photographs import photographs
 from zoo.reading.shrinking import enlarge, shrink, whole
@@ -39,9 +41,26 @@ def network(mechanism: str) -> str:
     return "attention_unet" if mechanism == "gates" else zoo.list_models("*_nano*", mechanism)[0]
 
 
+def cutouts(model: nn.Module) -> Seen:
+    """Held-out scenes, one to a column: the picture, the coarsest probabilities, the finest, and the object on white."""
+    data, columns = PhotographScenesDataset("val", 6, size=SIDE), []
+    for i in range(6):
+        with torch.no_grad():
+            pyramid = model.pyramid(data.read(i)[0][None])
+        picture, alpha = data.scenes.read(i)[0] / 255, scaled(pyramid.d0)[0, 0, ..., None].numpy()
+        grey = [interpolate(d.sigmoid(), (SIDE, SIDE))[0, 0, ..., None].expand(-1, -1, 3).numpy() for d in (pyramid.d3, pyramid.d0)]
+        columns.append(np.concatenate([picture, *grey, alpha * picture + 1 - alpha]))
+    sheet = Image.fromarray((255 * np.concatenate(columns, 1)).astype(np.uint8))
+    return Seen("cutouts", "Digits on photographs", "Held-out pictures, the coarsest answer, the finest, and what is cut out.",
+                sheet.resize((sheet.width * 3 // 2, sheet.height * 3 // 2), Image.Resampling.BILINEAR))
+
+
 def trained(name: str) -> Path:
     """The checkpoint of a network, trained on digits of `SIDE` pixels unless it was; where attention may go, with all of it."""
     options = ["model.changes=[]", "custom_hooks=[{'type':'ModelEMAHook','decay':0.98}]"] if name.startswith("lambda") else []
+    if name.startswith("inspyrenet"):
+        folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto")
+        return latest_checkpoint(folder)
     epochs = 5 * EPOCHS if name.startswith("lambda") else EPOCHS  # entropies of what has hardly learned are of nothing
     options += [f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}"]
     if name != "attention_unet":
@@ -214,7 +233,8 @@ def main() -> None:
             name, stage = network(mechanism), STAGES.get(mechanism, 0)
             model, info = load_trained(trained(name))
             picture = Image.fromarray((scene * 255).byte().numpy()) if name == "attention_unet" else digit
-            seen = entropies(model) if mechanism == "removal" else mechanisms(model, info, picture)[stage]
+            own = {"removal": entropies, "inspyrenet": cutouts}.get(mechanism)
+            seen = own(model) if own else mechanisms(model, info, picture)[stage]
         path = FOLDER / f"{mechanism}.png"
         seen.picture.quantize(COLOURS).save(path, optimize=True)
         print(f"{path}: {seen.title}. {seen.caption}")

@@ -79,11 +79,11 @@ class AxialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map("AxialAttention: x", x, self.dim)
         if self.axis == "h" and self.reshapes == "meant":
-            return self._attended(x.transpose(2, 3), x.shape[2]).transpose(2, 3)
-        return self._attended(x, x.shape[2 if self.axis == "h" else 3])
+            return self._attended(x.transpose(2, 3), "w").transpose(2, 3)
+        return self._attended(x, self.axis)
 
-    def _attended(self, x: Tensor, n: int) -> Tensor:
-        q, k, v = (_lines(y, n) for y in (self.query(x), self.key(x), self.value(x)))
+    def _attended(self, x: Tensor, axis: Axis) -> Tensor:
+        q, k, v = (_lines(y, axis) for y in (self.query(x), self.key(x), self.value(x)))
         attention = (q.mT @ k).softmax(-1).to(v.dtype)
         report(self, attention=attention)
         return self.gamma.to(x.dtype) * (v @ attention.mT).to(x.dtype).reshape(x.shape) + x
@@ -92,10 +92,10 @@ class AxialAttention(nn.Module):
         return f"dim={self.dim}, axis={self.axis!r}, reshapes={self.reshapes!r}"
 
 
-def _lines(x: Tensor, n: int) -> Tensor:
-    """(B, C, H, W) as it lies in memory, channels first → (B, C · H · W / n, n)."""
+def _lines(x: Tensor, axis: Axis) -> Tensor:
+    """(B, C, H, W) as it lies in memory, channels first → (B, C · H, W), or along "h" (B, C · W, H)."""
     batch, channels, height, width = x.shape
-    return x.reshape(batch, channels * height * width // n, n)
+    return x.reshape(batch, channels * height, width) if axis == "w" else x.reshape(batch, channels * width, height)
 
 
 class AxialKernel(nn.Module):

@@ -1,7 +1,8 @@
 """mmcv, mmdetection and mmsegmentation: which packages they come in, and how these are installed beside zoo.
 
 mmcv's operators have to be compiled for the torch that is there. The toolboxes are installed without what they ask for: zoo's extra
-`mm` lists what they need, without a second OpenCV beside the headless one.
+`mm` lists what they need, without a second OpenCV beside the headless one. pysodmetrics comes the same way: it
+asks for an older NumPy than is there, and needs none.
 """
 import importlib.metadata
 import os
@@ -17,7 +18,7 @@ from zoo.errors import InputError
 TOOLBOXES = {"mmcv": "mmcv", "mmdet": "mmdetection", "mmseg": "mmsegmentation"}  # by the name that is imported
 PROJECT = "zoo-attention"
 MMCV = "onedl-mmcv==2.3.6"
-ON_TOP = ("onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2", "imaug==0.4.3")
+ON_TOP = ("onedl-mmdetection==3.5.1", "onedl-mmsegmentation==1.4.2", "imaug==0.4.3", "pysodmetrics==1.6.2")
 AS_THEY_ARE = ("--no-build-isolation", "--no-deps")
 PIP = f"pip install {' '.join(AS_THEY_ARE)}"
 INSTALL = (f"install it with: zoo install-mm (which is: pip install '{PROJECT}[mm]'; MMCV_WITH_OPS=1 {PIP} {MMCV}; "

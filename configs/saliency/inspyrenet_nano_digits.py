@@ -3,4 +3,4 @@ _base_ = ['../_base_/datasets/photograph_scenes.py', '../_base_/schedules/adamw_
 
 model = dict(type='Cutter', name='inspyrenet_nano', args=dict(base_size=(64, 64)))
 
-train_cfg = dict(max_epochs=12, val_interval=6)
+train_cfg = dict(max_epochs=6, val_interval=3)

@@ -1,6 +1,7 @@
 """Cutting out objects as a task of the engine: InSPyReNet's loss, scenes with exact masks, and the field's metrics."""
+import importlib
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from zoo.errors import InputError, require
+from zoo.errors import InputError
 from zoo.losses import SaliencyPyramidLoss
 from zoo.mm.mask_datasets import MaskedPictures
 from zoo.mm.metrics import Counted
@@ -92,6 +93,15 @@ class PhotographScenesDataset(MaskedPictures):
         return (pixels - mean) / std, torch.from_numpy(mask.astype(np.uint8))[None]
 
 
+def _pysodmetrics() -> Any:
+    """Raises InputError where the package is missing; it asks for a NumPy of before 2.3.5, and works with later ones."""
+    try:
+        return importlib.import_module("py_sod_metrics")
+    except ImportError as error:
+        raise InputError("measuring objects that are cut out needs the package pysodmetrics; install it with: zoo install-mm, or "
+                         "pip install --no-deps pysodmetrics==1.6.2") from error
+
+
 @METRICS.register_module()
 class SaliencyMetrics(Counted):
     """What salient object detection is measured by, of every picture and then averaged over them, as pysodmetrics has it.
@@ -103,8 +113,7 @@ class SaliencyMetrics(Counted):
     default_prefix = "saliency"
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
-        require("measuring cut-out objects (pip install --no-deps pysodmetrics)", "train", "py_sod_metrics")
-        import py_sod_metrics as sod
+        sod = _pysodmetrics()
         for sample in data_samples:
             measures = mae, structure, alignment, f, weighted = (
                 sod.MAE(), sod.Smeasure(), sod.Emeasure(), sod.Fmeasure(), sod.WeightedFmeasure())
