@@ -16,7 +16,7 @@ from zoo.mm import (  # noqa: F401, E402  registered so
     optim,
     restorer,
     saliency,
-     segmentor,
+    segmentor,
     shrunk_datasets,
 )
 from zoo.mm.backbone import TimmBackbone  # noqa: E402
