@@ -32,7 +32,7 @@ def names() -> set[str]:
     """Of the zoo's classification networks."""
     import zoo
 
-    return {name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ != "zoo.models.unet"}
+    return {name for name in zoo.list_models() if not zoo.models.is_dense(name)}
 
 
 def test_file(folder: Path) -> Path:

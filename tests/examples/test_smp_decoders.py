@@ -5,7 +5,7 @@ import torch
 
 import zoo
 
-FAMILIES = [name for name in zoo.list_models("*_nano*") if "unet" not in name]
+FAMILIES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 PLAIN = ["deit_nano_patch16_224_cb", "lambda_deit_nano_02", "vidat_nano_patch16_224"]  # whose maps are all of one stride
 ANY_STRIDE = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", "DPT"]
 

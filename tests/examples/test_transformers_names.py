@@ -6,7 +6,7 @@ from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, Ti
 
 import zoo
 
-FAMILIES = [name for name in zoo.list_models("*_nano*") if "unet" not in name]
+FAMILIES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 PICTURES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 

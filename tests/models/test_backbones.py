@@ -12,7 +12,7 @@ import zoo
 from zoo.backbones import BackboneWithFPN, FeatureMaps
 from zoo.errors import InputError
 
-FAMILIES = [name for name in zoo.list_models("*_nano*") if "unet" not in name]
+FAMILIES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 PICTURES = torch.randn(2, 3, 75, 90, generator=torch.Generator().manual_seed(0))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import zoo
 
-MODELS = [name for name in zoo.list_models() if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+MODELS = [name for name in zoo.list_models() if not zoo.models.is_dense(name)]
 LIGHT = [name for name in MODELS if "_nano" in name]
 FAMILIES = sorted({timm.model_entrypoint(name).__module__ for name in MODELS})
 

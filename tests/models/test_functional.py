@@ -16,9 +16,9 @@ SHALLOW = {
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)),
     **{name: dict(widths=(4, 6, 8)) for name in ("attention_unet_nano", "attention_unet3d_nano")},
 }
-LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 TIMMS_ATTENTION = ("deit_nano_patch16_224_cb", "lambda_deit_nano_02", "tap_fan_nano")  # in DeiT's blocks, and in FAN's class attention
-families = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_nano", "attention_unet3d_nano"])
+families = pytest.mark.parametrize("name", [*LIGHT, "attention_unet_nano", "attention_unet3d_nano", "msinet_nano"])
 
 
 def case(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

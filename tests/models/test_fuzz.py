@@ -16,7 +16,7 @@ import zoo
 ROOT = Path(__file__).parents[2]
 DRAWS, SEED = int(os.environ.get("ZOO_FUZZ", "1000")), int(os.environ.get("ZOO_FUZZ_SEED", "0"))
 LIGHT = zoo.list_models("*_nano*")
-UNETS = zoo.list_models("*_nano*", mechanism="gates")  # which name a class of every pixel, and have no features
+DENSE = [name for name in LIGHT if zoo.models.is_dense(name)]  # whose answer is a map, and which have no features
 SIDES = (1, 2, 7, 16, 31, 32, 33, 48, 57, 64)
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -45,8 +45,11 @@ def draw(seed: int) -> dict:
         case["grad_checkpointing"] = rng.random() < 0.5
     if case["way"] == "features_only":
         case["args"] = dict(out_indices=rng.choice(((0,), (1, 3), (-1,), (0, 1, 2, 3))))
-    if case["model"] in UNETS:
+    if case["model"] in DENSE:
         case["way"] = case["way"] if case["way"] in ("train", "autocast") else "logits"
+    if case["model"].startswith("msinet"):
+        case["args"] = dict(num_classes=1, dim=rng.choice((8, 20)))
+    elif case["model"] in DENSE:
         case["args"] = dict(num_classes=rng.choice((1, 4)), num_gates=rng.choice((0, 1, 2)), light_decoder=rng.random() < 0.5)
         if "3d" in case["model"]:
             case["size"] = (rng.choice(SIDES[:5]), *(min(side, 33) for side in case["size"]))
@@ -79,7 +82,7 @@ def run(case: dict, seed: int) -> None:
         assert [out.shape[:2] for out in outs] == [(case["batch"], number) for number in channels], [out.shape for out in outs]
         assert all(out.dtype == case["dtype"] for out in outs)
     else:
-        sizes = case["size"] if case["model"] in UNETS else ()
+        sizes = case["size"] if case["model"] in DENSE else ()
         assert outs[0].shape == (case["batch"], case["args"]["num_classes"] or model.num_features, *sizes), outs[0].shape
         assert case["way"] == "autocast" or outs[0].dtype == case["dtype"]
 

@@ -18,7 +18,7 @@ from zoo.models import unet
 PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulation of their own
 MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
-    "deit_nano_patch16_224_cb", "lambda_deit_nano_02", "litv2_nano", "moh_transnext_nano", "vidat_nano_patch16_224"]
+    "deit_nano_patch16_224_cb", "lambda_deit_nano_02", "litv2_nano", "moh_transnext_nano", "msinet_nano", "vidat_nano_patch16_224"]
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 models = pytest.mark.parametrize("name", MODELS)
 
@@ -26,7 +26,7 @@ models = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     args = dict(layout="parallel") if name == PARALLEL else {}
-    model = timm.create_model(name.split()[0], num_classes=3, **args).eval()
+    model = timm.create_model(name.split()[0], num_classes=1 if name.startswith("msinet") else 3, **args).eval()
     with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():
             if isinstance(module, PRODUCTS) and not module.weight.any():

@@ -14,8 +14,8 @@ from torchvision.models.feature_extraction import get_graph_node_names
 import zoo
 from zoo import layers
 
-DENSE = ("attention_unet_nano", "attention_unet3d_nano", "attention_unet_litv2_nano")
-LIGHT = [name for name in zoo.list_models("*_nano*") if timm.model_entrypoint(name).__module__ != "zoo.models.unet"]
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "msinet_nano", "attention_unet_litv2_nano")
+LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
@@ -27,7 +27,7 @@ families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 
 def make(name: str, **args) -> nn.Module:
     torch.manual_seed(0)
-    widths = dict(widths=(4, 6, 8)) if name in DENSE and "litv2" not in name else {}
+    widths = dict(widths=(4, 6, 8)) if name in DENSE[:2] else {}
     return timm.create_model(name, **widths, **args).eval()
 
 
@@ -64,7 +64,7 @@ def test_torch_jit_trace_where_windows_and_levels_divide(name):
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:2])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
+    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:3])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
 def test_torch_export_with_free_sizes(name, size):
     """Traced at sizes that windows and blocks divide, and at sizes that they do not. torch takes lengths of one for constants."""
     model = make(name, **SHALLOW.get(name, {}))

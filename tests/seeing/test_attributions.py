@@ -19,7 +19,7 @@ from zoo.seeing.attributions import ATTRIBUTIONS, BiasGradients, heat
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = (64, 96)
-CLASSIFIERS = [name for name in zoo.list_models("*_nano*") if zoo.mechanism_of(name) != "gates"]
+CLASSIFIERS = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 FAMILIES = {  # one of each, three of timm's; HRNet with fewer blocks than registered ones have
     name: partial(timm.create_model, name, num_classes=2) for name in (*CLASSIFIERS, "test_resnet", "test_efficientnet")
 } | {

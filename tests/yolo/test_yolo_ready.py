@@ -18,7 +18,7 @@ SIZED = [re.sub(r"^(yolo\d+)", r"\1n", name) for name in zoo.yolo.names()] + ["y
 
 def test_there_is_one_for_every_mechanism_that_has_a_layer_for_maps():
     assert {name.removesuffix(".yaml") for name in zoo.yolo.names()} == {
-        f"{base}-{mechanism}" for base in ("yolo11", "yolo26") for mechanism in {*zoo.MECHANISMS, "dtm"} - {"dual", "moh", "removal"}}
+        f"{base}-{mechanism}" for base in ("yolo11", "yolo26") for mechanism in {*zoo.MECHANISMS, "dtm"} - {"dual", "moh", "msinet", "removal"}}
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -115,7 +115,7 @@ def test_the_table_of_a_model_names_layers_and_widths(monkeypatch):
     assert "[16, {'ratio': 0.5}]" in das and "[16, 32, {}]" in merging
 
 
-BACKBONES = [name for name in zoo.list_models("*_nano*") if "unet" not in name and "3d" not in name]
+BACKBONES = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name) and "3d" not in name]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

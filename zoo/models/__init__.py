@@ -5,6 +5,9 @@ import pkgutil
 import timm
 
 from zoo.errors import InputError, near_misses
+from zoo.models.building import is_dense
+
+__all__ = ["MECHANISMS", "REPORTED_TOP1", "is_dense", "list_models", "mechanism_of"]
 
 _NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name == "unet")  # which is around the others
 _MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]

@@ -1,15 +1,17 @@
 """timm's way of building a model, with weights chosen, named and checked by the rules of `zoo.weights`."""
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+import timm
 import timm.models
 from torch import Tensor, nn
 
 from zoo import downloads
 from zoo.weights import Filter, check_fit, converted, weights_in
 
-__all__ = ["build_model_with_cfg"]
+__all__ = ["build_model_with_cfg", "is_dense", "names_weights"]
 
 Model = TypeVar("Model", bound=nn.Module)
 ELSEWHERE = "zoo: the weights are read when the model is there"  # the one entry of what timm takes for the state dict until then
@@ -68,3 +70,14 @@ def _weights(source: str | Mapping[str, Any], model: nn.Module, filter_fn: Filte
 def _names(modules: str | tuple[str, ...] | None) -> list[str]:
     """The weights of one module or several."""
     return [f"{module}.weight" for module in ([modules] if isinstance(modules, str) else modules or ())]
+
+
+def names_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments of a model name weights of the whole network: in a file, in a saved folder or on the hub."""
+    cfgs = kwargs.get("pretrained_cfg_overlay"), kwargs.get("pretrained_cfg")
+    return any(cfg.get(source) for cfg in cfgs if isinstance(cfg, dict) for source in ("file", "hf_hub_id", "state_dict", "url"))
+
+
+def is_dense(name: str) -> bool:
+    """Whether the answer of the registered model of this name is a map: its family says so by `DENSE`."""
+    return getattr(sys.modules[timm.model_entrypoint(name).__module__], "DENSE", False)

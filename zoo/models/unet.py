@@ -24,7 +24,7 @@ from zoo.layers import AttentionGate, MultiAttentionGate
 from zoo.layers._initialization import fan_in_normal_
 from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import CHANNELS_LAST, CONV, MAX_POOL, SIZES, Norm, check_spatial, crop, norm_layer, pad_to_multiple, resize
-from zoo.models.building import build_model_with_cfg
+from zoo.models.building import build_model_with_cfg, names_weights
 from zoo.models.conversion import renamed
 from zoo.models.staged import reset_parameters
 from zoo.weights import load_weights
@@ -32,6 +32,7 @@ from zoo.weights import load_weights
 __all__ = ["UNet", "checkpoint_filter_fn"]
 
 MECHANISM = "gates"
+DENSE = True
 StateDict = dict[str, Tensor]
 NARROWEST = 16  # decoder widths that an encoder implies are halved down to this
 
@@ -393,19 +394,13 @@ def _unet(variant: str, pretrained: bool, **kwargs: Any) -> UNet:
     """`pretrained` is about the encoder, where there is one and no file of weights for the whole network is named."""
     if kwargs.get("features_only"):
         raise RuntimeError(f"features_only is not implemented for {variant}: U-Nets give maps of the input's size")
-    if kwargs.get("encoder") and pretrained and not _has_weights(kwargs):
+    if kwargs.get("encoder") and pretrained and not names_weights(kwargs):
         pretrained, kwargs["encoder_args"] = False, dict(kwargs.get("encoder_args") or {}, pretrained=True)
     model = build_model_with_cfg(UNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     if model.spatial_dims == 3:
         channels, *sides = model.pretrained_cfg["input_size"]
         model.pretrained_cfg["input_size"] = (channels, sides[0], *sides)
     return model
-
-
-def _has_weights(kwargs: dict[str, Any]) -> bool:
-    """Whether weights of a whole network are named: in a file, in a saved folder or on the hub."""
-    cfgs = kwargs.get("pretrained_cfg_overlay"), kwargs.get("pretrained_cfg")
-    return any(cfg.get(source) for cfg in cfgs if isinstance(cfg, dict) for source in ("file", "hf_hub_id", "state_dict", "url"))
 
 
 @register_model
