@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS, GOLDEN = ROOT / "docs" / "cards", ROOT / "tests" / "golden"
 VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its authors' code
     "atconv": ("atconv", "attnet"), "dual": ("dual_attention",), "gates": ("attention_gate", "attention_unet"),
-    "hilo": ("hilo", "litv2"), "moh": ("moh",), "polarized": ("polarized",), "removal": ("attention_removal",),
+    "hilo": ("hilo", "litv2"), "moh": ("moh",), "msinet": ("msinet",), "polarized": ("polarized",), "removal": ("attention_removal",),
     "routing": ("bra", "biformer"), "sk": ("sk",), "tap": ("tap", "fan", "adl"),
 }
+TESTS = {"msinet": "tests/models/test_msinet.py"}  # where it is not the one of most
+MANIFESTS = {"msinet": "tests/models/test_msinet.py"}
 OURS = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # manifests of another name than our model's
 
 
@@ -57,11 +59,13 @@ def _verified(mechanism: str) -> str:
         sources = sorted({case["reference"].split(" ")[0] for case in cases})
         counted = ", ".join(f"{number} × {name}" for name, number in counts.items())
         lines.append(f"| outputs and all gradients as the authors' code gives them, {counted} "
-                     f"| numbers of {' and '.join(sources)}, float32, 1e-5 and 1e-4 | `tests/models/test_conformance.py` |")
+                     f"| numbers of {' and '.join(sources)}, float32, 1e-5 and 1e-4 "
+                     f"| `{TESTS.get(mechanism, 'tests/models/test_conformance.py')}` |")
     if manifests:
         named = ", ".join(f"`{name}`" for name in manifests)
         lines.append(f"| every name and shape of the weights of the authors' networks, and the count of parameters: {named} "
-                     "| a file of these names with random numbers, loaded strictly and compared | `tests/models/test_manifests.py` |")
+                     "| a file of these names with random numbers, loaded strictly and compared "
+                     f"| `{MANIFESTS.get(mechanism, 'tests/models/test_manifests.py')}` |")
     lines.append("| which weights of a file are taken, wrappers' names, files that do not fit, files that mean harm "
                  "| files made for it | `tests/zoo/test_weights.py` |")
     return "\n".join(lines)

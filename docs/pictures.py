@@ -23,6 +23,7 @@ from zoo.seeing.classifiers import mechanisms
 from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
+ELSEWHERE = ("msinet",)  # made by a program of benchmarks/ of that page
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
@@ -105,7 +106,7 @@ def main() -> None:
     digit, _ = DigitsDataset("val", {"input_size": (1, SIDE, SIDE)}, size=SIDE).read(4)
     scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
     FOLDER.mkdir(exist_ok=True)
-    for mechanism in sys.argv[1:] or [*zoo.MECHANISMS, *OTHERS]:
+    for mechanism in sys.argv[1:] or [*(name for name in zoo.MECHANISMS if name not in ELSEWHERE), *OTHERS]:
         if mechanism in OTHERS:
             seen = OTHERS[mechanism]()
         else:

@@ -18,8 +18,9 @@ from zoo.errors import InputError, near_misses
 from zoo.probe import probe
 from zoo.weights import CHECKPOINT_SUFFIXES, load_weights, read
 
-TASKS = ("classification", "segmentation")
+TASKS = ("classification", "segmentation", "fixations")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
+OUTPUTS = {"fixations": "saliency"}  # what networks give that give no logits, by task
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 # Arguments of timm.create_model that say which weights training started from. Those of a checkpoint take their place, so that
 # loading it neither opens the files that they name nor downloads anything.
@@ -35,9 +36,10 @@ class ModelInfo:
     `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
-    `crop_mode`. For segmentation `input_size` is that of a window, in 3-D (channels, depth, height, width), and `spacing` and
-    `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a detector that is exported;
-    `output` is what the model gives, by name; `changes` what was done to the network after it was built, see `zoo.changes`.
+    `crop_mode`. For segmentation `input_size` is that of a window, for fixations that of all that is seen, in 3-D (channels, depth,
+    height, width), and `spacing` and `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a
+    detector that is exported; `output` is what the model gives, by name; `changes` what was done to the network after it was built, see
+    `zoo.changes`.
     """
 
     name: str
@@ -66,8 +68,8 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
     text = str(name_or_path)
     if timm.is_model(text):
         model = timm.create_model(text, **model_args).eval()
-        task = "segmentation" if hasattr(model, "spatial_dims") else "classification"
-        return model, ModelInfo(text, (), _data_config(model, {}, model_args), task)
+        task = getattr(model, "task", "segmentation" if hasattr(model, "spatial_dims") else "classification")
+        return model, ModelInfo(text, (), _data_config(model, {}, model_args), task, OUTPUTS.get(task, "logits"))
     if Path(text).exists() or text.endswith(CHECKPOINT_SUFFIXES) or "/" in text:
         return load_trained(text, **model_args)
     raise InputError(f"there is neither a model nor a file called {text!r}{near_misses(text, timm.list_models())}")
@@ -137,7 +139,17 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     check_numbers(path, weights)
     model.load_state_dict(weights)
     changes = tuple(finish(network, record.get("changes") or ()))
-    return model.eval(), ModelInfo(name, classes, config, record["task"], changes=changes)
+    return model.eval(), ModelInfo(name, classes, config, record["task"], OUTPUTS.get(record["task"], "logits"), changes)
+
+
+def load_released(name: str, file: str | Path) -> tuple[nn.Module, ModelInfo]:
+    """A model in evaluation mode with the weights in a file of its authors, and what is known about it.
+
+    Raises InputError for an unknown model, and for a file that does not hold its weights.
+    """
+    if not timm.is_model(name):
+        raise InputError(f"there is no model {name!r}{near_misses(name, timm.list_models())}")
+    return load_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
 
 
 def check_downloadable(model: str) -> None:

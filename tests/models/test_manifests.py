@@ -16,7 +16,7 @@ from zoo.probe import head_for
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
 HEADS = sorted(name for name in MANIFESTS if name.startswith("ep32_"))  # of probes, no networks
-ELSEWHERE = ("ep32_", "acmil_", "unip_", "msinet")  # heads on bags, networks of timm's, TensorFlow's names: tests/layers, tests/zoo, test_msinet
+ELSEWHERE = ("ep32_", "acmil_", "unip_", "msinet")  # heads on bags, networks of timm's, TensorFlow's: tests/layers, tests/zoo, test_msinet
 NAMES = {"unet_CT_multi_att_dsv_3D": "attention_unet3d"}  # ours, where it is another
 
 

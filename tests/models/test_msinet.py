@@ -220,7 +220,8 @@ def test_any_encoder_of_output_stride_8(encoder, tmp_path):
     torch.save(whole.state_dict(), tmp_path / "w.pth")
     model.encoder.load_weights(str(tmp_path / "w.pth"))
     first = next(name for name, p in whole.named_parameters() if p.ndim == 4)
-    assert any(p.shape == whole.get_parameter(first).shape and torch.equal(p, whole.get_parameter(first)) for p in model.encoder.parameters())
+    stem = whole.get_parameter(first)
+    assert any(p.shape == stem.shape and torch.equal(p, stem) for p in model.encoder.parameters())
 
 
 @pytest.mark.parametrize(("call", "message"), [

@@ -113,7 +113,7 @@ def test_compiled_whole():
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: divergence(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5)), r"map of fixations is of shape \(1, 1, 4, 5\), .* \(1, 1, 4, 4\)"),
+    (lambda: divergence(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5)), r"fixations is of shape \(1, 1, 4, 5\), .* \(1, 1, 4, 4\)"),
     (lambda: zoo.FixationDivergenceLoss(0), "eps must be above 0, got 0"),
     (lambda: auc_judd(torch.zeros(4, 4), torch.zeros(4, 5)), r"fixations are of shape \(4, 5\)"),
     (lambda: auc_judd(torch.zeros(4, 4), torch.zeros(4, 4)), "0 of 16 pixels are fixated"),

@@ -38,7 +38,7 @@ AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
 CROPS = ("interpolation", "crop_pct", "crop_mode")
 # By task and dimensions: what timm says of every model, and nothing is done with.
-MEANINGLESS = {("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
+MEANINGLESS = {("fixations", 2): CROPS, ("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
 
 
 class ExportError(RuntimeError):
@@ -77,7 +77,8 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
                 progress: Callable[[str], None] = lambda step: None) -> Exported:
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
-    Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes).
+    Networks for volumes take (batch, channels, depth, height, width), and those that segment give (batch, classes, *sizes); those that
+    say where people look `saliency` (batch, 1, *sizes).
     `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
     accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
     None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes

@@ -113,8 +113,8 @@ class VGGEncoder(nn.Module):
         convs = [conv for stage in self.stages for conv in cast(Stage, stage)]
         shapes = [tuple(given[i][0].shape) for i in sorted(given)]
         if shapes != [tuple(conv.weight.shape) for conv in convs]:
-            raise InputError(f"{called} holds no weights of the encoder's {len(convs)} convolutions, features.0.weight and so on of a VGG-16 "
-                             f"without batch norms; it has {len(shapes)} convolutions of such names")
+            raise InputError(f"{called} holds no weights of the encoder's {len(convs)} convolutions, features.0.weight and so on of a "
+                             f"VGG-16 without batch norms; it has {len(shapes)} convolutions of such names")
         cfg: Any = timm.get_pretrained_cfg(VGG)
         with torch.no_grad():
             for conv, place in zip(convs, sorted(given), strict=True):

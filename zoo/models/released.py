@@ -51,6 +51,7 @@ _FILES: dict[str, tuple[str, str, str]] = {
        for size, page in (("small_80", "S-80"), ("small_75", "S-75"), ("base_75", "B-75"), ("base_50", "B-50"))},
     **{f"transnext_{size}": (f"transnext_{size}_224_1k.pth", "model", "") for size in ("micro", "tiny", "small", "base")},
     **{f"transnext_{size}_384": (f"transnext_{size}_384_1k_ft_1k.pth", "model", "") for size in ("small", "base")},
+    "msinet": ("model_salicon_gpu.pb", "", "https://huggingface.co/alexanderkroner/MSI-Net"),
     "tap_fan_base_16_p4_hybrid": ("tapadl_fan_base.pth.tar", "state_dict", ""),
     "fan_tiny_12_p16_224": ("fan_vit_tiny.pth.tar", "state_dict", ""),
     "fan_small_12_p16_224": ("fan_vit_small.pth.tar", "state_dict", ""),
