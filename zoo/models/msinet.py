@@ -30,6 +30,7 @@ __all__ = ["MSINet", "checkpoint_filter_fn"]
 MECHANISM = "msinet"
 HIERARCHICAL = False  # no encoder of U-Nets
 DENSE = True
+TASK = "fixations"
 StateDict = dict[str, Tensor]
 STRIDE = 8
 MEANS = (103.939, 116.779, 123.68)  # VGG's of blue, green and red; the authors take them off red, green and blue, in this order
@@ -217,7 +218,7 @@ class MSINet(nn.Module):
 
     __prepare_scriptable__ = refuse_scripting
     pretrained_cfg: dict[str, Any]
-    task = "fixations"
+    task = TASK
 
     def __init__(
         self,
