@@ -130,8 +130,8 @@ def test_the_authors_recipe(data):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["attention_unet_nano"], "attention_unet_nano is a U-Net for pictures and masks, and .* holds pictures and maps of fixations, which need a "
-                              "network that says where people look, such as msinet_nano"),
+    (["attention_unet_nano"], "attention_unet_nano is a U-Net for pictures and masks, and .* holds pictures and maps of fixations, "
+                              "which need a network that says where people look, such as msinet_nano"),
     (["msinet_nan"], "there is no model msinet_nan; did you mean msinet_nano"),
 ])
 def test_models_that_do_not_fit(data, tmp_path, arguments, message):
@@ -141,7 +141,7 @@ def test_models_that_do_not_fit(data, tmp_path, arguments, message):
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda data: FixationPredictor("resnet18"), "resnet18 does not say where people look"),
-    (lambda data: FixationPredictor("msinet_nano", loss="divergance"), "there is no loss 'divergance' of fixations; .* did you mean divergence"),
+    (lambda data: FixationPredictor("msinet_nano", loss="divergance"), "no loss 'divergance' of fixations; .* did you mean divergence"),
     (lambda data: FixationPredictor("msinet_nano", loss=dict(type="combined", kk=1)), "the loss combined does not take"),
     (lambda data: FixationDataset(str(data / "no"), "train", (48, 48)), "there is no data folder"),
     (lambda data: FixationDataset(str(data), "tost", (48, 48)), "split='tost'"),

@@ -210,7 +210,7 @@ def test_timms_vgg_initialises_the_encoder(tmp_path):
 @pytest.mark.parametrize("encoder", ["test_resnet", "resnet10t", "test_efficientnet", "sknet_nano"])
 def test_any_encoder_of_output_stride_8(encoder, tmp_path):
     model = make("msinet_nano", encoder=encoder, in_chans=2, dim=8).train()
-    assert all(x.shape[2:] == (8, 12) for x in model.encoder(image(64, 96, channels=2)))
+    assert all(x.shape[2:] == (8, 12) for x in model.encoder(image(64, 96, batch=2, channels=2)))
     out = model(image(65, 50, batch=2, channels=2))
     assert out.shape == (2, 1, 65, 50)
     (out * torch.rand_like(out)).sum().backward()

@@ -43,7 +43,8 @@ def test_a_map_lies_on_its_picture(size):
     picture = spot(width, height, x, y)
     left, top, w, h = within(size, SIZE)
     seen = fitted(picture, SIZE)
-    assert seen.size == SIZE[::-1] and (min(w, h) < 6 or abs(w / h - width / height) < 0.2 * width / height) and (w == SIZE[1] or h == SIZE[0])
+    assert seen.size == SIZE[::-1]
+    assert (min(w, h) < 6 or abs(w / h - width / height) < 0.2 * width / height) and (w == SIZE[1] or h == SIZE[0])
     inside = np.zeros(SIZE, bool)
     inside[top:top + h, left:left + w] = True
     assert (np.asarray(seen)[~inside] == GREY).all()

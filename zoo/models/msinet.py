@@ -8,17 +8,17 @@ with torch or as safetensors, they load as they are, `conv1/conv1_1/kernel` and 
 Without a file `pretrained=True` is about the encoder: timm's VGG-16, or that of `encoder`.
 """
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import get_device_dtype, register_notrace_function
 from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
+from zoo.kernels._exporting import is_exporting
 from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import crop, pad_to_multiple
 from zoo.models.building import build_model_with_cfg, names_weights
@@ -40,15 +40,16 @@ EPS = 1e-7
 VGG = "vgg16"
 
 
-class Conv(nn.Conv2d):
-    """A convolution that keeps the map's size, with TensorFlow's first values: Glorot's uniform ones, bias 0."""
+def conv_same(dim: int, out_dim: int, kernel_size: int = 3, dilation: int = 1, **dd: Any) -> nn.Conv2d:
+    """A convolution that keeps the map's size."""
+    return nn.Conv2d(dim, out_dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, **dd)
 
-    def __init__(self, dim: int, out_dim: int, kernel_size: int = 3, dilation: int = 1, **dd: Any):
-        super().__init__(dim, out_dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, **dd)
 
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(cast(nn.Parameter, self.bias))
+def glorot_(convs: Iterable[nn.Module]) -> None:
+    """TensorFlow's first values of convolutions: Glorot's uniform ones, bias 0."""
+    for conv in convs:
+        nn.init.xavier_uniform_(cast(nn.Conv2d, conv).weight)
+        nn.init.zeros_(cast(nn.Parameter, conv.bias))
 
 
 class Stage(nn.Sequential):
@@ -57,7 +58,11 @@ class Stage(nn.Sequential):
     def __init__(self, dim: int, out_dim: int, depth: int, dilation: int, **dd: Any):
         super().__init__()
         for i in range(depth):
-            self.add_module(f"conv{i + 1}", Conv(out_dim if i else dim, out_dim, dilation=dilation, **dd))
+            self.add_module(f"conv{i + 1}", conv_same(out_dim if i else dim, out_dim, dilation=dilation, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        glorot_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self:
@@ -84,6 +89,7 @@ class VGGEncoder(nn.Module):
         self.stages = nn.ModuleList(
             Stage(dim, out, depth, 2 if i == 4 else 1, **dd)
             for i, (dim, out, depth) in enumerate(zip((in_chans, *widths), widths, DEPTHS, strict=False)))
+        self.pool, self.still = nn.MaxPool2d(2), nn.MaxPool2d(2, 1, 1)
         self.grad_checkpointing = False
         if pretrained:
             self.take(timm.create_model(VGG, pretrained=True).state_dict(), VGG)
@@ -93,7 +99,7 @@ class VGGEncoder(nn.Module):
         for i, stage in enumerate(self.stages):
             x = checkpoint(stage, x) if self.grad_checkpointing else stage(x)
             # With padding on both sides and the first row and column left out, the padding is at the other ends alone.
-            x = F.max_pool2d(x, 2, 2) if i < 3 else F.max_pool2d(x, 2, 1, 1)[:, :, 1:, 1:]
+            x = self.pool(x) if i < 3 else self.still(x)[:, :, 1:, 1:]
             maps.append(x)
         return maps[2:]
 
@@ -186,9 +192,14 @@ class ContextModule(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **dd: Any):
         super().__init__()
-        self.branches = nn.ModuleList([Conv(in_dim, dim, 1, **dd), *(Conv(in_dim, dim, 3, dilation, **dd) for dilation in DILATIONS)])
-        self.mean = Conv(in_dim, dim, 1, **dd)
-        self.fuse = Conv(dim * (len(self.branches) + 1), dim, 1, **dd)
+        self.branches = nn.ModuleList([
+            conv_same(in_dim, dim, 1, **dd), *(conv_same(in_dim, dim, 3, dilation, **dd) for dilation in DILATIONS)])
+        self.mean = conv_same(in_dim, dim, 1, **dd)
+        self.fuse = conv_same(dim * (len(self.branches) + 1), dim, 1, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        glorot_([*self.branches, self.mean, self.fuse])
 
     def forward(self, x: Tensor) -> Tensor:
         found = [branch(x).relu() for branch in self.branches]
@@ -240,9 +251,14 @@ class MSINet(nn.Module):
         self.encoder = VGGEncoder(in_chans, **args) if encoder == VGG else StrideEightEncoder(encoder, in_chans, **args)
         self.context = ContextModule(sum(self.encoder.channels), dim, **dd)
         dims = [dim, dim // 2, dim // 4, dim // 8]
-        self.decoder = nn.ModuleList(Conv(narrow, out, **dd) for narrow, out in zip(dims, dims[1:], strict=False))
-        self.head = Conv(dims[-1], 1, **dd)
+        self.decoder = nn.ModuleList(conv_same(narrow, out, **dd) for narrow, out in zip(dims, dims[1:], strict=False))
+        self.head = conv_same(dims[-1], 1, **dd)
         self.num_features = self.head_hidden_size = dims[-1]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """First values of the decoder; other parts have their own."""
+        glorot_([*self.decoder, self.head])
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """Values of a new network, as in timm. Nothing is left for it where modules have just been made."""
@@ -299,6 +315,10 @@ def enlarged(x: Tensor) -> Tensor:
     """
     for axis in (2, 3):
         last = x.shape[axis] - 1
+        if is_exporting():  # by index, which asks nothing of the sizes
+            place = torch.arange(2 * x.shape[axis], device=x.device)
+            x = (x.index_select(axis, place // 2) + x.index_select(axis, ((place + 1) // 2).clamp(max=last))) / 2
+            continue
         following = x.index_select(axis, torch.arange(1, last + 2, device=x.device).clamp(max=last))
         x = torch.stack([x, (x + following) / 2], axis + 1).flatten(axis, axis + 1)
     return x
