@@ -1,4 +1,4 @@
-# The authors' training: SALICON in folders, data_root holds train/images, train/maps, train/fixations, val/images and so on
+# The authors' training (alexanderkroner/saliency, config.py): SALICON in folders, data_root holds train/images, train/maps, train/fixations, val/images and so on
 _base_ = ['../_base_/default_runtime.py']
 
 data_root = 'data/salicon'

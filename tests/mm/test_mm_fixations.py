@@ -123,7 +123,7 @@ def test_metrics_of_pictures_with_and_without_fixated_pixels():
     assert set(metric.evaluate(1)) == {"fixations/kl", "fixations/cc", "fixations/sim"}
 
 
-def test_the_authors_recipe(data):
+def test_the_recipe_for_salicon(data):
     config = load_config("msinet_salicon", [f"data_root={data}"])
     assert isinstance(config, Config) and config.optim_wrapper.optimizer.lr == 1e-5 and config.train_cfg.max_epochs == 10
     assert config.train_dataloader.dataset.root == str(data)

@@ -35,7 +35,7 @@ class FixationPredictor(BaseModel):
         name: a registered name.
         args: further arguments of `timm.create_model`, for example `encoder`, `dim`.
         loss: "divergence", `zoo.FixationDivergenceLoss`, or "combined", `zoo.FixationLoss`; or a dict of that as `type` and arguments.
-        weights: a file whose weights training starts from: those of the network, by its own names or the authors', or of its encoder
+        weights: a file whose weights training starts from: those of the network, by its own names or TensorFlow's, or of its encoder
             alone. Read when training starts.
         freeze: the encoder does not learn.
 
