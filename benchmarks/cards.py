@@ -20,11 +20,11 @@ CARDS, GOLDEN = ROOT / "docs" / "cards", ROOT / "tests" / "golden"
 VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its authors' code
     "a2n": ("a2n",), "atconv": ("atconv", "attnet"), "connectivity": ("connectivity",), "dual": ("dual_attention",),
     "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "holistic": ("han",), "inspyrenet": ("inspyrenet",),
-    "moh": ("moh",), "parts": ("ifam",),
-    "polarized": ("polarized",), "removal": ("attention_removal",), "routing": ("bra", "biformer"),
-    "sk": ("sk",), "tap": ("tap", "fan", "adl"),
+    "moh": ("moh",), "msinet": ("msinet",), "parts": ("ifam",), "polarized": ("polarized",), "removal": ("attention_removal",),
+    "routing": ("bra", "biformer"), "sk": ("sk",), "tap": ("tap", "fan", "adl"),
 }
-TESTS = {"inspyrenet": "tests/models/test_inspyrenet.py"}  # where it is not the one of most
+TESTS = {"inspyrenet": "tests/models/test_inspyrenet.py", "msinet": "tests/models/test_msinet.py"}  # where it is not the one of most
+MANIFESTS = {"msinet": "tests/models/test_msinet.py"}
 OURS = {  # manifests of another name than our model's
     "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}
 
@@ -66,7 +66,8 @@ def _verified(mechanism: str) -> str:
     if manifests:
         named = ", ".join(f"`{name}`" for name in manifests)
         lines.append(f"| every name and shape of the weights of the authors' networks, and the count of parameters: {named} "
-                     "| a file of these names with random numbers, loaded strictly and compared | `tests/models/test_manifests.py` |")
+                     "| a file of these names with random numbers, loaded strictly and compared "
+                     f"| `{MANIFESTS.get(mechanism, 'tests/models/test_manifests.py')}` |")
     lines.append("| which weights of a file are taken, wrappers' names, files that do not fit, files that mean harm "
                  "| files made for it | `tests/zoo/test_weights.py` |")
     return "\n".join(lines)

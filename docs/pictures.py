@@ -32,6 +32,7 @@ from zoo.seeing.classifiers import mechanisms
 from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
+ELSEWHERE = ("msinet",)  # made by a program of benchmarks/ of that page
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).resolve().parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
@@ -224,7 +225,7 @@ def main() -> None:
     digit, _ = DigitsDataset("val", {"input_size": (1, SIDE, SIDE)}, size=SIDE).read(4)
     scene = (DigitScenesDataset("val", 1).read(0)[0][0] / 4 + 0.5).clamp(0, 1)
     FOLDER.mkdir(exist_ok=True)
-    for mechanism in sys.argv[1:] or list(dict.fromkeys([*zoo.MECHANISMS, *OTHERS])):
+    for mechanism in sys.argv[1:] or list(dict.fromkeys([*(name for name in zoo.MECHANISMS if name not in ELSEWHERE), *OTHERS])):
         if mechanism in OWN | OTHERS:
             seen = (OWN | OTHERS)[mechanism]()
         elif mechanism == "parts":

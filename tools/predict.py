@@ -1,7 +1,8 @@
 """Uses a trained model on pictures and volumes.
 
 Names the classes of pictures, with probabilities; writes label maps of pictures and masks of volumes; finds objects, and cuts them out;
-writes sharper pictures. Answers are printed, and written as tables, as COCO's results, as pictures and masks.
+writes sharper pictures, and maps of where people look. Answers are printed, and written as tables, as COCO's results, as pictures and
+masks.
 """
 if __name__ == "__main__":
     import _checkout  # noqa: F401  so that the checkout's own zoo is used
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zoo.predicting.answers import Answers
     from zoo.predicting.classification import Prediction
     from zoo.predicting.cutouts import CutOut
+    from zoo.predicting.fixations import Looked
     from zoo.predicting.label_maps import Labelled
     from zoo.predicting.scenes import Scene, SceneInfo
 
@@ -42,20 +44,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                     "work_dirs/ct/epoch_200.pth abdomen.nii.gz -o mask.nii.gz",
                     "work_dirs/mask-rcnn/epoch_12.pth street/ --threshold 0.5 -o answers.json",
                     "work_dirs/sharper/epoch_40.pth holiday/ --ensemble -o larger/",
+                    "work_dirs/looks/epoch_40.pth holiday/ -o looked/",
                     "digits.onnx scans/ -o sheet.png",
                     "latest.pth photos/ --model inspyrenet_swin_b -o cutouts/")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that `zoo train` wrote, or an ONNX file that `zoo export` wrote")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="input",
                         help="a picture, for 3-D networks a NIfTI volume, or a folder of them")
     parser.add_argument("--model", metavar="NAME",
-                        help="the model that a file of its authors' weights is for; only for networks that cut out objects")
+                        help="the model that a file of its authors' weights is for, which does not say so itself; of networks that restore "
+                             "pictures, cut out objects or say where people look")
     parser.add_argument("--top", type=int, help="classes to name for each picture (default: 5)")
     parser.add_argument("--batch", type=int, help="pictures at once (default: 32)")
     parser.add_argument("-o", "--output",
                         help="where to write answers: NAME.csv or NAME.json, of detectors in COCO's form; a picture (several become a "
                              "contact sheet), for networks that segment a label map, with the overlaid picture beside it, or a NIfTI mask, "
                              "for networks that restore the picture itself, "
-                             "for those that cut out objects the object on a transparent background, with its mask beside it; "
+                             "for those that cut out objects the object on a transparent background, with its mask beside it, "
+                             "for those that say where people look a grey map, with the picture under heat beside it; "
                              "any name without a suffix: a folder with a table and these files")
     parser.add_argument("--window", type=int, nargs="+", metavar="N",
                         help="sizes of sliding windows (default: those of training; 256 256 where pictures are restored)")
@@ -83,14 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
         model, info = network, exported_info(network)
     elif args.model is not None:
         model, info = load_released(args.model, args.checkpoint)
-        if info.task != "saliency":
-            raise InputError(f"--model is for networks that cut out objects, and {args.model} is none of them")
+        if info.task in ("classification", "segmentation"):
+            raise InputError("--model is for networks that restore pictures, cut out objects or say where people look, and "
+                             f"{args.model} is none of them")
     else:
         checkpoint = opened(args.checkpoint)
         if checkpoint.task in TOOLBOX_TASKS:
             return find_by_toolbox(args, checkpoint)
         model, info = load_trained(checkpoint)
-    return {"segmentation": segment, "restoration": restore, "saliency": cut_out}.get(info.task, name)(args, model, info)
+    by_task = {"segmentation": segment, "restoration": restore, "saliency": cut_out, "fixations": look}
+    return by_task.get(info.task, name)(args, model, info)
 
 
 def name(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
@@ -170,6 +177,30 @@ def cut_out(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> 
             yield found
 
     return report(counted(), lambda found: [f"object  {found.share():7.2%}, certain to {found.certainty:.0%}"], answers, failures)
+
+
+def look(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int:
+    """Says where people look in pictures."""
+    from zoo.predicting.fixations import FixationMaps, look_each
+    from zoo.reading.pictures import find_pictures
+
+    settle(args, info.name)
+    if args.output is None:
+        raise InputError(f"{args.checkpoint} says where people look, and its maps have to go somewhere: name a file or folder with -o")
+    pictures = unique(find_pictures(args.inputs))
+    answers, failures = FixationMaps(pictures, args.output), Failures(len(pictures))
+
+    def counted() -> "Iterator[Looked]":
+        for done, found in enumerate(look_each(model, info, pictures, failed=failures), 1):
+            if len(pictures) > 1:
+                print(f"{done}/{len(pictures)}", file=sys.stderr, flush=True)
+            yield found
+
+    def described(found: "Looked") -> list[str]:
+        x, y = found.peak()
+        return [f"most at column {x}, row {y}; half of it in {found.focus():.1%} of the picture"]
+
+    return report(counted(), described, answers, failures)
 
 
 def find_by_toolbox(args: argparse.Namespace, checkpoint: "Opened") -> int:

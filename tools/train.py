@@ -13,8 +13,8 @@ from pathlib import Path
 from zoo.errors import InputError
 from zoo.tools._cli import Parser, run
 
-FORMS = ("class folders, folders of pictures and masks, COCO's JSON with its pictures, NIfTI volumes and masks, a CSV of paths and "
-         "labels, or, for networks that restore pictures, a folder of them")
+FORMS = ("class folders, folders of pictures and masks, or of pictures and maps of fixations, COCO's JSON with its pictures, NIfTI volumes "
+         "and masks, a CSV of paths and labels, or, for networks that restore pictures, a folder of them")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

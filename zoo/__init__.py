@@ -6,6 +6,7 @@ __version__ = "0.2.0"
 if not _command.import_is_put_off:
     from .attach import attach
     from .attention_removal import attention_share, choose_blocks, remove_attention
+    from .fixations import FixationDivergenceLoss, FixationLoss
     from .heads import head_importance, prune_heads, regroup_heads
     from .layers import capture
     from .losses import (
@@ -38,6 +39,7 @@ if not _command.import_is_put_off:
         list_models,
         litv2,
         mechanism_of,
+        msinet,
         polarized,
         sknet,
         transnext,
@@ -50,10 +52,10 @@ if not _command.import_is_put_off:
     from .weights import load_weights, weights_in
 
 __all__ = [
-    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "ConnectivityLoss", "LoadBalancingLoss",
-    "MultipleInstanceLoss", "PartDiscoveryLoss", "SaliencyPyramidLoss", "SparsifinerReconstructionLoss", "TeacherAttentionLoss",
-    "TokenDistillationLoss", "a2n", "attach", "attention_share", "attnet", "biformer", "capture", "choose_blocks", "das", "dconnnet",
-    "deit", "fan", "fold", "halonet", "han", "head_importance", "ifam", "inspyrenet", "lambda_deit", "list_models", "litv2", "load_weights",
-    "mechanism_of", "polarized", "probe", "prune_heads", "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet",
-    "transnext", "unet", "vidat", "weights_in",
+    "MECHANISMS", "REPORTED_TOP1", "AttentionDistillationLoss", "AttentionDiversificationLoss", "ConnectivityLoss",
+    "FixationDivergenceLoss", "FixationLoss", "LoadBalancingLoss", "MultipleInstanceLoss", "PartDiscoveryLoss", "SaliencyPyramidLoss",
+    "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "a2n", "attach", "attention_share", "attnet",
+    "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet", "han", "head_importance", "ifam",
+    "inspyrenet", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "msinet", "polarized", "probe", "prune_heads",
+    "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
 ]

@@ -18,8 +18,9 @@ from zoo.errors import InputError, near_misses
 from zoo.probe import probe
 from zoo.weights import CHECKPOINT_SUFFIXES, load_weights, read
 
-TASKS = ("classification", "segmentation", "restoration", "saliency")
+TASKS = ("classification", "segmentation", "restoration", "saliency", "fixations")
 TOOLBOX_TASKS = ("mmdet", "mmseg")  # what the checkpoints of their models record as the task; zoo.mm.downstream reads them
+OUTPUTS = {"fixations": "saliency", "restoration": "picture"}  # what networks give that give no logits, by task
 MODEL_PREFIX = "model."  # the training task holds the network as its attribute `model`
 # Arguments of timm.create_model that say which weights training started from. Those of a checkpoint take their place, so that
 # loading it neither opens the files that they name nor downloads anything.
@@ -35,10 +36,10 @@ class ModelInfo:
     `name` is the registered name; `classes` the class names in the order of the logits, empty if nobody recorded
     them; `data_config` the input that the model expects, as timm.data.create_transform takes it: `input_size`
     (channels, height, width), `mean` and `std` per channel for pixels in [0, 1], `interpolation`, `crop_pct`,
-    `crop_mode`. For segmentation `input_size` is that of a window, for saliency that of the first look, in 3-D (channels, depth,
-    height, width), and `spacing` and `clip` are what `zoo.reading.volumes.Grid` takes. `task` is one of `TASKS`, or "detection" of a
-    detector that is exported; `output` is what the model gives, by name; `changes` what was done to the network after it was built, see
-    `zoo.changes`.
+    `crop_mode`. For segmentation `input_size` is that of a window, for saliency that of the first look, for fixations that of all
+    that is seen, in 3-D (channels, depth, height, width), and `spacing` and `clip` are what `zoo.reading.volumes.Grid` takes. `task` is
+    one of `TASKS`, or "detection" of a detector that is exported; `output` is what the model gives, by name; `changes` what was done to
+    the network after it was built, see `zoo.changes`.
     """
 
     name: str
@@ -76,7 +77,7 @@ def load_model(name_or_path: str | Path, **model_args) -> tuple[nn.Module, Model
 def of_network(model: nn.Module) -> tuple[str, str]:
     """The task that a network is for, one of `TASKS`, and what it gives."""
     task = getattr(model, "task", "segmentation" if hasattr(model, "spatial_dims") else "classification")
-    return task, "picture" if task == "restoration" else "logits"
+    return task, OUTPUTS.get(task, "logits")
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,7 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
     check_numbers(path, weights)
     model.load_state_dict(weights)
     changes = tuple(finish(network, record.get("changes") or ()))
-    output = of_network(model)[1] if record["task"] == "restoration" else "logits"
-    return model.eval(), ModelInfo(name, classes, config, record["task"], output, changes)
+    return model.eval(), ModelInfo(name, classes, config, record["task"], OUTPUTS.get(record["task"], "logits"), changes)
 
 
 def load_released(name: str, file: str | Path) -> tuple[nn.Module, ModelInfo]:

@@ -17,7 +17,7 @@ from zoo.probe import head_for
 
 MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" / "manifests").glob("*.json")}
 HEADS = sorted(name for name in MANIFESTS if name.startswith("ep32_"))  # of probes, no networks
-ELSEWHERE = ("ep32_", "acmil_", "unip_")  # heads on bags, and networks of timm's: tests/layers, tests/zoo
+ELSEWHERE = ("ep32_", "acmil_", "unip_", "msinet")  # heads on bags, networks of timm's, TensorFlow's: tests/layers, tests/zoo, test_msinet
 NAMES = {  # ours, where it is another
     "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}
 ARGS = {"dconnnet_resnet34_4": dict(num_classes=4)}

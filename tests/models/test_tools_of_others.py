@@ -19,7 +19,7 @@ PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulat
 MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
     "a2n_nano_x2", "deit_nano_patch16_224_cb", "han_nano_x2", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano",
-    "moh_transnext_nano", "vidat_nano_patch16_224"]
+    "moh_transnext_nano", "msinet_nano", "vidat_nano_patch16_224"]
 BEHIND_MASKS = ("stage_1.", "part_head")  # iFAM's, whose hard masks keep gradients of the logits from it
 UNCALLED = {"stage_1", "stage_2"}  # its transformers, with parameters of their own, whose parts run one by one
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -29,7 +29,7 @@ models = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     args = dict(layout="parallel") if name == PARALLEL else {}
-    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if "inspyrenet" in name else 3)
+    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if name.startswith(("inspyrenet", "msinet")) else 3)
     model = timm.create_model(name.split()[0], **classes, **args).eval()
     with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():

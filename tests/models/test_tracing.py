@@ -14,8 +14,8 @@ from torchvision.models.feature_extraction import get_graph_node_names
 import zoo
 from zoo import layers
 
-DENSE = ("attention_unet_nano", "attention_unet3d_nano", "inspyrenet_nano", "attention_unet_litv2_nano", "dconnnet_nano", "a2n_nano_x2",
-         "han_nano_x2")
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "inspyrenet_nano", "msinet_nano", "attention_unet_litv2_nano", "dconnnet_nano",
+         "a2n_nano_x2", "han_nano_x2")
 LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
@@ -66,7 +66,7 @@ def test_torch_jit_trace_where_windows_and_levels_divide(name):
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:3], *DENSE[4:])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
+    *((name, (250, 203)) for name in (*LIGHT, *DENSE[:4], *DENSE[5:])), ("litv2_nano", (256, 192)), ("halonet_nano", (256, 192))], ids=str)
 def test_torch_export_with_free_sizes(name, size):
     """Traced at sizes that windows and blocks divide, and at sizes that they do not. torch takes lengths of one for constants."""
     model = make(name, **SHALLOW.get(name, {}))

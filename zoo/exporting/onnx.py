@@ -38,7 +38,8 @@ AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
 INPUT = "image"
 CROPS = ("interpolation", "crop_pct", "crop_mode")
 # By task and dimensions: what timm says of every model, and nothing is done with.
-MEANINGLESS = {("restoration", 2): CROPS, ("saliency", 2): CROPS, ("segmentation", 2): CROPS, ("segmentation", 3): (*CROPS, "mean", "std")}
+MEANINGLESS = {**{(task, 2): CROPS for task in ("fixations", "restoration", "saliency", "segmentation")},
+               ("segmentation", 3): (*CROPS, "mean", "std")}
 
 
 class ExportError(RuntimeError):
@@ -78,7 +79,8 @@ def export_onnx(model: nn.Module, info: ModelInfo, path: str | Path, *, size: tu
     """Writes `model` to `path` as ONNX: `image` (batch, channels, height, width) float32 -> `logits` (batch, classes).
 
     Networks for volumes take (batch, channels, depth, height, width), those that segment or cut out give (batch, classes, *sizes), and
-    those that restore pictures give `picture` (batch, channels, scale · height, scale · width).
+    those that restore pictures give `picture` (batch, channels, scale · height, scale · width); those that say
+    where people look `saliency` (batch, 1, *sizes).
     `size` (height, width, or depth, height, width) is what it is compared at, with others around it, and the only size
     accepted where `free_size` is false or cannot be had; the default is the model's own. `batch` fixes the batch size,
     None leaves it free. Class names and preprocessing are written to the file's metadata as JSON. `spell_out` writes

@@ -10,6 +10,7 @@ from zoo.mm import (  # noqa: F401, E402  registered so
     corruptions,
     datasets,
     downstream,
+    fixations,
     hooks,
     mask_datasets,
     metrics,

@@ -21,7 +21,7 @@ from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
-from zoo.models import is_dense
+from zoo.models import is_dense, msinet
 from zoo.predicting.restoration import scale_of
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
@@ -30,6 +30,7 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 
 FITTING = {
     "classes": "a classifier, such as biformer_nano or resnet18",
+    "fixations": "a network that says where people look, such as msinet_nano",
     "masks": "a U-Net in 2-D, such as attention_unet_nano, or the backbone of one, such as biformer_nano",
     "boxes": "the backbone of a detector, such as biformer_nano",
     "volumes": "a U-Net in 3-D, such as attention_unet3d_nano",
@@ -38,12 +39,13 @@ FITTING = {
 # What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
 HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
 # Of a training by default, if there are epochs enough. U-Nets in 2-D stay at the background for some hundred steps.
-STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000, "pictures": 1500}
+STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000, "pictures": 1500, "fixations": 1000}
 EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
 RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4),
-                                         "pictures": (3e-3, 3e-4)}
+                                         "pictures": (3e-3, 3e-4),
+                                        "fixations": (2e-3, 1e-4)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
@@ -121,15 +123,20 @@ def check_fits_data(model: str, data: OwnData) -> None:
 
 
 KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",),
-                                      "pictures": ("restorer",)}
+                                      "pictures": ("restorer",),
+                                     "fixations": ("fixations",)}
 NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks",
-         "restorer": "a network that restores pictures"}
+         "restorer": "a network that restores pictures",
+         "fixations": "a network that says where people look"}
 
 
 def kind_of(model: str) -> str:
-    """ "unet" or "unet3d" for U-Nets, "restorer" for networks that give pictures, "network" for other registered models."""
+    """ "unet" or "unet3d" for U-Nets, "restorer" for networks that give pictures, "fixations" for what says where people look,
+    "network" for other registered models."""
     if getattr(_family(model), "TASK", None) == "restoration":
         return "restorer"
+    if _family(model) is msinet:
+        return "fixations"
     if not is_dense(model):
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
@@ -406,6 +413,21 @@ def pictures_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, 
                     f"{crops} of each in an epoch, turned and mirrored", *told]
 
 
+def fixations_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To say where people look, seen at the size that suits half of the pictures."""
+    sizes = picture_sizes(sample.path for samples in data.splits.values() for sample in samples)
+    usual = cast(Any, timm.get_pretrained_cfg(model)).input_size[1:]
+    longest = wishes.size or max(usual)
+    width, height = (statistics.median(sides) for sides in zip(*sizes, strict=True))
+    seen = [max(1, round(side * longest / max(width, height) / msinet.STRIDE)) * msinet.STRIDE for side in (height, width)]
+    config, told = started("fixations", data, wishes, "fixations/cc")
+    merge(config, {
+        "model.name": model, **{f"{part}_dataloader.dataset": dict(size=seen, **normalization(model)) for part in PARTS},
+        **of_network(wishes, "model.args")})
+    return config, [f"pictures {extent(sizes)} pixels are seen at {seen[1]}×{seen[0]}, in proportion, {mirrored_or_not(True)}", *told]
+
+
 BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {
     "classes": classes_config, "masks": masks_config, "volumes": volumes_config, "boxes": boxes_config,
-    "pictures": pictures_config}
+    "pictures": pictures_config,
+    "fixations": fixations_config}

@@ -36,6 +36,7 @@ from zoo.mm.classifier import ImageClassifier
 from zoo.mm.config import PARTS, change_texts, load_config, scope
 from zoo.mm.data_checks import build_dataset, check_channels, check_channels_of_data, check_dataset
 from zoo.mm.downstream import SOURCES
+from zoo.mm.fixations import FixationPredictor
 from zoo.mm.hooks import LastMetricsHook
 from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
@@ -245,7 +246,7 @@ def check_model(config: Config) -> None:
 def read_start(model: nn.Module) -> None:
     """Reads the weights that the model starts from. Raises InputError for files that do not hold them."""
     for part in model.modules():
-        if isinstance(part, TimmBackbone | ImageClassifier | Restorer | Segmentor | Cutter):
+        if isinstance(part, TimmBackbone | FixationPredictor | ImageClassifier | Restorer | Segmentor | Cutter):
             part.init_weights()
 
 

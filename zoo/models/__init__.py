@@ -9,6 +9,8 @@ from zoo.models.building import is_dense
 
 __all__ = ["MECHANISMS", "REPORTED_TOP1", "is_dense", "list_models", "mechanism_of"]
 
+__all__ = ["MECHANISMS", "REPORTED_TOP1", "is_dense", "list_models", "mechanism_of"]
+
 _AROUND = ("dconnnet", "unet")  # others, which are there before them
 _NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name in _AROUND)
 _MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]

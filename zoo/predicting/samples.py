@@ -7,9 +7,11 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageDraw
 
+from zoo.predicting.fixations import heat
 from zoo.predicting.scenes import COLOURS
 from zoo.predicting.sheets import TILE, annotate, contact_sheet
 from zoo.reading.annotations import compressed
+from zoo.reading.fixations import read_map
 from zoo.reading.own_data import OwnData, Sample, mask_labels
 from zoo.reading.pictures import open_picture
 from zoo.reading.volumes import open_volume
@@ -37,6 +39,8 @@ def _in_turn(data: OwnData) -> Iterator[Sample]:
 
 
 def _tile(data: OwnData, sample: Sample) -> Image.Image:
+    if data.task == "fixations":
+        return _looked_at(sample)
     there = sorted(set(sample.labels) - ({0} if sample.mask else set()))
     names = [data.classes[label] for label in there[:LINES]] + ([f"and {len(there) - LINES} more"] if len(there) > LINES else [])
     colours = [_colour(label) if data.task != "classes" else (0, 0, 0) for label in there[:LINES]]
@@ -50,6 +54,13 @@ def _tile(data: OwnData, sample: Sample) -> Image.Image:
     if data.task == "boxes":
         _draw_boxes(picture, sample, picture.width / whole[0])
     return annotate(picture, [*names, sample.path.name[-24:]], [*colours, *[(128, 128, 128)] * (len(names) - len(colours) + 1)])
+
+
+def _looked_at(sample: Sample) -> Image.Image:
+    picture = open_picture(sample.path)
+    picture = heat(picture, np.asarray(read_map(cast(Path, sample.mask), sample.path, picture.size)))
+    picture.thumbnail((TILE, TILE))
+    return annotate(picture, [sample.path.name[-24:]], [(128, 128, 128)])
 
 
 def _colour(label: int) -> tuple[int, int, int]:

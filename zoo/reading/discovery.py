@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,15 @@ import numpy as np
 from zoo.errors import InputError, first_few, near_misses
 from zoo.reading.annotations import complete
 from zoo.reading.decathlon import read_task
+from zoo.reading.fixations import FOLDERS
 from zoo.reading.masks import read_picture_mask
 from zoo.reading.own_data import OwnData, Sample, picture_sizes
 from zoo.reading.pairs import pair
 from zoo.reading.pictures import PICTURE_SUFFIXES, files_below, find_pictures
 from zoo.reading.volumes import VOLUME_SUFFIXES, is_volume, labels_in
 
-FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks), "
+FORMS = ("class folders (CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg), folders of pictures and of masks (images and masks) "
+         "or of maps of fixations (images and maps), "
          "COCO's JSON with its pictures, NIfTI volumes and masks (images and labels, or a dataset.json), or a CSV of paths and labels")
 SPLITS = {alias: split for split, aliases in {
     "train": ("train", "training", "tr"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing", "ts"),
@@ -59,6 +62,8 @@ def _folder(root: Path) -> OwnData | None:
     if volumes := files_below(root, VOLUME_SUFFIXES):
         return volumes_with_masks(root, pairs(root, volumes))
     pictures = files_below(root, PICTURE_SUFFIXES)
+    if looked := pictures_with_fixations(root, pictures):
+        return looked
     if paired := pairs(root, pictures):
         return pictures_with_masks(root, paired)
     tables = [path for path in files_below(root, TABLE_SUFFIXES) if path.parent == root]
@@ -69,7 +74,7 @@ def _folder(root: Path) -> OwnData | None:
 
 def _aside(root: Path, data: OwnData) -> list[str]:
     """Says what is in the folder beside what was taken, as somebody may have meant that."""
-    taken = {path for samples in data.splits.values() for sample in samples for path in (sample.path, sample.mask)}
+    taken = {path for samples in data.splits.values() for sample in samples for path in (sample.path, sample.mask, sample.fixations)}
     files = files_below(root, PICTURE_SUFFIXES + VOLUME_SUFFIXES + TABLE_SUFFIXES)
     left = [path for path in files if path not in taken and path != data.root]
     return [f"{len(left)} files are left aside, such as {left[0]}"] if left else []
@@ -204,6 +209,32 @@ def pictures_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]]) 
               for split, listed in paired.items()}
     note = f"in the masks {', '.join(f'{value} is {name}' for value, name in zip(values, names, strict=True))}"
     return OwnData(root, "masks", "pictures and masks", tuple(names), splits, (note,), tuple(values))
+
+
+def pictures_with_fixations(root: Path, pictures: Sequence[Path]) -> OwnData | None:
+    """Pictures, maps of fixations and, if there are any, pictures of fixated pixels, in folders that say so; None where none holds maps."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for path in pictures:
+        names = path.relative_to(root).parts[:-1]
+        role = next((FOLDERS[name.casefold()] for name in names if name.casefold() in FOLDERS), "")
+        split = next(filter(None, map(split_of, names)), None) or "train"
+        found.setdefault(split, {}).setdefault(role, []).append(path)
+    if not any("map" in roles for roles in found.values()):
+        return None
+    splits: dict[str, list[Sample]] = {}
+    for split, roles in found.items():
+        if "map" not in roles:
+            continue
+        shown = roles.get("picture", [])
+        base = {role: Path(os.path.commonpath([path.parent for path in listed])) for role, listed in roles.items()}
+        maps = pair(shown, roles["map"], base.get("picture", root), base["map"])
+        points = dict(pair(shown, roles["fixations"], base["picture"], base["fixations"])) if "fixations" in roles else {}
+        splits[split] = [Sample(picture, (0,), looked, fixations=points.get(picture)) for picture, looked in maps]
+    if "train" not in splits:
+        raise InputError(f"{root} holds maps of fixations for {first_few(splits)} and none for train")
+    with_points = [split for split, samples in splits.items() if samples[0].fixations]
+    note = f"fixated pixels are known of {first_few(with_points)}" if with_points else "fixated pixels are not known: NSS and AUC need them"
+    return OwnData(root, "fixations", "pictures and maps of fixations", ("fixations",), splits, (note,))
 
 
 def volumes_with_masks(root: Path, paired: dict[str, list[tuple[Path, Path]]], names: Sequence[str] = (), channels: int = 1,

@@ -13,11 +13,12 @@ import numpy as np
 from zoo.errors import InputError
 from zoo.files import replacing
 from zoo.reading.decathlon import subject
+from zoo.reading.fixations import write_listed
 from zoo.reading.masks import read_picture_mask
 from zoo.reading.pictures import opening, seen_size
 from zoo.reading.splits import held_out, identical_files
 
-Task = Literal["classes", "masks", "boxes", "volumes", "pictures"]
+Task = Literal["classes", "masks", "boxes", "volumes", "pictures", "fixations"]
 
 SAMPLES = "samples.csv"
 COLUMNS = ("split", "path", "label")  # of the lists that training reads
@@ -28,8 +29,8 @@ FOLDS = 5
 class Sample:
     """A file to learn from. `labels` are the classes in it: of a picture its one, of a mask those that occur, of boxes one for each.
 
-    `mask` is the file of its mask. `boxes` are COCO's annotations, with the place of the class among all in `category_id`, of a picture
-    of `size`, its width and height.
+    `mask` is the file of its mask, or of its map of fixations; `fixations` that of the fixated pixels, if they are known. `boxes` are
+    COCO's annotations, with the place of the class among all in `category_id`, of a picture of `size`, its width and height.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Sample:
     mask: Path | None = None
     size: tuple[int, int] = (0, 0)
     boxes: tuple[dict, ...] = ()
+    fixations: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,17 @@ def picture_sizes(paths: Iterable[Path]) -> list[tuple[int, int]]:
 
 def write_samples(data: OwnData, folder: Path) -> None:
     """Writes into `folder` what training reads: samples.csv, with the columns split, path and label, which is the name of a class or the
-    path of a mask; of boxes COCO's descriptions train.json, val.json and test.json, with the places of classes and whole paths."""
+    path of a mask; of a map of fixations, then with that of fixated pixels; of boxes COCO's descriptions train.json, val.json and
+    test.json, with the places of classes and whole paths."""
     if data.task == "boxes":
         for split, samples in data.splits.items():
             with replacing(folder / f"{split}.json") as written:
                 written.write_text(json.dumps(_described(samples, data.classes)))
+        return
+    if data.task == "fixations":
+        with replacing(folder / SAMPLES) as written:
+            write_listed(written, ((split, sample.path, cast(Path, sample.mask), sample.fixations)
+                                   for split, samples in data.splits.items() for sample in samples))
         return
     with replacing(folder / SAMPLES) as written, written.open("w", newline="") as file:
         rows = csv.writer(file)
