@@ -48,8 +48,8 @@ masks leave.
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-Both lose most of what they know when photographs are swapped, and at this size, after these few epochs, masks do not make the
-network robust; masked networks know less of the digits by then, over the photographs of training, too. Why can be seen of the masks. In
+Both lose most of what they know when photographs are swapped, and at this size, after these few epochs, masks make it worse, not
+better; masked networks know less of the digits by then, over the photographs of training, too. Why can be seen of the masks. In
 the network of seed 0 they leave, over the darker photograph, about the digit (74 % of its patches, 9 % of the others), and over
 the brighter one more than half of everything (95 and 56 %), from which the photograph can still be told; and stage 1 learns from the
 same labels, so that it may take the photograph for a part. The paper starts from DINOv2, which tells objects from grounds before it is
