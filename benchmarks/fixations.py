@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ def main() -> None:
         begun = time.process_time()
         train.main(["msinet_nano", str(root), "--epochs", str(args.epochs), "--seed", str(SEED), "--work-dir", str(work_dir)])
         minutes = (time.process_time() - begun) / 60
-        model, info = load_trained(best_checkpoint(work_dir))
-        maps = [read_map(path, path, SIZE[::-1]) for path in sorted((root / "train" / "maps").iterdir())]
+        model, info = load_trained(cast(Path, best_checkpoint(work_dir)))
+        maps = [read_map(path, path, (SIZE[1], SIZE[0])) for path in sorted((root / "train" / "maps").iterdir())]
         mean_map = torch.from_numpy(np.mean([np.asarray(each, np.float32) for each in maps], 0))
         found: dict[str, list[dict[str, float]]] = {"`msinet_nano`": [], "mean map": [], "centre": []}
         shown = []
