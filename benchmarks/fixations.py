@@ -126,8 +126,8 @@ def main() -> None:
         minutes=minutes, facts="\n".join(f"- {key}: {told[key]}" for key in ("date", "machine", "software")), rows="\n".join(rows)))
     print(*rows, sep="\n")
     if args.page == PAGE:
-        sheet = Image.new("RGB", (3 * 2 * SIZE[1] + 16, 3 * 2 * SIZE[0] + 16), "white")
-        for row, pictures in enumerate(shown[:3]):
+        sheet = Image.new("RGB", (3 * 2 * SIZE[1] + 16, 2 * 2 * SIZE[0] + 8), "white")
+        for row, pictures in enumerate(shown[:2]):
             for column, each in enumerate(pictures):
                 enlarged = each.resize((2 * SIZE[1], 2 * SIZE[0]), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, (column * (2 * SIZE[1] + 8), row * (2 * SIZE[0] + 8)))
