@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ def main() -> None:
         begun = time.process_time()
         train.main(["msinet_nano", str(root), "--epochs", str(args.epochs), "--seed", str(SEED), "--work-dir", str(work_dir)])
         minutes = (time.process_time() - begun) / 60
-        model, info = load_trained(best_checkpoint(work_dir))
-        maps = [read_map(path, path, SIZE[::-1]) for path in sorted((root / "train" / "maps").iterdir())]
+        model, info = load_trained(cast(Path, best_checkpoint(work_dir)))
+        maps = [read_map(path, path, (SIZE[1], SIZE[0])) for path in sorted((root / "train" / "maps").iterdir())]
         mean_map = torch.from_numpy(np.mean([np.asarray(each, np.float32) for each in maps], 0))
         found: dict[str, list[dict[str, float]]] = {"`msinet_nano`": [], "mean map": [], "centre": []}
         shown = []
@@ -125,8 +126,8 @@ def main() -> None:
         minutes=minutes, facts="\n".join(f"- {key}: {told[key]}" for key in ("date", "machine", "software")), rows="\n".join(rows)))
     print(*rows, sep="\n")
     if args.page == PAGE:
-        sheet = Image.new("RGB", (3 * 2 * SIZE[1] + 16, 3 * 2 * SIZE[0] + 16), "white")
-        for row, pictures in enumerate(shown[:3]):
+        sheet = Image.new("RGB", (3 * 2 * SIZE[1] + 16, 2 * 2 * SIZE[0] + 8), "white")
+        for row, pictures in enumerate(shown[:2]):
             for column, each in enumerate(pictures):
                 enlarged = each.resize((2 * SIZE[1], 2 * SIZE[0]), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, (column * (2 * SIZE[1] + 8), row * (2 * SIZE[0] + 8)))

@@ -117,7 +117,7 @@ class VGGEncoder(nn.Module):
         """
         given = {int(match[1]): (value, state[f"features.{match[1]}.bias"])
                  for name, value in state.items() if (match := re.fullmatch(r"features\.(\d+)\.weight", name)) and value.ndim == 4}
-        convs = [conv for stage in self.stages for conv in cast(Stage, stage)]
+        convs = [cast(nn.Conv2d, conv) for stage in self.stages for conv in cast(Stage, stage)]
         shapes = [tuple(given[i][0].shape) for i in sorted(given)]
         if shapes != [tuple(conv.weight.shape) for conv in convs]:
             raise InputError(f"{called} holds no weights of the encoder's {len(convs)} convolutions, features.0.weight and so on of a "
@@ -131,7 +131,7 @@ class VGGEncoder(nn.Module):
                     weight = weight / std
                     bias = bias + (weight * (torch.tensor(MEANS, dtype=weight.dtype)[:, None, None] - mean)).sum((1, 2, 3))
                 conv.weight.copy_(weight)
-                conv.bias.copy_(bias)
+                cast(nn.Parameter, conv.bias).copy_(bias)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         self.grad_checkpointing = enable
