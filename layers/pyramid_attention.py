@@ -68,7 +68,8 @@ class AxialAttention(nn.Module):
         if axis not in Axis.__args__:
             raise ValueError(f"axis must be h or w, got {axis!r}")
         check_reshapes(reshapes)
-        self.dim, self.axis, self.reshapes = dim, axis, reshapes
+        self.dim, self.reshapes = dim, reshapes
+        self.axis: Axis = axis
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.query, self.key, self.value = (ConvNorm(dim, out_dim, 1, **dd) for out_dim in (dim // 8, dim // 8, dim))
         self.gamma = nn.Parameter(torch.zeros(1, **dd))

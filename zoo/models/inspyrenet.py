@@ -213,7 +213,7 @@ class PaddedSwin(nn.Module):
         for stage, norm in zip(self.layers, self.norms, strict=True):
             x = stage(x)
             maps.append(norm(x))
-            x = stage.downsample(x) if hasattr(stage, "downsample") else x
+            x = cast(Any, stage).downsample(x) if hasattr(stage, "downsample") else x
         return [y.permute(0, 3, 1, 2) for y in maps]
 
 
