@@ -81,7 +81,7 @@ def prepare_own(args: argparse.Namespace) -> tuple[Path, Path]:
     if "RANK" in os.environ:
         raise InputError("a model and data are for one process; many take the config.py that it writes into its work dir")
     wishes = Wishes(args.epochs, args.batch, args.lr, args.size, args.weights, args.pretrained, args.freeze)
-    restores = timm.is_model(args.config) and kind_of(args.config) == "restorer"
+    restores = timm.is_model(args.config) and kind_of(args.config) == "restoration"
     data = divided((plain_pictures if restores else discover)(args.data), args.folds, args.fold or 0, args.seed or 0)
     name = f"{args.config}_{data.root.absolute().stem}" + ("" if args.folds is None else f"_fold{args.fold or 0}")
     work_dir = Path(args.work_dir or Path("work_dirs") / name)

@@ -242,6 +242,7 @@ def test_what_does_not_fit_is_refused(zoo_refuses, tmp_path):
     write_balls(tmp_path / "Task01")
     for arguments, message in [
         (("biformer_nan", colours), "there is no model biformer_nan; did you mean biformer_nano"),
+        (("inspyrenet_nano", colours), "inspyrenet_nano is a network that cuts out objects, and .*, which need a classifier"),
         (("attention_unet_nano", colours), "is a U-Net for pictures and masks, and .*colours holds class folders, which need a classifier"),
         (("attention_unet3d_nano", tmp_path / "stripes"), "is a U-Net for volumes and masks, and .* which need a U-Net in 2-D"),
         (("test_vit", tmp_path / "stripes"), "encoder test_vit is not hierarchical"),

@@ -44,8 +44,7 @@ EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
 RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4),
-                                         "pictures": (1e-3, 2e-4),
-                                        "fixations": (2e-3, 1e-4)}
+                                         "pictures": (1e-3, 2e-4), "fixations": (2e-3, 1e-4)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
@@ -123,20 +122,16 @@ def check_fits_data(model: str, data: OwnData) -> None:
 
 
 KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",),
-                                      "pictures": ("restorer",),
-                                     "fixations": ("fixations",)}
+                                      "pictures": ("restoration",), "fixations": ("fixations",)}
 NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks",
-         "restorer": "a network that restores pictures",
-         "fixations": "a network that says where people look"}
+         "restoration": "a network that restores pictures", "fixations": "a network that says where people look",
+         "saliency": "a network that cuts out objects"}
 
 
 def kind_of(model: str) -> str:
-    """ "unet" or "unet3d" for U-Nets, "restorer" for networks that give pictures, "fixations" for what says where people look,
-    "network" for other registered models."""
-    if getattr(_family(model), "TASK", None) == "restoration":
-        return "restorer"
-    if _family(model) is msinet:
-        return "fixations"
+    """ "unet" or "unet3d" for U-Nets, the task of networks that have one of their own, "network" for other registered models."""
+    if (task := getattr(_family(model), "TASK", None)) is not None:
+        return task
     if not is_dense(model):
         return "network"
     return "unet3d" if timm.create_model(model).spatial_dims == 3 else "unet"
@@ -429,5 +424,4 @@ def fixations_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config,
 
 BUILDERS: dict[Task, Callable[[str, OwnData, Wishes], tuple[Config, list[str]]]] = {
     "classes": classes_config, "masks": masks_config, "volumes": volumes_config, "boxes": boxes_config,
-    "pictures": pictures_config,
-    "fixations": fixations_config}
+    "pictures": pictures_config, "fixations": fixations_config}

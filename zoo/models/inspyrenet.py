@@ -35,6 +35,7 @@ __all__ = ["InSPyReNet", "Pyramid", "PyramidDecoder", "blend", "checkpoint_filte
 MECHANISM = "inspyrenet"
 HIERARCHICAL = False  # no encoder of U-Nets
 DENSE = True
+TASK = "saliency"
 StateDict = dict[str, Tensor]
 REDUCTIONS = (4, 8, 16, 32)
 TRANSITIONS = (17, 9, 5)  # sizes of the ellipses of `blend`, finest first
@@ -310,7 +311,7 @@ class InSPyReNet(nn.Module):
 
     __prepare_scriptable__ = refuse_scripting
     pretrained_cfg: dict[str, Any]
-    task = "saliency"
+    task = TASK
 
     def __init__(
         self,
