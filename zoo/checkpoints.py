@@ -148,7 +148,7 @@ def load_trained(checkpoint: str | Path | Opened, **model_args) -> tuple[nn.Modu
 
 
 def load_released(name: str, file: str | Path) -> tuple[nn.Module, ModelInfo]:
-    """A model in evaluation mode with the weights in a file of its authors, and what is known about it.
+    """A model in evaluation mode with the weights in a file of its authors (`zoo.models.released`), and what is known about it.
 
     Raises InputError for an unknown model, and for a file that does not hold its weights.
     """

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,17 +31,24 @@ def _uncounted(manifest: dict) -> int:
     return sum(math.prod(shape) * (manifest["input"][-1] // 2 ** (3 + int(match[1]))) ** 2 for match, shape in found if match)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Is removed afterwards: files of all released networks, kept, take 20 GB."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize("released", sorted(name for name in MANIFESTS if not name.startswith(ELSEWHERE)))
-def test_released_checkpoint_loads(released, tmp_path):
+def test_released_checkpoint_loads(released, folder):
     name = NAMES.get(released, released)
     if name not in zoo.list_models():
         pytest.skip(f"{name} is not in the zoo yet")
     manifest = json.loads(MANIFESTS[released].read_text())
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) if shape else torch.tensor(7) for key, shape in manifest["state"].items()}
-    torch.save({"model": state}, tmp_path / "released.pth")
+    torch.save({"model": state}, folder / "released.pth")
     args = ARGS.get(released, {})
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "released.pth")), **args)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / "released.pth")), **args)
     family = sys.modules[timm.model_entrypoint(name).__module__]
     unused = {key for key in state if key.startswith(getattr(family, "UNUSED", ()))}  # by the authors' code as well
     without = sum(state[key].numel() for key in unused if not key.endswith(BUFFERS))
@@ -57,20 +65,20 @@ def test_released_checkpoint_loads(released, tmp_path):
     weights = [value for key, value in state.items() if key not in unused and not key.endswith(inspyrenet.INDICES)]
     assert torch.equal(torch.cat([v.flatten() for v in converted.values()]), torch.cat([v.flatten() for v in weights]))
     del state[next(iter(state))]
-    torch.save({"model": state}, tmp_path / "incomplete.pth")
+    torch.save({"model": state}, folder / "incomplete.pth")
     with pytest.raises(InputError, match=rf"incomplete.pth does not hold the weights of {name}: .* 1 do not, such as .* \(missing\)"):
-        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "incomplete.pth")), **args)
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / "incomplete.pth")), **args)
 
 
 @pytest.mark.parametrize("released", HEADS)
-def test_released_head_loads(released, tmp_path):
+def test_released_head_loads(released, folder):
     manifest = json.loads(MANIFESTS[released].read_text())
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) if shape else torch.tensor(7) for key, shape in manifest["state"].items()}
-    torch.save({"state_dict": state, "meta": {"epoch": 90}}, tmp_path / "ep_head.pth")
+    torch.save({"state_dict": state, "meta": {"epoch": 90}}, folder / "ep_head.pth")
     head = head_for(manifest["input"][-1], 1000)
     assert sum(parameter.numel() for parameter in head.parameters()) == manifest["params"]
-    zoo.load_weights(head, tmp_path / "ep_head.pth")
+    zoo.load_weights(head, folder / "ep_head.pth")
     assert head.state_dict().keys() == state.keys()
     for key, value in head.state_dict().items():
         assert torch.equal(value, state[key]), key
