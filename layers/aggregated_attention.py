@@ -166,7 +166,7 @@ class LengthScaledAttention(_CosineAttention):
             out = (q @ k.mT + positions).softmax(-1) @ v
         else:
             out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, positions.to(v.dtype), scale=1.0)
-        return self._out(x, out.transpose(1, 2).reshape(b, h, w, self.num_heads, -1))
+        return self._out(x, out.transpose(1, 2).unflatten(1, (h, w)))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, pretrain_size={self.pretrain_size}"

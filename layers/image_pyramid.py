@@ -37,6 +37,7 @@ def expand(x: Tensor) -> Tensor:
     return _smooth(spread, 4.0)
 
 
+@register_notrace_function
 def reconstruct(x: Tensor, laplacian: Tensor) -> Tensor:
     """expand(x) + laplacian, which is interpolated (corner to corner) where its size is another; the authors' ImagePyramid.reconstruct."""
     x = expand(x)

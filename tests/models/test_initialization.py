@@ -71,7 +71,7 @@ TABLE = {  # by family: patterns of names, the first that fits counts
                               (r".", None)],  # the rest is timm's ResNet
     "a2n_nano_x2": CONVS,
     "han_nano_x2": [(r"gamma$", ZERO), *CONVS],
-    "inspyrenet_nano": [*NORMS, (r"gamma$", ZERO), (r"threshold$", ("=", 0.5)), (r"^backbone", None), (r"weight$", "fan in")],
+    "inspyrenet_nano": [(r"^backbone", None), *NORMS, (r"gamma$", ZERO), (r"threshold$", ("=", 0.5)), (r"weight$", "fan in")],
     "dconnnet_nano": [(r"^encoder", None), (r"^ups\.\d\.\w+\.norm\.weight", "around 1"), (r"^ups\..*conv\.weight", "fan in"), *NORMS,
                       (r"gamma$", ZERO), *CONVS],
     "attention_unet3d_nano": [(r"norm\d?\.weight", "around 1"), (r"norm\d?\.bias", ZERO), (r"weight$", "fan in"),

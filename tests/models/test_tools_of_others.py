@@ -20,7 +20,8 @@ MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCO
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
     "a2n_nano_x2", "deit_nano_patch16_224_cb", "han_nano_x2", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano",
     "moh_transnext_nano", "msinet_nano", "vidat_nano_patch16_224"]
-BEHIND_MASKS = ("stage_1.", "part_head")  # iFAM's, whose hard masks keep gradients of the logits from it
+BEHIND_MASKS = (  # where gradients of the answer do not come: behind iFAM's hard masks, and InSPyReNet's coarser answers
+    "stage_1.", "part_head", "decoder.start.conv5", "decoder.refine.1.logits", "decoder.refine.2.logits")
 UNCALLED = {"stage_1", "stage_2"}  # its transformers, with parameters of their own, whose parts run one by one
 PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 models = pytest.mark.parametrize("name", MODELS)

@@ -83,7 +83,7 @@ def test_torch_export_with_named_and_bounded_sizes(name):
     torch takes lengths of one for constants. Of networks that cut their maps it cannot prove for all sizes what holds for each, and is told
     to ask as they come.
     """
-    cuts = name.startswith(("biformer", "halonet", "litv2", "moh", "vidat", "attention_unet_litv2"))
+    cuts = name.startswith(("biformer", "halonet", "litv2", "moh", "vidat", "attention_unet_litv2", "inspyrenet"))
     model = make(name, **SHALLOW.get(name, {}))
     x = images(model, (250, 203), 2)
     sizes = {dim: Dim(f"size{dim}", min=16, max=512) if x.ndim == 5 else Dim(f"size{dim}", min=113, max=1024) for dim in range(2, x.ndim)}

@@ -266,7 +266,7 @@ class PyramidDecoder(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Pyramid:
-        height, width = size
+        height, width = size[0], size[1]  # of torch.fx, which iterates nothing
         e1, e2, *coarse = (self._run(context, x) for context, x in zip(self.context, maps, strict=True))
         quarter, half = (height // 4, width // 4), (height // 2, width // 2)
         f3, d3 = self._run(self.start, coarse)
