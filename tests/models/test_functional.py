@@ -22,6 +22,8 @@ TIMMS_ATTENTION = (  # in blocks of DeiT and iFAM, and in FAN's class attention
     "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "tap_fan_nano")
 DENSE = ("attention_unet_nano", "attention_unet3d_nano", "dconnnet_nano", "inspyrenet_nano", "msinet_nano", "a2n_nano_x2", "han_nano_x2")
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
+# InSPyReNet's coarser answers hand on no derivatives, so that differences of its answers are not its derivatives.
+whole = pytest.mark.parametrize("name", [name for name in (*LIGHT, *DENSE) if name != "inspyrenet_nano"])
 
 
 def _settle(model: nn.Module) -> None:
@@ -71,7 +73,7 @@ def test_gradients_of_every_sample(name):
         assert all((found[key][i] - gradient).abs().max() <= 1e-10 * norm for key, gradient in zip(parameters, expected, strict=True))
 
 
-@families
+@whole
 def test_forward_mode(name):
     model, x, direction = case(name)
     step = 1e-7
@@ -81,7 +83,7 @@ def test_forward_mode(name):
     assert close(found, expected, 1e-5)
 
 
-@families
+@whole
 def test_second_derivatives(name):
     """Gradients of gradients' products with a direction; where torch's fused attention has none, it says so."""
     model, x, direction = case(name)
