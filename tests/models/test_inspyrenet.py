@@ -232,7 +232,7 @@ def test_any_hierarchical_model_is_an_encoder(encoder):
     out.square().mean().backward()
     assert any(p.grad is not None and p.grad.any() for p in model.backbone.parameters())
     reductions = model.backbone.reductions
-    first, second = (model.backbone(torch.randn(1, 2, 64, 64))[i] for i in range(2))
+    first, second = (model.eval().backbone(torch.randn(1, 2, 64, 64))[i] for i in range(2))
     assert first.shape[2] == (32 if 2 in reductions else 16) and second.shape[2] == 16
 
 
