@@ -77,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
 
+    from timm.models import is_model, model_entrypoint
+
     from zoo.checkpoints import TOOLBOX_TASKS, load_released, load_trained, opened
     from zoo.predicting.exported import ExportedNetwork, exported_info, exported_scene_info, predict_exported
     from zoo.reading.onnx_files import ONNX_SUFFIX
@@ -87,10 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
             return find(args, exported_scene_info(network), lambda *given, **options: predict_exported(network, *given, **options))
         model, info = network, exported_info(network)
     elif args.model is not None:
-        model, info = load_released(args.model, args.checkpoint)
-        if info.task in ("classification", "segmentation"):
+        if is_model(args.model) and not hasattr(sys.modules[model_entrypoint(args.model).__module__], "TASK"):
             raise InputError("--model is for networks that restore pictures, cut out objects or say where people look, and "
                              f"{args.model} is none of them")
+        model, info = load_released(args.model, args.checkpoint)
     else:
         checkpoint = opened(args.checkpoint)
         if checkpoint.task in TOOLBOX_TASKS:

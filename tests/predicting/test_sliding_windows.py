@@ -51,7 +51,7 @@ def test_memory_is_that_of_a_row_of_windows(monkeypatch):
     monkeypatch.setattr(sliding_windows.torch, "zeros", lambda *shape: made.append(shape) or zeros(*shape))
     for length in (8, 64):
         segment(Scores(3, 5), torch.randn(1, length, 6, 6), (4, 4, 4), classes=5)
-    assert set(made) == {(5, 4, 6, 6)}
+    assert set(made) == {(5, 4, 6, 6), ((4, 6, 6),)}  # sums, and what their weights add up to
 
 
 @pytest.mark.parametrize(("size", "window", "overlap", "message"), [

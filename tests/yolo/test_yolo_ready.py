@@ -19,7 +19,8 @@ SIZED = [re.sub(r"^(yolo\d+)", r"\1n", name) for name in zoo.yolo.names()] + ["y
 def test_there_is_one_for_every_mechanism_that_has_a_layer_for_maps():
     assert {name.removesuffix(".yaml") for name in zoo.yolo.names()} == {
         f"{base}-{mechanism}" for base in ("yolo11", "yolo26")
-        for mechanism in {*zoo.MECHANISMS, "dtm"} - {"connectivity", "dual", "moh", "msinet", "parts", "removal"}}
+        for mechanism in {*zoo.MECHANISMS, "dtm"} - {
+            "a2n", "connectivity", "dual", "holistic", "inspyrenet", "moh", "msinet", "parts", "removal"}}
 
 
 @pytest.mark.parametrize("name", SIZED)

@@ -56,7 +56,7 @@ def test_right_connections_cost_next_to_nothing(args):
     labels = F.max_pool2d(labels[:, None].float(), 3, 1, 1).mul(labels[:, None].roll(1, 3)).long()[:, 0]
     con = connectivity_target(labels[:, None].float())
     labels = bilateral_voting(con)[0][:, 0].long()  # without single pixels
-    loss, least = zoo.ConnectivityLoss(**args), args["variant"] == "dconn"  # as -log(1 - q) / q is at least 1
+    loss, least = zoo.ConnectivityLoss(**args), float(args["variant"] == "dconn")  # as -log(1 - q) / q is at least 1
     assert loss(40 * con - 20, labels) - least < 1e-2 < loss(20 - 40 * con, labels) - least
 
 

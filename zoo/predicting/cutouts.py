@@ -95,6 +95,8 @@ def cut_each(model: nn.Module, info: ModelInfo, paths: Iterable[str | Path], *, 
              failed: Failed = stop) -> Iterator[CutOut]:
     """As `cut_out`, one file after the other. What `failed` is called with, a path and why it cannot be done, is left out."""
     base = getattr(model, "base_size", info.input_size[1:])
+    if resolution is not None and resolution < MULTIPLE:
+        raise InputError(f"resolution is {resolution}; it has to be at least {MULTIPLE}")
     for path in map(Path, paths):
         try:
             picture = open_picture(path, info.input_size[0])
