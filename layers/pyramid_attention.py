@@ -20,7 +20,7 @@ class ConvNorm(nn.Module):
     def __init__(self, dim: int, out_dim: int, kernel: int | tuple[int, int], dilation: int = 1, relu: bool = False, **dd: Any):
         super().__init__()
         sizes = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(dilation * (size // 2) for size in sizes)  # which counters of products know better than "same"
+        padding = dilation * (sizes[0] // 2), dilation * (sizes[1] // 2)  # which counters of products know better than "same"
         self.conv = nn.Conv2d(dim, out_dim, kernel, padding=padding, dilation=dilation, bias=False, **dd)
         self.norm = nn.BatchNorm2d(out_dim, **dd)
         self.act = nn.ReLU() if relu else nn.Identity()
