@@ -21,7 +21,7 @@ from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 from zoo.models.inspyrenet import blend, scaled
 
 PAGE = Path(__file__).with_suffix(".md")
-BASE, LARGE, ROUNDS = 384, (640, 960), 5
+BASE, LARGE, ROUNDS = 384, (544, 576), 3
 HEAD = """# InSPyReNet beside transparent-background
 
 `python -m benchmarks.inspyrenet FOLDER`: `inspyrenet_swin_b` and the network of transparent-background {version}, with the same random
