@@ -1,8 +1,11 @@
 """Cutting out objects as a task: exact masks, the loss, the field's numbers, and a short run whose checkpoint is used."""
+from importlib.resources import files
+
 import numpy as np
 import py_sod_metrics
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
 from zoo.checkpoints import load_trained
@@ -10,9 +13,10 @@ from zoo.errors import InputError
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
 from zoo.mm.datasets import Sample
-from zoo.mm.saliency import Cutter, PhotographScenesDataset, SaliencyMetrics
+from zoo.mm.saliency import CutOutDataset, Cutter, PhotographScenesDataset, SaliencyMetrics
 from zoo.reading.composed import PHOTOGRAPHS, PhotographScenes
 from zoo.tools.predict import main
+from zoo.tools.train import main as train_tool
 
 
 def test_scenes_are_functions_of_their_number_and_their_masks_are_exact():
@@ -69,3 +73,79 @@ def test_a_run_from_its_config_to_a_cutout(tmp_path):
     Image.fromarray(PhotographScenes("val", 48).read(0)[0]).save(tmp_path / "a.png")
     assert main([str(latest_checkpoint(folder)), str(tmp_path / "a.png"), "-o", str(tmp_path / "cut.png")]) == 0
     assert Image.open(tmp_path / "cut.png").mode == "RGBA"
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Twelve pictures of two sizes with masks of soft edges, as matting's are."""
+    for i in range(12):
+        for name in ("images", "masks"):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        picture, mask = PhotographScenes("train", 48).read(i)
+        size = (64, 48) if i % 2 else (48, 72)
+        Image.fromarray(picture).resize(size).save(tmp_path / "data" / "images" / f"{i}.jpg")
+        Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BICUBIC).save(tmp_path / "data" / "masks" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_ones_own_pictures_are_learned_and_evaluated_and_cut_out(own_data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_tool(["inspyrenet_nano", str(own_data), "--epochs", "1", "--batch", "4", "--size", "32", "--work-dir", str(run)])
+    said = capsys.readouterr().out
+    assert "are seen at 32×32, what has 128 in a mask or more is cut out" in said and "saliency/MAE" in said
+    model, info = load_trained(latest_checkpoint(run))
+    assert (info.task, info.input_size, model.base_size) == ("saliency", (3, 32, 32), (32, 32))
+    assert main([str(latest_checkpoint(run)), str(own_data / "images" / "0.jpg"), "-o", str(tmp_path / "cut.png")]) == 0
+    assert Image.open(tmp_path / "cut.png").size == (48, 72)
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (3, 7)])
+def test_masks_of_two_values_are_background_and_object(values, tmp_path):
+    for split in ("train", "val"):
+        for name in ("images", "masks"):
+            (tmp_path / split / name).mkdir(parents=True)
+        for i in range(4):
+            picture, mask = PhotographScenes("train", 64).read(i)
+            Image.fromarray(picture).save(tmp_path / split / "images" / f"{i}.png")
+            Image.fromarray(np.where(mask, values[1], values[0]).astype(np.uint8)).save(tmp_path / split / "masks" / f"{i}.png")
+    dataset = CutOutDataset(str(tmp_path), "train", (64, 64), object_from=values[1])
+    item = dataset[Sample(2, 0)]
+    assert (item["targets"].numpy() == PhotographScenes("train", 64).read(2)[1]).all() and item["inputs"].shape == (3, 64, 64)
+    small = CutOutDataset(str(tmp_path), "val", (32, 96), object_from=values[1])[Sample(0, 0)]
+    assert small["inputs"].shape == (3, 32, 96) and small["targets"].shape == (32, 96) and set(small["targets"].unique().tolist()) == {0, 1}
+
+
+def test_the_authors_training_augments_pictures_and_masks_alike(own_data):
+    """Where transforms move the object, they move its mask: a picture that is its own mask stays so."""
+    config = Config.fromfile(str(files("zoo.configs") / "saliency" / "inspyrenet_swin_b_duts.py"))
+    moving = [step for step in config.train_dataloader.dataset.transforms if step.get("keys") != "inputs"]
+    assert [step["type"] for step in moving] == ["RandZoomd", "RandFlipd", "RandRotated"]
+    for i in range(12):
+        mask = Image.open(own_data / "masks" / f"{i}.png")
+        mask.convert("RGB").save(own_data / "images" / f"{i}.jpg", quality=98)
+    (own_data / "train").mkdir()
+    for name in ("images", "masks"):
+        (own_data / name).rename(own_data / "train" / name)
+    dataset = CutOutDataset(str(own_data), "train", (64, 64), mean=(0.0,) * 3, std=(1.0,) * 3, transforms=moving)
+    for i in range(12):
+        item = dataset[Sample(i, i)]
+        assert ((item["inputs"][0] > 0.5) != item["targets"].bool()).float().mean() < 0.03
+    assert Cutter("inspyrenet_nano", dict(base_size=(64, 64))).eval()(item["inputs"][None]).shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--freeze", "--weights", "w.pth"], "--freeze leaves nothing of inspyrenet_nano to learn"),
+    (["--size", "40"], "--size 40: inspyrenet_nano is trained at multiples of 32 pixels"),
+])
+def test_what_cannot_be_trained_is_told(arguments, message, own_data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train_tool(["inspyrenet_nano", str(own_data), "--work-dir", str(tmp_path / "run"), *arguments])
+
+
+def test_objects_of_several_kinds_are_told(own_data, tmp_path):
+    for path in (own_data / "masks").iterdir():
+        Image.fromarray((np.asarray(Image.open(path)) // 100).astype(np.uint8)).save(path)
+    with pytest.raises(InputError, match="inspyrenet_nano cuts out objects of one kind, and the masks of .* have 3 classes"):
+        train_tool(["inspyrenet_nano", str(own_data), "--work-dir", str(tmp_path / "run")])
+    with pytest.raises(InputError, match=r"size=\(40, 64\): it is a height and a width, multiples of 32"):
+        CutOutDataset(str(tmp_path), "train", (40, 64))

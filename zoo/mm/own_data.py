@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import timm
@@ -31,20 +31,23 @@ from zoo.toolboxes import INSTALL, TOOLBOXES
 FITTING = {
     "classes": "a classifier, such as biformer_nano or resnet18",
     "fixations": "a network that says where people look, such as msinet_nano",
-    "masks": "a U-Net in 2-D, such as attention_unet_nano, or the backbone of one, such as biformer_nano",
+    "masks": "a U-Net in 2-D, such as attention_unet_nano, or the backbone of one, such as biformer_nano, or a network that cuts out "
+             "objects, such as inspyrenet_nano",
     "boxes": "the backbone of a detector, such as biformer_nano",
     "volumes": "a U-Net in 3-D, such as attention_unet3d_nano",
     "pictures": "a network that restores pictures, such as a2n_nano_x2",
 }
+Learned = Task | Literal["cutouts"]  # what is learned of masks if they are of one kind of object, by a network that cuts it out
 # What mirror images of may be another class, by its name: digits, letters and sides, and whatever has no name.
 HANDED = re.compile(r"((class|value) )?\d+|\w|(.*\b|.*_)(left|right|l|r|lh|rh|text|digit|letter)(\b.*|_.*)", re.IGNORECASE)
 # Of a training by default, if there are epochs enough. U-Nets in 2-D stay at the background for some hundred steps.
-STEPS: dict[Task, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000, "pictures": 1500, "fixations": 1000}
+STEPS: dict[Learned, int] = {"classes": 1000, "masks": 2000, "volumes": 1000, "boxes": 1000, "pictures": 1500, "fixations": 1000,
+                             "cutouts": 2000}
 EPOCHS = (15, 200)  # fewest and most by default
 FINE_STEPS, FINE_EPOCHS = 400, (10, 60)  # of weights that have been trained before
 # Rates for 32 samples at once, from random weights and from trained ones; they go with the root of the number of samples.
-RATES: dict[Task, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4),
-                                         "pictures": (1e-3, 2e-4), "fixations": (2e-3, 1e-4)}
+RATES: dict[Learned, tuple[float, float]] = {"classes": (1e-3, 2e-4), "masks": (6e-3, 5e-4), "volumes": (8e-3, 1e-3), "boxes": (4e-3, 4e-4),
+                                         "pictures": (1e-3, 2e-4), "fixations": (2e-3, 1e-4), "cutouts": (2e-3, 5e-5)}
 AVERAGED = 0.1  # share of the steps that the average of the weights looks back on
 WARMING = 0.1  # share of the epochs in which the rate rises
 STRIDE = 32  # pixels that sizes are multiples of
@@ -121,8 +124,9 @@ def check_fits_data(model: str, data: OwnData) -> None:
         raise InputError(f"{model} is {NAMED[kind]}, and {data.root} holds {data.form}, which need {FITTING[data.task]}")
 
 
-KINDS: dict[Task, tuple[str, ...]] = {"classes": ("network",), "masks": ("network", "unet"), "boxes": ("network",), "volumes": ("unet3d",),
-                                      "pictures": ("restoration",), "fixations": ("fixations",)}
+KINDS: dict[Task, tuple[str, ...]] = {
+    "classes": ("network",), "masks": ("network", "unet", "saliency"), "boxes": ("network",), "volumes": ("unet3d",),
+    "pictures": ("restoration",), "fixations": ("fixations",)}
 NAMED = {"network": "a network for pictures", "unet": "a U-Net for pictures and masks", "unet3d": "a U-Net for volumes and masks",
          "restoration": "a network that restores pictures", "fixations": "a network that says where people look",
          "saliency": "a network that cuts out objects"}
@@ -181,7 +185,7 @@ def _go_on_with_changes(config: Config, wishes: Wishes) -> list[str]:
     return told
 
 
-def started(task: Task, data: OwnData, wishes: Wishes, monitor: str, patches: int = 1) -> tuple[Config, list[str]]:
+def started(task: Learned, data: OwnData, wishes: Wishes, monitor: str, patches: int = 1) -> tuple[Config, list[str]]:
     """The house's config for a task with what does not depend on the network: loaders, length, rate, average, patience."""
     config = Config.fromfile(str(files("zoo.configs") / "_base_" / "own" / f"{task}.py"))
     samples = sum(sample.labels != () for sample in data.splits["train"])
@@ -267,7 +271,9 @@ def sized(model: str, size: int, usual: int) -> dict[str, Any]:
 
 
 def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
-    """To say of every pixel its class: the U-Net, or one around the network."""
+    """To say of every pixel its class: the U-Net, or one around the network; or to cut out what the masks show."""
+    if kind_of(model) == "saliency":
+        return cutouts_config(model, data, wishes)
     sizes = picture_sizes(sample.path for samples in data.splits.values() for sample in samples)
     widths, heights = zip(*sizes, strict=True)
     window = [wishes.size or inner_side(min(sides), WINDOW, STRIDE) for sides in (heights, widths)]
@@ -281,6 +287,29 @@ def masks_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, lis
         "train_dataloader.dataset.transforms.0.prob": 0.5 * mirrored,
         **of_network(wishes, "model.args.encoder_args" if "args" in named else "model.args")})
     return config, [f"of pictures {extent(sizes)} pixels windows of {times(window[::-1])} are seen, {mirrored_or_not(mirrored)}", *told]
+
+
+def cutouts_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config, list[str]]:
+    """To cut out what is not background in the masks, from pictures that are brought to one size."""
+    if wishes.freeze:
+        raise InputError(f"--freeze leaves nothing of {model} to learn, which has no head for other data")
+    soft = len(data.classes) > 2 and min(data.values) == 0 and max(data.values) == 255
+    if len(data.classes) > 2 and not soft:
+        raise InputError(f"{model} cuts out objects of one kind, and the masks of {data.root} have {len(data.classes)} classes")
+    sizes = picture_sizes(sample.path for samples in data.splits.values() for sample in samples)
+    usual = cast(Any, timm.get_pretrained_cfg(model)).input_size[-1]
+    size = wishes.size or (usual if wishes.fine else min(usual, usual_side(sizes)))
+    if size % STRIDE:
+        raise InputError(f"--size {size}: {model} is trained at multiples of {STRIDE} pixels")
+    mirrored = mirrors(data.classes[1:])
+    config, told = started("cutouts", data, wishes, "saliency/S")
+    start = 128 if soft else max(data.values)
+    merge(config, {
+        "model.name": model, "model.args": dict(base_size=(size, size)),
+        **{f"{part}_dataloader.dataset": dict(size=(size, size), object_from=start, **normalization(model)) for part in PARTS},
+        "train_dataloader.dataset.transforms.2.prob": 0.5 * mirrored, **of_network(wishes, "model.args")})
+    return config, [f"pictures {extent(sizes)} pixels are seen at {size}×{size}, what has {start} in a mask{' or more' if soft else ''} is "
+                    f"cut out; turned by up to ten degrees, zoomed, {mirrored_or_not(mirrored)}", *told]
 
 
 def stored(data: OwnData) -> dict[str, Any]:

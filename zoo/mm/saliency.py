@@ -1,6 +1,7 @@
 """Cutting out objects as a task of the engine: InSPyReNet's loss, scenes with exact masks, and the field's metrics."""
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -8,16 +9,19 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from zoo.errors import InputError
 from zoo.losses import SaliencyPyramidLoss
-from zoo.mm.mask_datasets import MaskedPictures
+from zoo.mm.mask_datasets import MaskedPictures, listed_files
 from zoo.mm.metrics import Counted
 from zoo.mm.networks import create_network, plain
 from zoo.models.inspyrenet import InSPyReNet, scaled
 from zoo.reading.composed import PhotographScenes
+from zoo.reading.masks import paired_files, read_picture_mask
+from zoo.reading.pictures import PICTURE_SUFFIXES, open_picture, picture_tensor
 from zoo.weights import load_weights
 
 
@@ -91,6 +95,45 @@ class PhotographScenesDataset(MaskedPictures):
         mean, std = (torch.tensor(self.data_config[key])[:, None, None] for key in ("mean", "std"))
         pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
         return (pixels - mean) / std, torch.from_numpy(mask.astype(np.uint8))[None]
+
+
+@DATASETS.register_module()
+class CutOutDataset(MaskedPictures):
+    """Pictures in `root/SPLIT/images` and masks in `root/SPLIT/masks`, of what is to be cut out, brought to one size without proportion.
+
+    Which mask is a picture's, `zoo.reading.pairs.pair` says. A pixel of the resized mask is of the object if more than half of it was.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        split: "train" or "val", or another that `file` lists.
+        size: height and width, multiples of 32; recorded in checkpoints.
+        mean, std: of every channel, for pixels between 0 and 1; one number for grey pictures.
+        object_from: from which value on a mask says that it is the object; the default suits masks of 0 to 255.
+        file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists the pairs in the place of folders.
+        args: further arguments of `MaskedPictures`.
+
+    Raises InputError for missing folders, files without partners, sizes that 32 does not divide, and on reading for masks of another size
+    than their picture's.
+    """
+
+    def __init__(self, root: str, split: str, size: Sequence[int], mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+                 std: Sequence[float] = IMAGENET_DEFAULT_STD, object_from: int = 128, file: str | None = None, **args):
+        super().__init__(["object"], **args)
+        if len(size) != 2 or any(side < 32 or side % 32 for side in size):
+            raise InputError(f"size={tuple(size)}: it is a height and a width, multiples of 32")
+        self.files = listed_files(Path(root) / file, split) if file else paired_files(Path(root), split, "masks", PICTURE_SUFFIXES)
+        self.names = [str(image) for image, _ in self.files]
+        self.object_from = object_from
+        self.data_config = {"input_size": (len(mean), *size), "mean": tuple(mean), "std": tuple(std)}
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        path, mask_path = self.files[index]
+        config = self.data_config
+        height, width = config["input_size"][1:]
+        picture = open_picture(path, len(config["mean"])).resize((width, height), Image.Resampling.BICUBIC)
+        mask = Image.fromarray(read_picture_mask(mask_path, path) >= self.object_from).convert("L")
+        found = np.asarray(mask.resize((width, height), Image.Resampling.BOX)) > 127
+        return picture_tensor(picture, config["mean"], config["std"]), torch.from_numpy(found.astype(np.uint8))[None]
 
 
 def _pysodmetrics() -> Any:
