@@ -42,8 +42,8 @@ def selective_scan(
     The states of all positions are D·N·L numbers and never held at once: beyond the arguments, training keeps one state in 64, in at
     least float32. With the reference, autograd keeps six times D·N·L. Nothing is divided by products of exp(δ A), which vanish. The
     kernels read channels, and of B and C states, side by side, as in `x.transpose(1, 2)` of a contiguous (B, L, D), and copy what lies
-    otherwise; their gradients are summed in a fixed order. Exported graphs hold one loop over positions, ONNX's Scan, and take any length. FLOP
-    counters count products of matrices, of which there is none.
+    otherwise; their gradients are summed in a fixed order. Exported graphs hold one loop over positions, ONNX's Scan, and take any
+    length. FLOP counters count products of matrices, of which there is none.
 
     Names and order are those of `selective_scan_fn` (state-spaces/mamba, mamba_ssm/ops/selective_scan_interface.py), which also has a
     gate z, complex A, and B and C without groups or positions.
