@@ -242,7 +242,7 @@ def test_exports_in_other_dtypes(dtype):
     assert out.dtype == dtype
 
 
-def test_onnx_runs_at_other_lengths_with_one_loop(tmp_path):
+def test_onnx_runs_at_other_lengths_with_one_loop():
     layer = Scan()
     proto = torch.onnx.export(layer, given_to_scan(2, 20), dynamic_shapes=FREE, dynamo=True, verbose=False,
                               input_names=["u", "delta", "b", "c"]).model_proto
