@@ -91,6 +91,14 @@ def test_states_that_vanish_do_no_harm(kernel_device, short_chunks):
         near(ours, theirs, 2e-6)
 
 
+def test_nothing_beyond_the_sequence_reaches_it(kernel_device, short_chunks):
+    """Where delta is 0, as it would be read there, states would grow beyond all numbers."""
+    u, delta, a, b, c, d, bias = (x.detach() for x in on_device(kernel_device, 1, 2, 2, 1, 9))
+    inputs = [x.requires_grad_() for x in (u, delta - 50, torch.full_like(a, 2.0), b, c, d, bias + 50)]
+    for ours, theirs in zip(run(inputs, "triton"), run(inputs, "reference"), strict=True):
+        near(ours, theirs, 2e-6)
+
+
 def test_gradients_are_the_same_again(kernel_device):
     inputs = on_device(kernel_device, 1, 40, 2, 1, 2)
     assert all(map(torch.equal, run(inputs, "triton"), run(inputs, "triton")))
