@@ -280,7 +280,7 @@ def position_by_position(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tens
     x, steps = u.float(), F.softplus(delta.float() + bias[:, None])
     b, c = (t.float().repeat_interleave(u.shape[1] // t.shape[1], 1) for t in (b, c))
     h, out = x.new_zeros(*u.shape[:2], a.shape[1]), []
-    for t in range(u.shape[2]):
-        h = (steps[..., t, None] * a).exp() * h + (steps[..., t] * x[..., t])[..., None] * b[..., t]
-        out.append((h * c[..., t]).sum(-1))
+    for step, drive, write, read in zip(*(t.unbind(-1) for t in (steps, steps * x, b, c)), strict=True):
+        h = (step[..., None] * a).exp() * h + drive[..., None] * write
+        out.append((h * read).sum(-1))
     return (torch.stack(out, -1) + d[:, None] * x).to(u.dtype)
