@@ -25,9 +25,11 @@ if __name__ == "zoo.kernels":  # and not where a checkout on the path is taken f
     from .pyramid_sparse_attention import pyramid_sparse_attention
     from .region_routes import region_means, region_routes
     from .routing_attention import routing_attention
+    from .selective_scan import selective_scan
     from .token_aware_avg_pool import token_aware_avg_pool
 
 __all__ = [
     "attention_cross_entropy", "attention_similarity", "backends", "default_backend", "deform_conv2d", "depthwise_dynamic_conv2d",
-    "entmax", "halo_attention", "pyramid_sparse_attention", "region_means", "region_routes", "routing_attention", "token_aware_avg_pool",
+    "entmax", "halo_attention", "pyramid_sparse_attention", "region_means", "region_routes", "routing_attention", "selective_scan",
+    "token_aware_avg_pool",
 ]

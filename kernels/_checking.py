@@ -12,10 +12,12 @@ from ._exporting import known
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = False, /, **tensors: tuple[Any, str]) -> None:
+def check_tensors(
+    operator: str, mixed: tuple[str, ...] = (), autocast: bool = False, empty: tuple[str, ...] = ("B",), /, **tensors: tuple[Any, str],
+) -> None:
     """That every tensor has the axes that its text names ("B, H, W, C"), a floating dtype, and dtype and device of the first.
 
-    Axes beyond a batch "B" may not be empty. Where the text ends with a question mark, None is passed over.
+    Axes other than those of `empty` may not be. Where the text ends with a question mark, None is passed over.
 
     Args:
         mixed: those of any floating dtype.
@@ -31,8 +33,9 @@ def check_tensors(operator: str, mixed: tuple[str, ...] = (), autocast: bool = F
         letters = axes.split(", ")
         if x.ndim != len(letters):
             raise ValueError(f"{operator}: {name} must be ({axes}), got shape {tuple(x.shape)}")
-        if any(known((length == 0,)) for letter, length in zip(letters, x.shape, strict=True) if letter != "B"):
-            raise ValueError(f"{operator}: {name} must be ({axes}), of which B alone may be 0, got shape {tuple(x.shape)}")
+        if any(known((length == 0,)) for letter, length in zip(letters, x.shape, strict=True) if letter not in empty):
+            raise ValueError(
+                f"{operator}: {name} must be ({axes}), of which {' and '.join(empty)} alone may be 0, got shape {tuple(x.shape)}")
     first, x = next((name, entry[0]) for name, entry in given.items())
     mixed = tuple(given) if autocast and autocasting(x.device.type) else mixed
     for name, (other, _) in given.items():

@@ -36,6 +36,9 @@ OPERATORS = {  # a function of tensors and of a backend, and the tensors' shapes
     "pyramid_sparse_attention": (
         lambda q, k, v, backend: kernels.pyramid_sparse_attention(q, k, v, LEVELS.to(q.device).expand(1, 1, 3, 2), (2, 8), backend=backend),
         [(1, 1, 5, 2), (1, 1, 12, 2), (1, 1, 12, 3)]),
+    "selective_scan": (
+        lambda u, delta, a, b, c, d, bias, backend: kernels.selective_scan(u, delta, -a.square(), b, c, d, bias, True, backend),
+        [(1, 4, 3), (1, 4, 3), (4, 2), (1, 2, 2, 3), (1, 2, 2, 3), (4,), (4,)]),
     "entmax": (lambda z, backend: kernels.entmax(z, 1.5, backend), [(2, 3, 5)]),
     "entmax, sparsemax": (lambda z, backend: kernels.entmax(z, 2.0, backend), [(2, 3, 5)]),
     "entmax, learned alpha": (lambda z, a, backend: kernels.entmax(z, 1 + a.sigmoid(), backend), [(2, 3, 5), (3, 1)]),
@@ -311,7 +314,7 @@ def test_counters_see_the_products_of_the_definition(name, kernel_device):
     counted = {backend: operations(name, backend, kernel_device if backend == "triton" else "cpu")
                for backend in kernels.backends(operator) if backend not in not_ours}
     forward = counted["grouped" if operator == "depthwise_dynamic_conv2d" else "reference"][0]
-    assert (forward > 0) == (operator not in ("region_means", "token_aware_avg_pool", "entmax"))
+    assert (forward > 0) == (operator not in ("region_means", "token_aware_avg_pool", "selective_scan", "entmax"))
     for backend, (found, both) in counted.items():
         if (operator, backend) in MORE:
             assert found > forward, backend

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import part_losses
-from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention
+from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention, selective_scan
 from zoo.layers import (
     AggregatedAttention,
     ATConv,
@@ -388,6 +388,21 @@ def _pyramid_sparse(config: dict[str, Any], reference: str) -> nn.Module:
     return _PyramidSparse(config["block_n"])
 
 
+class _SelectiveScan(nn.Module):
+    """The operator of that name, as a module."""
+
+    def __init__(self, delta_softplus: bool) -> None:
+        super().__init__()
+        self.delta_softplus = delta_softplus
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return selective_scan(*inputs, delta_softplus=self.delta_softplus)
+
+
+def _ss2d(config: dict[str, Any], reference: str) -> nn.Module:
+    return _SelectiveScan(config["delta_softplus"])
+
+
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
@@ -607,7 +622,7 @@ BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     gated_attention=_gated_attention, han=_han, hedgehog=_hedgehog,
     hilo=_hilo, ifam=_ifam, litv2=_litv2, moh=_moh, polarized=_polarized,
     pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam,
-    sk=_sk, sparsifiner=_sparsifiner, tap=_tap)
+    sk=_sk, sparsifiner=_sparsifiner, ss2d=_ss2d, tap=_tap)
 CONVERT = dict(
     a2n=a2n.checkpoint_filter_fn, adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn,
     attention_removal=_with_shares, attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
@@ -618,7 +633,7 @@ CONVERT = dict(
     hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, ifam=_convert_ifam,
      litv2=litv2.checkpoint_filter_fn, moh=_convert_moh,
     polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is, rela=_convert_rela, sigma_reparam=sigma_names,
-    sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, tap=fan.checkpoint_filter_fn)
+    sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, ss2d=_as_it_is, tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:
