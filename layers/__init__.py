@@ -26,6 +26,7 @@ from .polarized import PolarizedSelfAttention
 from .pyramid_attention import AxialAttention, PyramidAxialAttention, ScaleInvariantContextAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
+from .selective_scan_2d import SelectiveScan2d
 from .self_attention import AROUND, SelfAttention
 from .simpool import SimPool
 from .sparsifiner import SparsifinerAttention
@@ -37,7 +38,7 @@ __all__ = [
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention",
     "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery",
     "PolarizedSelfAttention", "PyramidAxialAttention", "PyramidSparseAttention", "RelationalAttention", "ScaleInvariantContextAttention",
-    "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
+    "SelectiveKernelUnit", "SelectiveScan2d", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
     "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
 ]
 

@@ -15,14 +15,14 @@ import zoo
 from zoo import layers
 
 DENSE = ("attention_unet_nano", "attention_unet3d_nano", "inspyrenet_nano", "msinet_nano", "attention_unet_litv2_nano", "dconnnet_nano",
-         "a2n_nano_x2", "han_nano_x2")
+         "sum_nano", "a2n_nano_x2", "han_nano_x2")
 LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 SHALLOW = {  # of the same layers, as exporting takes long
     **{name: dict(depths=(1, 1, 1, 1)) for name in ("attnet_nano", "biformer_nano", "halonet_nano", "litv2_nano", "moh_transnext_nano")},
     **{name: dict(depth=2) for name in ("deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "tap_fan_nano", "vidat_nano_patch16_224")},
     "lambda_deit_nano_02": dict(depth=2, removed=(0,)), "a2n_nano_x2": dict(dim=8, depth=1, up_dim=4),
-    "han_nano_x2": dict(dim=8, groups=2, depth=1),
+    "han_nano_x2": dict(dim=8, groups=2, depth=1), "vmamba_nano_v0": dict(depths=(1, 1, 1, 1)),
 }
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 
@@ -153,6 +153,7 @@ LAYERS = {
     "TokenMixing": (functools.partial(layers.TokenMixing, 16, 2), (1, 5, 6, 16)),
     "BiLevelRoutingAttention": (functools.partial(layers.BiLevelRoutingAttention, 16, 2, 2, 2), (1, 5, 6, 16)),
     "HiLoAttention": (functools.partial(layers.HiLoAttention, 16, 2), (1, 5, 6, 16)),
+    "SelectiveScan2d": (functools.partial(layers.SelectiveScan2d, 16, 4), (1, 5, 6, 16)),
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
     "AggregatedAttention": (functools.partial(layers.AggregatedAttention, 16, 2, 2), (1, 5, 6, 16)),
     "LengthScaledAttention": (functools.partial(layers.LengthScaledAttention, 16, 2), (1, 5, 6, 16)),
