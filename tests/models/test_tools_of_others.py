@@ -30,7 +30,8 @@ models = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     args = dict(layout="parallel") if name == PARALLEL else {}
-    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if name.startswith(("inspyrenet", "msinet", "sum")) else 3)
+    of_one = name.startswith(("inspyrenet", "msinet", "sum"))
+    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if of_one else 3)
     model = timm.create_model(name.split()[0], **classes, **args).eval()
     with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():

@@ -327,7 +327,7 @@ default_cfgs = generate_default_cfgs({
 
 def _sum(variant: str, pretrained: bool, **kwargs: Any) -> SUM:
     if kwargs.get("features_only"):
-        raise RuntimeError(f"features_only is not implemented for {variant}: it gives a map of the input's size; vmamba_small_v0 has features")
+        raise RuntimeError(f"features_only is not implemented for {variant}: it gives a map of the input's size")
     return build_model_with_cfg(SUM, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 

@@ -4,7 +4,6 @@ The authors' checkpoints of January 2024 (MIT licence; https://github.com/MzeroM
 
     timm.create_model("vmamba_small_v0", pretrained=True, pretrained_cfg_overlay=dict(file="vssmsmall_dp03_ckpt_epoch_238.pth"))
 """
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from zoo.layers._linear import linear
 from zoo.layers._tracing import notrace_module
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
-from zoo.models.staged import StagedNetwork, stochastic_depth
+from zoo.models.staged import StagedNetwork, downsampling, stochastic_depth
 
 __all__ = ["PatchMerging", "VMamba", "VSSBlock", "checkpoint_filter_fn"]
 
@@ -54,29 +53,29 @@ class VSSBlock(nn.Module):
 class PatchMerging(nn.Module):
     """Two by two positions beside one another, LayerNorm, a linear layer: (B, H, W, dim) → (B, ⌊H/2⌋, ⌊W/2⌋, out_dim).
 
-    Their order is down first, then to the right. Of odd sizes the last row or column is lost, as in the authors' code, whose maps of one
-    row or column are gone; here such a row stands for both.
+    Their order is down first, then to the right. Of odd sizes the last row or column is lost, as in the authors' code, where maps of one
+    row or column end; here such a row stands for both. With stride 1 every position has its neighbours, and the map keeps its size; what
+    lies beyond the last row and column are these again.
     """
 
-    def __init__(self, dim: int, out_dim: int, **dd: Any):
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, **dd: Any):
         super().__init__()
+        self.stride = stride
         self.norm, self.reduction = nn.LayerNorm(4 * dim, **dd), nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.reduction, self.norm(_pairs(x)))
+        return linear(self.reduction, self.norm(_neighbours(x, self.stride)))
 
 
-def _pairs(x: Tensor) -> Tensor:
-    """(B, H, W, C) → (B, ⌊H/2⌋, ⌊W/2⌋, 4 C), of every four (upper left, lower left, upper right, lower right)."""
+def _neighbours(x: Tensor, stride: int) -> Tensor:
+    """(B, H, W, C) → (B, H / stride, W / stride, 4 C), of each the (upper left, lower left, upper right, lower right)."""
     batch, height, width, channels = x.shape
-    if is_exporting():  # by index, which asks nothing of the sizes
+    if is_exporting() or stride == 1 or height == 1 or width == 1:  # by index, which asks nothing of the sizes
         for axis, n in ((1, height), (2, width)):
-            first = 2 * torch.arange(at_least(n // 2, 1), device=x.device)
+            first = stride * torch.arange(at_least(n // stride, 1), device=x.device)
             x = torch.cat([x.index_select(axis, (first + i).clamp(max=n - 1)) for i in range(2)], -1)
         return x
-    if height == 1 or width == 1:
-        x = x.repeat_interleave(2 if height == 1 else 1, 1).repeat_interleave(2 if width == 1 else 1, 2)
-    rows, columns = x.shape[1] // 2, x.shape[2] // 2
+    rows, columns = height // 2, width // 2
     x = x.narrow(1, 0, 2 * rows).narrow(2, 0, 2 * columns).reshape(batch, rows, 2, columns, 2, channels)
     return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, rows, columns, 4 * channels)
 
@@ -127,7 +126,7 @@ class VMamba(StagedNetwork):
     """VMamba, first version, any input size.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: as in timm.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         dims, depths: widths and numbers of blocks of the stages.
         state_dim: see `SelectiveScan2d`.
 
@@ -145,6 +144,7 @@ class VMamba(StagedNetwork):
         dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (2, 2, 9, 2),
         state_dim: int = 16,
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -158,10 +158,11 @@ class VMamba(StagedNetwork):
         self.num_features = dims[-1]
         self.stem = PatchEmbed(in_chans, dims[0], **dd)
         self.feature_info, stages = [], []
-        for i, (dim, rates) in enumerate(zip(dims, stochastic_depth(drop_path_rate, depths), strict=True)):
+        rates_of_stages, strides = stochastic_depth(drop_path_rate, depths), downsampling(len(dims), output_stride)
+        for i, (dim, rates, (stride, reduction)) in enumerate(zip(dims, rates_of_stages, strides, strict=True)):
             blocks = [VSSBlock(dim, state_dim, drop_path=rate, **dd) for rate in rates]
-            stages.append(Stage(PatchMerging(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=PATCH * 2**i, module=f"stages.{i}"))
+            stages.append(Stage(PatchMerging(dims[i - 1], dim, stride, **dd) if i else nn.Identity(), blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
