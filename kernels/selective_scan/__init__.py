@@ -1,8 +1,8 @@
 from torch import Tensor
 
-from .._backends import choose, public_operator
+from .._backends import choose, observed, public_operator, remembered
 from .._checking import check_tensors
-from . import reference
+from . import _looped, recomputed, reference
 
 __all__ = ["selective_scan"]
 
@@ -41,10 +41,13 @@ def selective_scan(
     Raises:
         ValueError, TypeError: arguments that do not fit together.
     """
-    chosen = _chosen(u, delta, A, B, C, D, delta_bias, delta_softplus, backend)
-    return {"reference": reference}[chosen].selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    arguments = u, delta, A, B, C, D, delta_bias, delta_softplus
+    seen = observed((*arguments, backend))
+    chosen = _chosen(seen, *arguments, backend)
+    return {"reference": reference, "recomputed": recomputed, "looped": _looped}[chosen].selective_scan(*arguments)
 
 
+@remembered
 def _chosen(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
     backend: str | None,
@@ -66,4 +69,4 @@ def _chosen(
         raise ValueError(f"selective_scan: C must have the shape of B, {tuple(B.shape)}, got {tuple(C.shape)}")
     if not isinstance(delta_softplus, bool):
         raise TypeError(f"selective_scan: delta_softplus must be True or False, got {delta_softplus!r}")
-    return choose("selective_scan", backend, u, lambda: "reference")
+    return choose("selective_scan", backend, u, lambda: "recomputed", "looped")

@@ -10,16 +10,16 @@ def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
 ) -> Tensor:
     """See `zoo.kernels.selective_scan`. With gradients, autograd keeps the states of all positions, several times over."""
-    (batch, channels, length), (groups, states) = u.shape, B.shape[1:3]
+    (batch, channels, length), groups = u.shape, B.shape[1]
     inner = torch.promote_types(u.dtype, torch.float32)
     x, steps = u.to(inner), step_sizes(delta, delta_bias, delta_softplus, inner)
     a, drive = A.to(inner).unflatten(0, (groups, -1)), steps * x
-    h, out = x.new_zeros(batch, groups, channels // groups, states), []
+    h, out = x.new_zeros(batch, groups, channels // groups, A.shape[1]), []
     for first in range(0, length, CHUNK):
         now = slice(first, min(first + CHUNK, length))
-        y, h = chunk(h, *(by_position(t[..., now], groups) for t in (steps, drive)), a, *(t[..., now].to(inner) for t in (B, C)))
+        y, h = chunk(h, by_position(steps[..., now], groups), by_position(drive[..., now], groups), a, B[..., now], C[..., now])
         out.append(y)
-    y = torch.cat(out, -1) if out else torch.zeros_like(x)
+    y = torch.cat(out, -1) if out else drive
     return (y if D is None else y + D.to(inner)[:, None] * x).to(u.dtype)
 
 
@@ -32,8 +32,8 @@ def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, i
 
 
 def by_position(x: Tensor, groups: int) -> Tensor:
-    """(B, D, T) → (T, B, G, D/G)."""
-    return x.unflatten(1, (groups, -1)).movedim(-1, 0)
+    """(B, D, T) → (T, B, G, D/G), in that order also in memory."""
+    return x.unflatten(1, (groups, -1)).movedim(-1, 0).contiguous()
 
 
 def chunk(h: Tensor, steps: Tensor, drive: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def chunk(h: Tensor, steps: Tensor, drive: Tensor, a: Tensor, b: Tensor, c: Tens
         a: A, (G, D/G, N).
         b, c: B and C, (B, G, N, T).
     """
-    b, c = (t.movedim(-1, 0).unsqueeze(-2) for t in (b, c))
+    b, c = (t.to(h.dtype).movedim(-1, 0).contiguous().unsqueeze(-2) for t in (b, c))
     states = recurrence((steps.unsqueeze(-1) * a).exp(), drive.unsqueeze(-1) * b, h)
     return (states * c).sum(-1).movedim(0, -1).flatten(1, 2), states[-1]
 

@@ -31,6 +31,12 @@ def pyramid(queries=5, keys=20, blocks=(2, 16), levels=None, batch=2):
                 levels=kinds if levels is None else torch.full(shape, levels), block_size=blocks, scale=0.5)
 
 
+def scan(batch=2, channels=4, states=3, groups=2, length=5, softplus=True):
+    of_channels, of_states = (batch, channels, length), (batch, groups, states, length)
+    return dict(u=torch.randn(of_channels), delta=torch.randn(of_channels), A=-torch.rand(channels, states), B=torch.randn(of_states),
+                C=torch.randn(of_states), D=torch.randn(channels), delta_bias=torch.randn(channels), delta_softplus=softplus)
+
+
 RIGHT = {  # the operators' arguments, by name
     "halo_attention": halo,
     "deform_conv2d": deform,
@@ -42,9 +48,10 @@ RIGHT = {  # the operators' arguments, by name
         scale=0.5),
     "attention_similarity": lambda: dict(q=torch.randn(2, 2, 3, 4), k=torch.randn(2, 2, 5, 4), threshold=0.5, scale=0.5),
     "pyramid_sparse_attention": pyramid,
+    "selective_scan": scan,
 }
 LEAST = {"block_size": 1, "halo_size": 0, "stride": 1, "padding": 0, "dilation": 1, "regions": 1}
-FREE_DTYPE = {"rel_h", "rel_w", "theta", "of_q", "of_k"}
+FREE_DTYPE = {"rel_h", "rel_w", "theta", "of_q", "of_k", "A", "D", "delta_bias"}
 # The axes of each tensor that have to fit others, and what may be named for it: the one or another.
 FITTING = {
     ("halo_attention", "q"): ((0, 1, 2, 3, 4), ("q",)), ("halo_attention", "k"): ((0, 1, 2, 3, 4), ("q", "v", "rel_h")),
@@ -63,6 +70,10 @@ FITTING = {
     ("pyramid_sparse_attention", "q"): ((0, 1, 3), ("k", "levels")),
     ("pyramid_sparse_attention", "k"): ((0, 1, 2, 3), ("k", "v", "levels")), ("pyramid_sparse_attention", "v"): ((0, 1, 2), ("v",)),
     ("pyramid_sparse_attention", "levels"): ((0, 1, 2, 3), ("levels",)),
+    ("selective_scan", "u"): ((0, 1, 2), ("delta",)), ("selective_scan", "delta"): ((0, 1, 2), ("delta",)),
+    ("selective_scan", "A"): ((0, 1), ("A", "B")), ("selective_scan", "B"): ((0, 1, 2, 3), ("B",)),
+    ("selective_scan", "C"): ((0, 1, 2, 3), ("C",)), ("selective_scan", "D"): ((0,), ("D",)),
+    ("selective_scan", "delta_bias"): ((0,), ("delta_bias",)),
     ("attention_similarity", "q"): ((0, 1, 3), ("q and k",)), ("attention_similarity", "k"): ((0, 1, 3), ("q and k",)),
 }
 
@@ -81,7 +92,7 @@ def wrong_tensor(draw, operator, name, x, first):
     another = draw(st.sampled_from([x[None], x.sum(), x.reshape(1, 1, *x.shape)]))
     changed = {"none": [1.0], "integers": x.to(dtype), "complex": x.to(torch.complex64), "axes": another, "empty": empty,
                "device": x.to("meta"), "dtype": x.double()}
-    return changed[kind], (name,)
+    return changed[kind], (name, *named) if kind == "empty" and operator == "selective_scan" else (name,)  # a length of 0 may be
 
 
 def wrong_integers(draw, x, axes):
@@ -108,6 +119,8 @@ def wrong_calls(draw, operator):
             changed = draw(st.sampled_from([(changed, 16), (2, changed), 16, (16,), (2, 16, 2), None, (2, 12), (2, 4)]))
         elif operator == "deform_conv2d":
             changed = draw(st.sampled_from([changed, (changed, 1), [1, changed], (1,), (1, 1, 1)]))
+    elif name == "delta_softplus":
+        changed = draw(st.sampled_from([0, 1, None, "True", 1.0, torch.tensor(True), [True]]))
     else:
         changed = draw(st.sampled_from([math.nan, math.inf, -math.inf, "1", True, 1j, torch.tensor(1.0), [1.0]]))
     return arguments | {name: changed}, names
@@ -167,6 +180,9 @@ NEAR = {  # right, and almost not
     "pyramid_sparse_attention": [
         lambda: pyramid(batch=0), lambda: pyramid(1, 1, (1, 8)), lambda: pyramid(1, 1, (1, 8), 8), lambda: pyramid(3, 9, (5, 8), 8),
         lambda: pyramid(3, 9, (5, 8), 0), lambda: pyramid() | dict(scale=-1), lambda: pyramid() | dict(scale=0)],
+    "selective_scan": [
+        lambda: scan(0), lambda: scan(length=0), lambda: scan(1, 1, 1, 1, 1), lambda: scan(1, 3, 2, 3, 2), lambda: scan(softplus=False),
+        lambda: scan(groups=1) | dict(D=None, delta_bias=None), lambda: scan() | dict(D=None)],
     "attention_similarity": [lambda: dict(q=torch.randn(1, 1, 1, 1), k=torch.randn(1, 1, 1, 1), threshold=0),
                              lambda: dict(q=torch.randn(2, 1, 3, 2), k=torch.randn(2, 1, 1, 2), scale=0)],
 }
@@ -193,6 +209,6 @@ def test_backends_agree_near_the_border_with_gradients(operator, case):
 def test_only_what_may_be_left_out_may_be_none(operator):
     arguments = RIGHT[operator]()
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and name not in ("bias", "mask", "theta"):
+        if isinstance(value, torch.Tensor) and name not in ("bias", "mask", "theta", "D", "delta_bias"):
             with pytest.raises(TypeError, match=f"^{operator}: {name} must be a tensor .*, got NoneType"):
                 getattr(kernels, operator)(**arguments | {name: None})
