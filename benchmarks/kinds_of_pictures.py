@@ -35,8 +35,8 @@ PICTURE = PAGE.parents[1] / "docs" / "pictures" / "sum.png"
 HEAD = """# An observer who is told what to look for
 
 No package ships maps of where people looked, so this is a made task, and says nothing of people. `python -m benchmarks.kinds_of_pictures`
-draws scenes of {side}×{side}: two bright and two dim digits (scikit-learn's, of {digit}×{digit} pixels; {learned} to learn from, {held} held
-out) on noise. In pictures of kind 0 the bright ones are looked at, in those of kind 1 the dim ones: {fixations} fixations a digit,
+draws scenes of {side}×{side}: two bright and two dim digits (scikit-learn's, of {digit}×{digit} pixels; {learned} to learn from, {held}
+held out) on noise. In pictures of kind 0 the bright ones are looked at, in those of kind 1 the dim ones: {fixations} fixations a digit,
 {wandering:g} pixels around its centre, blurred by {blur:g} pixels. Nothing in a picture tells its kind.
 
 Every network learns {steps} batches of {batch} scenes from random weights, by `zoo.FixationLoss`, AdamW at {rate:g} with one cosine, seeds

@@ -32,7 +32,7 @@ from zoo.seeing.classifiers import mechanisms
 from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
-ELSEWHERE = ("msinet",)  # made by a program of benchmarks/ of that page
+ELSEWHERE = ("msinet", "sum")  # made by a program of benchmarks/ of that page
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).resolve().parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first

@@ -38,8 +38,8 @@ __all__ = [
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention",
     "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery",
     "PolarizedSelfAttention", "PyramidAxialAttention", "PyramidSparseAttention", "RelationalAttention", "ScaleInvariantContextAttention",
-    "SelectiveKernelUnit", "SelectiveScan2d", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
-    "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
+    "SelectiveKernelUnit", "SelectiveScan2d", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool",
+    "TokenMixing", "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

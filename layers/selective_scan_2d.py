@@ -95,8 +95,8 @@ class SelectiveScan2d(nn.Module):
         shift1 = scale1 = shift2 = scale2 = scale3 = None
         if modulation is not None:
             if modulation.ndim != 2 or modulation.shape[1] != len(MODULATION):
-                raise ValueError(f"SelectiveScan2d: modulation must be (B, {len(MODULATION)}), {', '.join(MODULATION)} of every picture, got "
-                                 f"shape {tuple(modulation.shape)}")
+                raise ValueError(f"SelectiveScan2d: modulation must be (B, {len(MODULATION)}), {', '.join(MODULATION)}, got shape "
+                                 f"{tuple(modulation.shape)}")
             shift1, scale1, shift2, scale2, scale3 = modulation.to(x.dtype)[:, :, None, None, None].unbind(1)
         a, z = linear(self.in_proj, _modulated(x, scale1, shift1)).chunk(2, -1)
         y = self._scanned(F.silu(self.conv2d(a.permute(0, 3, 1, 2))))

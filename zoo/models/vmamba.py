@@ -89,11 +89,11 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(_at_least_a_patch(x)))
+        return self.norm(self.proj(at_least_a_patch(x)))
 
 
 @register_notrace_function
-def _at_least_a_patch(x: Tensor) -> Tensor:
+def at_least_a_patch(x: Tensor) -> Tensor:
     """x, its last row and column again where they are fewer than a patch has. Exported graphs take images of a patch at least."""
     height, width = x.shape[2:]
     if is_exporting() or height >= PATCH and width >= PATCH:

@@ -236,6 +236,16 @@ def _discovered(seen: Captured, query: Point):
                     f"the background. Right, what is left to see: {int(mask.sum())} of {mask.numel()} patches.")
 
 
+def _scans(seen: Captured, query: Point):
+    steps = seen.maps["steps"].mean(1)
+    figure, axes = new_figure(len(steps))
+    for each, order, taken in zip(axes, ("rows", "columns", "rows, backwards", "columns, backwards"), steps, strict=True):
+        overlay(each, seen.image, taken, seen.extent)
+        each.set_title(order, fontsize=8)
+    return figure, (f"By order of the scan, how large a step the state takes at each position, mean of the channels ({steps.min():.2f} to "
+                    f"{steps.max():.2f}): where it is large, the position is written down and what came before is forgotten.")
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
@@ -250,6 +260,7 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
+    zoo.layers.SelectiveScan2d: _scans,
     zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
 }
@@ -267,6 +278,7 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
+    zoo.layers.SelectiveScan2d: ("heat",),
     zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
