@@ -62,7 +62,7 @@ def trained(name: str) -> Path:
     if name.startswith("inspyrenet"):
         folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto")
         return latest_checkpoint(folder)
-    epochs = 5 * EPOCHS if name.startswith("lambda") else EPOCHS  # entropies of what has hardly learned are of nothing
+    epochs = 5 * EPOCHS if name.startswith("lambda") else 2 if name.startswith("vmamba") else EPOCHS  # entropies want more, scans take long
     options += [f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}"]
     if name != "attention_unet":
         for part in ("train", "val"):

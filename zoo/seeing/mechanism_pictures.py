@@ -237,13 +237,27 @@ def _discovered(seen: Captured, query: Point):
 
 
 def _scans(seen: Captured, query: Point):
-    steps = seen.maps["steps"].mean(1)
-    figure, axes = new_figure(len(steps))
-    for each, order, taken in zip(axes, ("rows", "columns", "rows, backwards", "columns, backwards"), steps, strict=True):
-        overlay(each, seen.image, taken, seen.extent)
-        each.set_title(order, fontsize=8)
-    return figure, (f"By order of the scan, how large a step the state takes at each position, mean of the channels ({steps.min():.2f} to "
-                    f"{steps.max():.2f}): where it is large, the position is written down and what came before is forgotten.")
+    steps, rates = seen.maps["steps"], cast(Tensor, seen.layer.A_logs).detach().float().exp().unflatten(0, (4, -1))
+    height, width = steps.shape[2:]
+    row, column = (int(f * n) for f, n in zip(query, (height, width), strict=True))
+    held = torch.zeros(height, width)
+    for k, (step, rate) in enumerate(zip(steps, rates, strict=True)):
+        across, backwards = k % 2 == 1, k > 1  # column by column, from the end
+        place = column * height + row if across else row * width + column
+        line = (step.mT if across else step).flatten(1)
+        if backwards:
+            line, place = line.flip(1), height * width - 1 - place
+        taken = line.cumsum(1)
+        kept = (rate[:, :, None] * (taken - taken[:, place, None])[:, None]).clamp(max=0).exp().mean((0, 1))
+        kept = torch.where(torch.arange(len(kept)) <= place, kept, 0)
+        kept = kept.flip(0) if backwards else kept
+        held += (kept.unflatten(0, (width, height)).mT if across else kept.unflatten(0, (height, width))) / len(steps)
+    figure, (left, right) = new_figure(2)
+    overlay(left, seen.image, steps.mean((0, 1)), seen.extent)
+    overlay(right, seen.image, held, seen.extent)
+    right.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
+    return figure, ("Left, how large a step the states take at each position, mean of channels and orders; right, how much of what was "
+                    "written at each position they still hold at the red cross, mean of the four orders.")
 
 
 PICTURES: dict[type[nn.Module], Callable] = {
@@ -278,12 +292,12 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
-    zoo.layers.SelectiveScan2d: ("heat",),
+    zoo.layers.SelectiveScan2d: ("from", "heat"),
     zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
 WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention,
-              zoo.layers.RelationalAttention}  # whose pictures depend on it
+              zoo.layers.RelationalAttention, zoo.layers.SelectiveScan2d}  # whose pictures depend on it
 
 
 def pictured(model: nn.Module) -> set[type[nn.Module]]:
