@@ -35,7 +35,7 @@ OPTIONS = {
     "overlap": ("networks that look at pictures or volumes in windows", 0.25), "threshold": ("detectors", 0.3),
     "ensemble": ("networks that restore pictures", False),
     "resolution": ("networks that cut out objects", None),
-    "condition": ("networks that say where people look in pictures of several kinds, such as sum,", None),
+    "condition": ("networks that say where people look in pictures of several kinds", None),
 }
 
 

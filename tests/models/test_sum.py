@@ -112,7 +112,7 @@ def test_vmambas_weights_start_the_encoder_and_its_mirror_image(tmp_path):
     for name in ("decoder.1.blocks.2.attn.A_logs", "decoder.0.blocks.0.mlp.0.weight", "decoder.1.upsample.expand.weight", "head.weight"):
         assert torch.equal(after[name], before[name])
     torch.save({"model": timm.create_model("vmamba_nano_v0").state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="does not hold the weights of"):
+    with pytest.raises(InputError, match="does not hold the weights of VMamba: "):
         model.load_encoder(str(tmp_path / "w.pth"))
 
 

@@ -25,7 +25,7 @@ from zoo.weights import load_weights, weights_in
 
 LOSSES = {"divergence": FixationDivergenceLoss, "combined": FixationLoss}
 NAMES = ("kl", "cc", "sim", "nss", "auc")
-DECODERS = ("decoder.", "decoder/", "layers_up.", "salu_mamba.layers_up.")  # how names of ours, of MSI-Net's and SUM's authors begin
+WHOLE = ("decoder.", "decoder/", "layers_up.", "salu_mamba.")  # how names of whole networks begin: ours, MSI-Net's, SUM's
 
 
 @MODELS.register_module()
@@ -69,7 +69,7 @@ class FixationPredictor(BaseModel):
         if self.weights is None:
             return
         given = weights_in(self.weights, own=self.model.state_dict())
-        if any(name.startswith(DECODERS) for name in given):
+        if any(name.startswith(WHOLE) for name in given):
             load_weights(self.model, self.weights)
         else:
             self.model.load_encoder(self.weights)

@@ -252,12 +252,14 @@ def _scans(seen: Captured, query: Point):
         kept = torch.where(torch.arange(len(kept)) <= place, kept, 0)
         kept = kept.flip(0) if backwards else kept
         held += (kept.unflatten(0, (width, height)).mT if across else kept.unflatten(0, (height, width))) / len(steps)
-    figure, (left, right) = new_figure(2)
-    overlay(left, seen.image, steps.mean((0, 1)), seen.extent)
+    figure, (left, middle, right) = new_figure(3)
+    left.imshow(seen.image, extent=seen.extent)
+    overlay(middle, seen.image, steps.mean((0, 1)), seen.extent)
     overlay(right, seen.image, held, seen.extent)
-    right.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
-    return figure, ("Left, how large a step the states take at each position, mean of channels and orders; right, how much of what was "
-                    "written at each position they still hold at the red cross, mean of the four orders.")
+    for axes in (left, right):
+        axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
+    return figure, ("In the middle, how large a step the states take at each position, mean of channels and orders; right, how much of "
+                    "what was written at each position they still hold at the red cross, mean of the four orders.")
 
 
 PICTURES: dict[type[nn.Module], Callable] = {
