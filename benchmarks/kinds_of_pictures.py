@@ -149,7 +149,7 @@ def draw(model: nn.Module, pictures: Tensor, densities: Tensor) -> None:
     for y, row in enumerate(tiles):
         for x, tile in enumerate(row):
             sheet.paste(tile.resize((size, size), Image.Resampling.BICUBIC), (x * (size + gap), y * (size + gap)))
-    sheet.quantize(96).save(PICTURE, optimize=True)
+    sheet.quantize(48).save(PICTURE, optimize=True)
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ class FixationPredictor(BaseModel):
         name: a registered name.
         args: further arguments of `timm.create_model`, for example `encoder`, `dim`, or of `sum` the `condition` of pictures without one.
         loss: "divergence", `zoo.FixationDivergenceLoss`, or "combined", `zoo.FixationLoss`; or a dict of that as `type` and arguments.
-        weights: a file whose weights training starts from: those of the network, by its own names or its authors', or of its encoder
-            alone. Read when training starts.
+        weights: a file whose weights training starts from: those of the network, by its own names or those of the code that it is published in, or of
+            its encoder alone. Read when training starts.
         freeze: the encoder does not learn.
 
     Raises InputError for an unknown name, loss, or argument, and for a network of another task.

@@ -240,7 +240,7 @@ def _scans(seen: Captured, query: Point):
     steps, rates = seen.maps["steps"], cast(Tensor, seen.layer.A_logs).detach().float().exp().unflatten(0, (4, -1))
     height, width = steps.shape[2:]
     row, column = (int(f * n) for f, n in zip(query, (height, width), strict=True))
-    held = torch.zeros(height, width)
+    held = torch.zeros(2, height, width)
     for k, (step, rate) in enumerate(zip(steps, rates, strict=True)):
         across, backwards = k % 2 == 1, k > 1  # column by column, from the end
         place = column * height + row if across else row * width + column
@@ -251,15 +251,16 @@ def _scans(seen: Captured, query: Point):
         kept = (rate[:, :, None] * (taken - taken[:, place, None])[:, None]).clamp(max=0).exp().mean((0, 1))
         kept = torch.where(torch.arange(len(kept)) <= place, kept, 0)
         kept = kept.flip(0) if backwards else kept
-        held += (kept.unflatten(0, (width, height)).mT if across else kept.unflatten(0, (height, width))) / len(steps)
-    figure, (left, middle, right) = new_figure(3)
-    left.imshow(seen.image, extent=seen.extent)
-    overlay(middle, seen.image, steps.mean((0, 1)), seen.extent)
-    overlay(right, seen.image, held, seen.extent)
-    for axes in (left, right):
+        held[int(across)] += (kept.unflatten(0, (width, height)).mT if across else kept.unflatten(0, (height, width))) / 2
+    figure, (shown, taken, *below) = new_figure(2, 2)
+    shown.imshow(seen.image, extent=seen.extent)
+    overlay(taken, seen.image, steps.mean((0, 1)), seen.extent)
+    for axes, kept in zip(below, held, strict=True):
+        overlay(axes, seen.image, kept, seen.extent)
+    for axes in (shown, *below):
         axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
-    return figure, ("In the middle, how large a step the states take at each position, mean of channels and orders; right, how much of "
-                    "what was written at each position they still hold at the red cross, mean of the four orders.")
+    return figure, ("Above, on the right, how large a step the states take at each position, mean of channels and orders; below, how much "
+                    "of what was written at each position they still hold at the red cross, by rows and by columns, in both directions.")
 
 
 PICTURES: dict[type[nn.Module], Callable] = {
