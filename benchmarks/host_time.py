@@ -96,6 +96,9 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
     x, offset, weight, mask = leaf(1, 16, 8, 8), leaf(1, 18, 8, 8), leaf(16, 16, 3, 3), leaf(1, 9, 8, 8)
     kernel, theta = leaf(1, 16, 3, 3), leaf(16)
     tokens, pools = leaf(1, 7, 7, 32), leaf(1, 7, 7, 4)
+    u, delta = (leaf(1, 16, 64).detach().transpose(1, 2).requires_grad_() for _ in range(2))
+    b, c = (leaf(1, 16, 4, 16).detach().permute(0, 2, 3, 1).requires_grad_() for _ in range(2))
+    scanned = u, delta, leaf(64, 16), b, c, leaf(64), leaf(64)
     queries, keys, values = (torch.randn(1, 2, 16, 32, requires_grad=True) for _ in range(3))
 
     def routed(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -117,6 +120,7 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
         "depthwise_dynamic_conv2d": (
             lambda: kernels.depthwise_dynamic_conv2d(x, kernel, theta, "triton"), (x, kernel, theta)),
         "token_aware_avg_pool": (lambda: kernels.token_aware_avg_pool(tokens, pools, "triton"), (tokens, pools)),
+        "selective_scan": (lambda: kernels.selective_scan(*scanned, delta_softplus=True, backend="triton"), scanned),
         "an empty autograd.Function": (lambda: cast(Tensor, Empty.apply(*small)), tuple(small)),
         "SDPA (torch, CPU)": (lambda: F.scaled_dot_product_attention(queries, keys, values), (queries, keys, values)),
     }

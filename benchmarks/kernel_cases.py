@@ -216,11 +216,36 @@ def pyramid_sparse_attention(device: str, dtype: torch.dtype, small: bool) -> It
                    (4 * scores * width, 14 * scores * width), {"dense: flash attention": side(F.scaled_dot_product_attention, q, k, v)})
 
 
+def selective_scan(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """The four directions of SS2D in VMamba-S as SUM has it, at 256², channels innermost. Parameters are float32.
+
+    Operations are those of the recurrence, six for every state and position, of which the exponential is one.
+    """
+    stages = enumerate([(2, 3)] if small else [(96, 64), (192, 32), (384, 16), (768, 8)], 1)
+    for stage, (dim, size) in stages:
+        batch, channels, states, groups, length = 2 if small else 16, 8 * dim, 3 if small else 16, 4, size**2
+        u, delta = (leaf(device, dtype, batch, length, channels).detach().transpose(1, 2).requires_grad_() for _ in range(2))
+        b, c = (leaf(device, dtype, batch, length, groups, states).detach().permute(0, 2, 3, 1).requires_grad_() for _ in range(2))
+        a = (-torch.rand(channels, states, device=device) - 0.1).requires_grad_()
+        d, bias = (torch.randn(channels, device=device).requires_grad_() for _ in range(2))
+        leaves = u, delta, a, b, c, d, bias
+        scan = functools.partial(kernels.selective_scan, delta_softplus=True)
+        by_chunk = functools.partial(scan, backend="reference")
+        rivals = {"in chunks": side(by_chunk, *leaves), "recomputed": side(functools.partial(scan, backend="recomputed"), *leaves)}
+        if length <= 256:  # of more positions these take minutes to compile, and seconds to run
+            rivals["in chunks, compiled"] = side(compiled(by_chunk, device), *leaves)
+            rivals["position by position"] = side(kernel_rivals.position_by_position, *leaves)
+            rivals["position by position, compiled"] = side(compiled(kernel_rivals.position_by_position, device), *leaves)
+        work = 6 * batch * channels * states * length
+        yield Case("selective_scan", f"VMamba-S stage {stage}, {channels} channels, {size}², batch {batch}", side(scan, *leaves), rivals,
+                   moved(leaves, u.numel()), (work, 3 * work))
+
+
 # Operators that this checkout lacks are left out.
 CASES: dict[str, Cases] = {
     cases.__name__: cases
     for cases in (routing_attention, region_routes, halo_attention, deform_conv2d, depthwise_dynamic_conv2d, token_aware_avg_pool,
-                  pyramid_sparse_attention)
+                  pyramid_sparse_attention, selective_scan)
     if hasattr(kernels, cases.__name__)
 }
 

@@ -270,3 +270,17 @@ def pool_by_pool(x: Tensor, weights: Tensor) -> Tensor:
     box = maps.new_full((dim, 1, 3, 3), 1 / 9)
     pools = [x, *(F.conv2d(maps, box, padding=d, dilation=d, groups=dim).permute(0, 2, 3, 1) for d in range(1, weights.shape[-1]))]
     return sum(pool * weights[..., i : i + 1] for i, pool in enumerate(pools))
+
+
+# The selective scan.
+
+
+def position_by_position(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
+    """The recurrence as it is written, in float32."""
+    x, steps = u.float(), F.softplus(delta.float() + bias[:, None])
+    b, c = (t.float().repeat_interleave(u.shape[1] // t.shape[1], 1) for t in (b, c))
+    h, out = x.new_zeros(*u.shape[:2], a.shape[1]), []
+    for t in range(u.shape[2]):
+        h = (steps[..., t, None] * a).exp() * h + (steps[..., t] * x[..., t])[..., None] * b[..., t]
+        out.append((h * c[..., t]).sum(-1))
+    return (torch.stack(out, -1) + d[:, None] * x).to(u.dtype)

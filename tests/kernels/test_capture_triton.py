@@ -34,6 +34,8 @@ OPERATORS = {  # of tensors and routes, and the tensors' shapes
                                [(1, 4, 6, 4), (1, 36, 3, 4), (2, 2, 3, 3)]),
     "depthwise_dynamic_conv2d": (lambda _, x, k, t: kernels.depthwise_dynamic_conv2d(x, k, t, "triton"),
                                  [(1, 2, 3, 4), (1, 2, 3, 3), (2,)]),
+    "selective_scan": (lambda _, *x: kernels.selective_scan(*x, delta_softplus=True, backend="triton"),
+                       [(1, 6, 5), (1, 6, 5), (6, 3), (1, 2, 3, 5), (1, 2, 3, 5), (6,), (6,)]),
     "token_aware_avg_pool": (lambda _, x, w: kernels.token_aware_avg_pool(x, w, "triton"), [(1, 3, 4, 2), (1, 3, 4, 3)]),
 }
 

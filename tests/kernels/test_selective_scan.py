@@ -284,7 +284,7 @@ def changed(**given):
     (dict(delta_bias=torch.zeros(7)), ValueError, "delta_bias must be (D,) with the 6 channels of u, got (7,)"),
     (dict(delta_bias=torch.zeros(6, device="meta")), ValueError, "delta_bias must be on the device of u (cpu), got meta"),
     (dict(delta_softplus=1), TypeError, "delta_softplus must be True or False, got 1"),
-    (dict(backend="fast"), ValueError, "backend must be None or one of 'reference', 'pytorch', 'recomputed', got 'fast'"),
+    (dict(backend="fast"), ValueError, "backend must be None or one of 'reference', 'pytorch', 'recomputed', 'triton', got 'fast'"),
 ])
 def test_wrong_input_gets_one_sentence(given, error, message):
     with pytest.raises(error) as raised:
@@ -293,4 +293,4 @@ def test_wrong_input_gets_one_sentence(given, error, message):
 
 
 def test_backends():
-    assert kernels.backends("selective_scan") == ("reference", "pytorch", "recomputed")
+    assert kernels.backends("selective_scan") == ("reference", "pytorch", "recomputed", "triton")

@@ -21,7 +21,7 @@ GAIN = 0.03  # by which a configuration must be faster to be taken
 SIZES = {  # of tiles and programs that are tried
     "QUERIES": (16, 32, 64, 128), "KEYS": (16, 32, 64, 128), "PATCH": (4, 8), "POSITIONS": (16, 32, 64, 128, 256),
     "REGIONS": (16, 32, 64, 128, 256), "CHANNELS": (1, 4, 8, 16, 32, 64, 128),
-    "OUTS": (16, 32, 64, 128), "TAPS": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+    "OUTS": (16, 32, 64, 128), "TAPS": (1, 2, 4, 8, 16), "STEPS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 STAGES = (1, 2, 3, 4)
 MOST_TILINGS, FINALISTS = 40, 3
 FEWEST_NUMBERS, MOST_NUMBERS, SHARED_MEMORY = 1, 128, 160 << 10  # of a thread, float32 in registers; of a program, bytes
@@ -239,7 +239,7 @@ def _fits(key: str, chosen: Configuration) -> bool:
     """Whether the float32 tiles of a program are enough for its threads and not too many for their registers, and its shared memory holds
     what is on its way. An estimate, from the words of the key: the width of a head ("… 64") and of numbers ("16-bit")."""
     words = key.split()
-    rows = chosen.get("QUERIES") or chosen.get("POSITIONS") or chosen["REGIONS"]
+    rows = chosen.get("QUERIES") or chosen.get("POSITIONS") or chosen.get("REGIONS") or chosen["STEPS"]
     columns = chosen.get("KEYS") or chosen.get("PATCH", 0) ** 2 or chosen.get("TAPS", 1) * chosen.get("CHANNELS", 1)
     depth = chosen.get("OUTS") or (int(words[-1]) if words and words[-1].isdigit() else 0)
     numbers = (rows * columns + rows * depth + columns * depth) / (32 * chosen["num_warps"])
