@@ -36,7 +36,7 @@ class FixationPredictor(BaseModel):
         name: a registered name.
         args: further arguments of `timm.create_model`, for example `encoder`, `dim`, or of `sum` the `condition` of pictures without one.
         loss: "divergence", `zoo.FixationDivergenceLoss`, or "combined", `zoo.FixationLoss`; or a dict of that as `type` and arguments.
-        weights: a file whose weights training starts from: those of the network, by its own names or those of the code that it is published in, or of
+        weights: a file whose weights training starts from: those of the network, by its own names or those it was published with, or of
             its encoder alone. Read when training starts.
         freeze: the encoder does not learn.
 

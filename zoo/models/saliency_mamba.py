@@ -122,7 +122,7 @@ class Encoder(VMamba):
     def load_weights(self, file: str) -> None:
         """Takes the weights of a VMamba of these sizes in a file, as `zoo.weights.load_weights` reads it; its norm and head are left."""
         whole = VMamba(**{**self.made, **get_device_dtype(self)})
-        whole.pretrained_cfg = dict(classifier=("norm", "head.fc"))  # pyright: ignore[reportAttributeAccessIssue]
+        cast(Any, whole).pretrained_cfg = dict(classifier=("norm", "head.fc"))
         load_weights(whole, file, filter_fn=vmamba.checkpoint_filter_fn, new_head=True)
         self.load_state_dict({name: value for name, value in whole.state_dict().items() if name in self.state_dict()})
 
