@@ -149,7 +149,7 @@ class SUM(nn.Module):
         drop_path_rate: growing with depth from 0 to it in the encoder, and falling from it to 0 in the decoder (theirs: 0.3).
 
     Differences from the authors' code (Arhosseini77/SUM, net/models): any size, and any number of kinds and stages; kinds are numbers or
-    one-hot, and need not be given; a map of one kind is made of its numbers once.
+    one-hot, and need not be given.
 
     Raises:
         ValueError, TypeError: arguments outside what is said above, at construction; an input or a kind of another shape, in `forward`.
