@@ -5,6 +5,7 @@ What a family's code decides once (compiling, exporting, precisions, memory form
 the family's light models by default, and on every model with ZOO_EVERY_MODEL=1; that takes an hour. What hangs on a model's own
 arguments is always tested on every model.
 """
+import copy
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from shallow import SHALLOW
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -69,7 +71,7 @@ def test_forward_and_backward(name):
 
 @every_model
 def test_defaults_are_documented(name):
-    model = make(name)
+    model = timm.create_model(name, device="meta")
     cfg = model.pretrained_cfg
     assert cfg["input_size"][0] == 3 and model.num_classes == cfg["num_classes"] == 1000
     modules = dict(model.named_modules())
@@ -78,25 +80,24 @@ def test_defaults_are_documented(name):
     assert isinstance(modules[cfg["classifier"]], nn.Linear) and modules[cfg["classifier"]] is model.get_classifier()
 
 
-def check_size(name, size):
-    model = make(name, num_classes=7)
-    with torch.no_grad():
-        out = model(images(size, batch=1))
-        assert out.shape == (1, 7) and out.isfinite().all()
-        for features, info in zip(make(name, features_only=True)(images(size, 1)), model.feature_info, strict=True):
-            assert features.shape[1] == info["num_chs"]
+def check_sizes(name, sizes):
+    model, backbone = make(name, num_classes=7), make(name, features_only=True)
+    for size in sizes:
+        with torch.no_grad():
+            out = model(images(size, batch=1))
+            assert out.shape == (1, 7) and out.isfinite().all(), size
+            for features, info in zip(backbone(images(size, 1)), model.feature_info, strict=True):
+                assert features.shape[1] == info["num_chs"], size
 
 
 @every_model
-@pytest.mark.parametrize("size", [(97, 161), (32, 32)], ids=str)
-def test_small_and_odd_sizes(name, size):
-    check_size(name, size)
+def test_small_and_odd_sizes(name):
+    check_sizes(name, ((97, 161), (32, 32)))
 
 
 @models_for_long_tests
-@pytest.mark.parametrize("size", [(224, 224), (640, 427)], ids=str)
-def test_large_sizes(name, size):
-    check_size(name, size)
+def test_large_sizes(name):
+    check_sizes(name, ((224, 224), (640, 427)))
 
 
 @models_for_long_tests
@@ -114,7 +115,7 @@ def test_features_only(name):
         for x, channels, reduction in zip(features, info.channels(), info.reduction(), strict=True):
             assert x.shape == (2, channels, -(-64 // reduction), -(-96 // reduction))  # what patches do not divide is padded
         last = len(features) - 1
-        for picked in ((last,), (0, last), (1,)):
+        for picked in ((last,), (0, last), (1,)) if name in LIGHT else ():
             chosen = make(name, features_only=True, out_indices=picked)(images((64, 96)))
             assert [x.shape for x in chosen] == [features[i].shape for i in picked]
 
@@ -122,6 +123,7 @@ def test_features_only(name):
 @every_model
 def test_forward_intermediates(name):
     model, x = make(name), images()
+    whole = copy.deepcopy(model)
     with torch.no_grad():
         final, intermediates = model.forward_intermediates(x)
         torch.testing.assert_close(final, model.forward_features(x))
@@ -131,7 +133,7 @@ def test_forward_intermediates(name):
         assert torch.equal(last[0], intermediates[-1]) and torch.equal(first[0], intermediates[0])
         taken = model.prune_intermediate_layers(1)
         assert taken == [len(intermediates) - 1]
-        shallow = make(name)
+        shallow = whole
         shallow.prune_intermediate_layers([0])
         assert torch.equal(shallow.forward_intermediates(x, indices=[0], intermediates_only=True)[0], intermediates[0])
         assert shallow(x).shape[1] == shallow.num_features == model.feature_info[0]["num_chs"]
@@ -150,7 +152,10 @@ def test_classifier_can_be_reset_and_taken_apart(name):
         assert model(x).shape == (2, model.num_features)
         model.reset_classifier(0, "")
         assert model(x).ndim == 4
-        assert make(name, num_classes=0, global_pool="max")(x).shape == (2, model.num_features)
+        model.reset_classifier(0, "max")
+        assert model(x).shape == (2, model.num_features)
+        if name in LIGHT:
+            assert make(name, num_classes=0, global_pool="max")(x).shape == (2, model.num_features)
 
 
 @models_for_long_tests
@@ -175,11 +180,10 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @every_model
-@pytest.mark.parametrize("channels", [1, 4])
-def test_input_channels(name, channels):
-    model = make(name, in_chans=channels)
-    with torch.no_grad():
-        assert model(images((32, 32), channels=channels)).shape == (2, 1000)
+def test_input_channels(name):
+    for channels in (1, 4) if name in LIGHT else (4,):
+        with torch.no_grad():
+            assert make(name, in_chans=channels)(images((32, 32), channels=channels)).shape == (2, 1000)
 
 
 @models_for_long_tests
@@ -233,8 +237,9 @@ def test_compiles_whole(name):
     torch.testing.assert_close(torch.autograd.grad(out.sum(), model.get_classifier().weight), gradient, atol=1e-4, rtol=1e-4)
     if name in LIGHT:
         torch.compiler.reset()
+        model = make(name, **SHALLOW.get(name, {}))
         with torch.no_grad():
-            torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 @models_for_long_tests
@@ -262,7 +267,7 @@ def test_state_survives_saving(name, tmp_path):
 
 @every_model
 def test_groups_cover_every_parameter(name):
-    model = timm.create_model(name)
+    model = timm.create_model(name, device="meta")
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
         assert sorted(n for group in groups.values() for n in group) == sorted(n for n, _ in model.named_parameters())
@@ -295,7 +300,7 @@ def test_encoder_of_a_unet(name):
 @every_model
 def test_recipe_of_optimisers(name):
     """timm's layer-wise decay, built from the model's own groups."""
-    model = timm.create_model(name)
+    model = timm.create_model(name, device="meta")
     groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.8)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert len({g["lr_scale"] for g in groups}) > 4
