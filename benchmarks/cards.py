@@ -21,12 +21,14 @@ VECTORS = {  # by mechanism: the folders of tests/golden with numbers of its aut
     "a2n": ("a2n",), "atconv": ("atconv", "attnet"), "connectivity": ("connectivity",), "dual": ("dual_attention",),
     "gates": ("attention_gate", "attention_unet"), "hilo": ("hilo", "litv2"), "holistic": ("han",), "inspyrenet": ("inspyrenet",),
     "moh": ("moh",), "msinet": ("msinet",), "parts": ("ifam",), "polarized": ("polarized",), "removal": ("attention_removal",),
-    "routing": ("bra", "biformer"), "sk": ("sk",), "tap": ("tap", "fan", "adl"),
+    "routing": ("bra", "biformer"), "sk": ("sk",), "ss2d": ("ss2d",),
+    "sum": ("sum",), "tap": ("tap", "fan", "adl"),
 }
 TESTS = {"inspyrenet": "tests/models/test_inspyrenet.py", "msinet": "tests/models/test_msinet.py"}  # where it is not the one of most
 MANIFESTS = {"msinet": "tests/models/test_msinet.py"}
 OURS = {  # manifests of another name than our model's
-    "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}
+    "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet",
+    "vssm_tiny": "vmamba_tiny_v0", "vssm_small": "vmamba_small_v0"}
 
 
 def card(mechanism: str) -> str:

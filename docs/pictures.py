@@ -32,7 +32,7 @@ from zoo.seeing.classifiers import mechanisms
 from zoo.seeing.figures import new_figure, render
 from zoo.seeing.page import Seen
 
-ELSEWHERE = ("msinet",)  # made by a program of benchmarks/ of that page
+ELSEWHERE = ("msinet", "sum")  # made by a program of benchmarks/ of that page
 SIDE, EPOCHS, COLOURS = 64, 6, 96
 FOLDER = Path(__file__).resolve().parent / "pictures"
 STAGES = {"atconv": 1, "gates": -1, "moh": 1, "routing": 1, "sk": 1}  # which stage is shown, where it is not the first
@@ -62,7 +62,7 @@ def trained(name: str) -> Path:
     if name.startswith("inspyrenet"):
         folder, _ = train(f"{name}_digits", work_dir=Path("work_dirs/pictures") / name, resume="auto")
         return latest_checkpoint(folder)
-    epochs = 5 * EPOCHS if name.startswith("lambda") else EPOCHS  # entropies of what has hardly learned are of nothing
+    epochs = 5 * EPOCHS if name.startswith("lambda") else 2 if name.startswith("vmamba") else EPOCHS  # entropies want more, scans take long
     options += [f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}"]
     if name != "attention_unet":
         for part in ("train", "val"):

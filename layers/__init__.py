@@ -26,6 +26,7 @@ from .polarized import PolarizedSelfAttention
 from .pyramid_attention import AxialAttention, PyramidAxialAttention, ScaleInvariantContextAttention
 from .pyramid_sparse import PyramidSparseAttention, gilbert_order, pyramid_levels
 from .selective_kernel import SelectiveKernelUnit
+from .selective_scan_2d import SelectiveScan2d
 from .self_attention import AROUND, SelfAttention
 from .simpool import SimPool
 from .sparsifiner import SparsifinerAttention
@@ -37,8 +38,8 @@ __all__ = [
     "FullyAttentionalBlock", "HaloAttention", "HedgehogAttention", "HiLoAttention", "LayerAttention", "LengthScaledAttention",
     "MixtureOfHeadAttention", "MixtureOfHeads", "MultiAttentionGate", "MultipleInstanceHead", "NormalizedAttention", "PartDiscovery",
     "PolarizedSelfAttention", "PyramidAxialAttention", "PyramidSparseAttention", "RelationalAttention", "ScaleInvariantContextAttention",
-    "SelectiveKernelUnit", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool", "TokenMixing",
-    "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
+    "SelectiveKernelUnit", "SelectiveScan2d", "SelfAttention", "SimPool", "SparsifinerAttention", "SymbolicAttention", "TokenAwareAvgPool",
+    "TokenMixing", "bilateral_voting", "capture", "connectivity_target", "gilbert_order", "pyramid_levels",
 ]
 
 for _layer in [*(globals()[name] for name in __all__), *AROUND.values(), NoAttention, DilutedBlock, DilutedPostNormBlock]:

@@ -35,6 +35,7 @@ OPTIONS = {
     "overlap": ("networks that look at pictures or volumes in windows", 0.25), "threshold": ("detectors", 0.3),
     "ensemble": ("networks that restore pictures", False),
     "resolution": ("networks that cut out objects", None),
+    "condition": ("networks that say where people look in pictures of several kinds", None),
 }
 
 
@@ -70,6 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="restore the mean of a picture turned and mirrored in all eight ways; eight times the work")
     parser.add_argument("--resolution", type=int, metavar="N",
                         help="shorter side, in pixels, at which the edges of objects are looked at (default: 10/3 of the size of training)")
+    parser.add_argument("--condition", type=int, metavar="N",
+                        help="the kind of the pictures, for networks such as sum, where people look: 0 natural, looks by mouse, 1 natural, "
+                             "by eye, 2 shops, 3 user interfaces (default: that of training, or 0)")
     parser.add_argument("--threshold", type=float, help="lowest score of a detector's boxes (default: 0.3)")
     return parser.parse_args(arguments)
 
@@ -186,7 +190,12 @@ def look(args: argparse.Namespace, model: "nn.Module", info: "ModelInfo") -> int
     from zoo.predicting.fixations import FixationMaps, look_each
     from zoo.reading.pictures import find_pictures
 
-    settle(args, info.name)
+    kinds = getattr(model, "conditions", None)
+    settle(args, info.name, *(("condition",) if kinds else ()))
+    if args.condition is not None:
+        if not 0 <= args.condition < kinds:
+            raise InputError(f"--condition is a kind of pictures that {info.name} knows, 0 to {kinds - 1}, got {args.condition}")
+        vars(model)["condition"] = args.condition
     if args.output is None:
         raise InputError(f"{args.checkpoint} says where people look, and its maps have to go somewhere: name a file or folder with -o")
     pictures = unique(find_pictures(args.inputs))

@@ -41,10 +41,12 @@ if not _command.import_is_put_off:
         mechanism_of,
         msinet,
         polarized,
+        saliency_mamba,
         sknet,
         transnext,
         unet,
         vidat,
+        vmamba,
     )
     from .probe import probe
     from .reparametrization import fold, reparametrize
@@ -57,5 +59,6 @@ __all__ = [
     "SparsifinerReconstructionLoss", "TeacherAttentionLoss", "TokenDistillationLoss", "a2n", "attach", "attention_share", "attnet",
     "biformer", "capture", "choose_blocks", "das", "dconnnet", "deit", "fan", "fold", "halonet", "han", "head_importance", "ifam",
     "inspyrenet", "lambda_deit", "list_models", "litv2", "load_weights", "mechanism_of", "msinet", "polarized", "probe", "prune_heads",
-    "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "sknet", "transnext", "unet", "vidat", "weights_in",
+    "regroup_heads", "remove_attention", "reparametrize", "replace_attention", "saliency_mamba", "sknet", "transnext", "unet", "vidat",
+    "vmamba", "weights_in",
 ]

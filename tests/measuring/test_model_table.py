@@ -44,7 +44,8 @@ def test_every_reported_number_says_where():
 @pytest.mark.parametrize(("name", "expected"), [
     ("das_resnet_nano", ["deform_conv2d"]), ("attnet_nano", ["depthwise_dynamic_conv2d"]), ("sknet_nano", []),
     ("biformer_nano", ["region_means", "region_routes", "routing_attention"]), ("halonet_nano", ["halo_attention"]),
-    ("litv2_nano", ["deform_conv2d"]), ("tap_fan_nano", ["token_aware_avg_pool"]), ("attention_unet_nano", []),
+    ("litv2_nano", ["deform_conv2d"]), ("tap_fan_nano", ["token_aware_avg_pool"]), ("vmamba_nano_v0", ["selective_scan"]),
+    ("attention_unet_nano", []),
 ])
 def test_kernels_are_those_of_the_modules(name, expected):
     assert model_table.kernels(timm.create_model(name)) == expected

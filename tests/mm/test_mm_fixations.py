@@ -112,6 +112,46 @@ def test_weights_to_start_from(tmp_path):
     assert loss.isfinite() and predictor.model.head.weight.grad.abs().sum() > 0
 
 
+def test_kinds_of_pictures_are_told_by_their_folders(data, tmp_path):
+    for part in ("images", "maps", "fixations"):
+        for path in sorted((data / "train" / part).iterdir()):
+            folder = data / "train" / part / ("pages" if path.name.startswith(("0", "1")) else "scenes")
+            folder.mkdir(exist_ok=True)
+            path.rename(folder / path.name)
+    dataset = FixationDataset(str(data), "train", (32, 32), conditions=dict(scenes=0, pages=3))
+    items = [dataset[Sample(i, 0)] for i in range(len(dataset))]
+    kinds = [int(item["condition"]) for item in items]
+    assert sorted(kinds) == [0] * 8 + [3] * 4
+    assert all((kind == 3) == ("pages" in name) for kind, name in zip(kinds, dataset.names, strict=True))
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    predictor = FixationPredictor("sum_nano", loss="combined")
+    assert predictor(**batch, mode="loss")["loss"].isfinite()
+    with torch.no_grad():
+        answers = predictor.eval()(**batch, mode="predict")
+        expected = predictor(batch["inputs"], condition=batch["condition"])
+    torch.testing.assert_close(answers[0]["saliency"], expected[0, 0], atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="msinet_nano knows no kinds of pictures"):
+        FixationPredictor("msinet_nano")(**batch, mode="loss")
+    with pytest.raises(InputError, match="lies in none of the folders that conditions names: pages"):
+        FixationDataset(str(data), "train", (32, 32), conditions=dict(pages=3))
+
+
+def test_sums_encoder_starts_from_vmambas_weights(tmp_path):
+    sizes = dict(dims=(8, 16), depths=(1, 1), state_dim=2)
+    torch.manual_seed(0)
+    whole = timm.create_model("vmamba_nano_v0", **sizes)
+    torch.save({"model": whole.state_dict()}, tmp_path / "w.pth")
+    args = dict(sizes, decoder_depths=(1, 1))
+    predictor = FixationPredictor("sum_nano", args, weights=str(tmp_path / "w.pth"), freeze=True)
+    predictor.init_weights()
+    assert torch.equal(predictor.model.encoder.stem.proj.weight, whole.stem.proj.weight)
+    assert not any(p.requires_grad for p in predictor.model.encoder.parameters()) and predictor.model.head.weight.requires_grad
+    torch.save({f"salu_mamba.{name}": value for name, value in predictor.model.state_dict().items()}, tmp_path / "all.pth")
+    other = FixationPredictor("sum_nano", args, weights=str(tmp_path / "all.pth"))
+    other.init_weights()
+    assert torch.equal(other.model.head.weight, predictor.model.head.weight)
+
+
 def test_metrics_of_pictures_with_and_without_fixated_pixels():
     metric = FixationMetrics()
     maps = [torch.rand(9, 7), torch.rand(5, 6)]
@@ -127,6 +167,17 @@ def test_the_recipe_for_salicon(data):
     config = load_config("msinet_salicon", [f"data_root={data}"])
     assert isinstance(config, Config) and config.optim_wrapper.optimizer.lr == 1e-5 and config.train_cfg.max_epochs == 10
     assert config.train_dataloader.dataset.root == str(data)
+
+
+@pytest.mark.parametrize(("name", "told"), [("sum_salicon", None), ("sum_unified", 2)])
+def test_the_recipes_of_sum(data, name, told):
+    config = load_config(name, [f"data_root={data}"])
+    assert config.model == dict(type="FixationPredictor", name="sum", args=dict(drop_path_rate=0.3, condition=0), loss="combined")
+    assert (config.optim_wrapper.optimizer.lr, config.train_dataloader.batch_size, config.train_cfg.max_epochs) == (1e-4, 16, 30)
+    assert config.param_scheduler == [dict(type="StepLR", step_size=4, gamma=0.1)]
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        assert loader.dataset.root == str(data) and loader.dataset.size == (256, 256) and loader.dataset.mean[0] == 0.485
+        assert loader.dataset.get("conditions", {}).get("salec") == told
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import part_losses
+from zoo.fixations import correlation, divergence, scanpath, similarity
 from zoo.kernels import attention_cross_entropy, attention_similarity, entmax, pyramid_sparse_attention, selective_scan
 from zoo.layers import (
     AggregatedAttention,
@@ -43,6 +44,7 @@ from zoo.layers import (
     PartDiscovery,
     PolarizedSelfAttention,
     RelationalAttention,
+    SelectiveScan2d,
     SelfAttention,
     SimPool,
     SparsifinerAttention,
@@ -54,13 +56,31 @@ from zoo.layers import (
 )
 from zoo.layers._capture import report
 from zoo.layers.part_discovery import Parts
-from zoo.models import a2n, attnet, biformer, dconnnet, fan, han, ifam, lambda_deit, litv2, polarized, sknet, transnext, unet, vidat
+from zoo.measuring.fixations import auc_judd
+from zoo.models import (
+    a2n,
+    attnet,
+    biformer,
+    dconnnet,
+    fan,
+    han,
+    ifam,
+    lambda_deit,
+    litv2,
+    polarized,
+    saliency_mamba,
+    sknet,
+    transnext,
+    unet,
+    vidat,
+    vmamba,
+)
 from zoo.models.staged import named
 from zoo.probe import head_for
 from zoo.reparametrization import checkpoint_filter_fn as sigma_names
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-ELSEWHERE = ("inspyrenet", "msinet", "sum")  # of several inputs and outputs, other axes, or functions, whose tests are their own
+ELSEWHERE = ("inspyrenet", "msinet")  # of several inputs and outputs, or other axes, whose tests are their own
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["family"] not in ELSEWHERE]
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4  # times 1 + the largest absolute number of the reference
 
@@ -400,7 +420,57 @@ class _SelectiveScan(nn.Module):
 
 
 def _ss2d(config: dict[str, Any], reference: str) -> nn.Module:
-    return _SelectiveScan(config["delta_softplus"])
+    if "VSSBlock" in reference:
+        return vmamba.VSSBlock(config["hidden_dim"], config["d_state"], eps=1e-6)
+    return SelectiveScan2d(config["d_model"], config["d_state"]) if "SS2D" in reference else _SelectiveScan(config["delta_softplus"])
+
+
+class _Conditional(saliency_mamba.ConditionalVSSBlock):
+    """The block, given the kinds of pictures one-hot, as the authors' is."""
+
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+        return super().forward(x, kind.argmax(1))
+
+
+class _Encoder(saliency_mamba.Encoder):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        last, given = super().forward(x)
+        return last, *given
+
+
+class _Fixations(nn.Module):
+    """SUM's losses of maps, and where nothing is to be learned the area under the curve."""
+
+    def __init__(self, losses: bool) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def forward(self, prediction: Tensor, saliency: Tensor, fixations: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if not self.losses:
+            return torch.tensor([auc_judd(p, f) for p, f in zip(prediction, fixations, strict=True)])
+        found = divergence(prediction, saliency), correlation(prediction, saliency), similarity(prediction, saliency)
+        means = (each.mean() for each in (*found, scanpath(prediction, fixations)))
+        return *means, zoo.FixationLoss()(prediction, saliency, fixations)
+
+
+def _sum(config: dict[str, Any], reference: str) -> nn.Module:
+    if "loss_function" in reference:
+        return _Fixations("SaliencyLoss" in reference)
+    if "VSSBlock" in reference:
+        return _Conditional(config["hidden_dim"], config["d_state"], eps=1e-6, conditions=config["condition_size"])
+    if "PatchMerging2D" in reference:
+        return vmamba.PatchMerging(config["dim"], 2 * config["dim"])
+    if "PatchExpand2D" in reference:
+        return saliency_mamba.PatchExpand(*((config["dim"], 4) if "Final" in reference else (2 * config["dim"],)))
+    sizes = dict(dims=config["dims"], depths=config["depths"], state_dim=config["d_state"])
+    if "forward_features" in reference:
+        return _Encoder(3, **sizes)
+    return saliency_mamba.SUM(decoder_depths=config["depths_decoder"], **sizes)
+
+
+def _convert_sum(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    family = vmamba if isinstance(model, saliency_mamba.Encoder) else saliency_mamba
+    return family.checkpoint_filter_fn(state, model)
 
 
 def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -622,7 +692,7 @@ BUILD: dict[str, Callable[[dict[str, Any], str], nn.Module]] = dict(
     gated_attention=_gated_attention, han=_han, hedgehog=_hedgehog,
     hilo=_hilo, ifam=_ifam, litv2=_litv2, moh=_moh, polarized=_polarized,
     pyramid_sparse=_pyramid_sparse, rela=_rela, sigma_reparam=_sigma_reparam,
-    sk=_sk, sparsifiner=_sparsifiner, ss2d=_ss2d, tap=_tap)
+    sk=_sk, sparsifiner=_sparsifiner, ss2d=_ss2d, sum=_sum, tap=_tap)
 CONVERT = dict(
     a2n=a2n.checkpoint_filter_fn, adl=_as_it_is, atconv=attnet.checkpoint_filter_fn, attention_gate=unet.checkpoint_filter_fn,
     attention_removal=_with_shares, attention_unet=unet.checkpoint_filter_fn, attnet=attnet.checkpoint_filter_fn,
@@ -633,7 +703,8 @@ CONVERT = dict(
     hedgehog=_convert_hedgehog, hilo=litv2.checkpoint_filter_fn, ifam=_convert_ifam,
      litv2=litv2.checkpoint_filter_fn, moh=_convert_moh,
     polarized=polarized.checkpoint_filter_fn, pyramid_sparse=_as_it_is, rela=_convert_rela, sigma_reparam=sigma_names,
-    sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, ss2d=_as_it_is, tap=fan.checkpoint_filter_fn)
+    sk=sknet.checkpoint_filter_fn, sparsifiner=_convert_sparsifiner, ss2d=vmamba.checkpoint_filter_fn, sum=_convert_sum,
+    tap=fan.checkpoint_filter_fn)
 
 
 def _attention_of(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from zoo.models import unet
 MODELS = [name for name in zoo.list_models() if name not in unet.ENCODERS or "_nano" in name]
 CLASSIFIERS = [name for name in MODELS if not zoo.models.is_dense(name)]
 OF_PICTURES = ["a2n_nano_x2", "han_nano_x2"]  # which give pictures, and have no classes
-OF_ONE = ("inspyrenet", "msinet")  # whose answer is one map
+OF_ONE = ("inspyrenet", "msinet", "sum")  # whose answer is one map
 LIGHT = [name for name in MODELS if "_nano" in name or name == "das_mobilenetv2_100"]
 FAMILIES = [name for name in LIGHT if name not in unet.ENCODERS and name != "das_mobilenetv2_100"] + ["attention_unet_sknet_nano"]
 DEVIANT = ["fan_tiny_8_p4_hybrid", "biformer_stl", "polarized_hrnet_w18_s", "deit_tiny_patch16_224_cbs", "unet", "sknet26"]

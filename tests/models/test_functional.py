@@ -14,7 +14,8 @@ import zoo
 LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 TIMMS_ATTENTION = (  # in blocks of DeiT and iFAM, and in FAN's class attention
     "deit_nano_patch16_224_cb", "ifam_nano_patch16_224", "lambda_deit_nano_02", "tap_fan_nano")
-DENSE = ("attention_unet_nano", "attention_unet3d_nano", "dconnnet_nano", "inspyrenet_nano", "msinet_nano", "a2n_nano_x2", "han_nano_x2")
+DENSE = ("attention_unet_nano", "attention_unet3d_nano", "dconnnet_nano", "inspyrenet_nano", "msinet_nano", "sum_nano", "a2n_nano_x2",
+         "han_nano_x2")
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
 # InSPyReNet's coarser answers hand on no derivatives, so that differences of its answers are not its derivatives.
 whole = pytest.mark.parametrize("name", [name for name in (*LIGHT, *DENSE) if name != "inspyrenet_nano"])

@@ -54,6 +54,8 @@ def draw(seed: int) -> dict:
         case["args"] = dict(num_classes=1, reshapes=rng.choice(("as_trained", "meant")))
     if case["model"] == "dconnnet_nano":
         case["args"]["drop_rate"] = rng.choice((0.0, 0.3))
+    if case["model"].startswith("sum"):
+        case["args"] = dict(num_classes=1, conditions=rng.choice((1, 4)), drop_path_rate=rng.choice((0.0, 0.3)))
     if case["model"].startswith("msinet"):
         case["args"] = dict(num_classes=1, dim=rng.choice((8, 20)))
     if case["model"] in UNETS:

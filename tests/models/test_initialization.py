@@ -6,7 +6,7 @@ TAPADL_FAN/models/fan.py of guoyongcs/TAPADL; classification/models/imagenet/res
 MoH-ViT/{transnext,attention,attention_native}.py of SkyworkAI/MoH; semantic-segmentation/network/PSA.py of DeLightCMU/PSA;
 models/networks_other.py and models/networks/unet_CT_multi_att_dsv_3D.py of ozan-oktay/Attention-Gated-Networks; vision_models.py,
 relational_attention.py and symbol_retrieval.py of dual-attention 0.0.7 (PyPI); code/model/aan.py of haoyuc/A2N; src/model/{han,common}.py
-of wwlCape/HAN; lib/modules of plemeri/InSPyReNet.
+of wwlCape/HAN; lib/modules of plemeri/InSPyReNet; net/models/vmamba.py of Arhosseini77/SUM.
 HaloNet, DAS and context broadcasting have no code of
 their authors.
 """
@@ -40,12 +40,16 @@ RULES = {  # what is drawn: the deviation around the mean 0 (or another), of a w
     "fan in": lambda weight, module: math.sqrt(2 / fan_in(weight, module)),
     "torch": lambda weight, module: 1 / math.sqrt(3 * fan_in(weight, module)),  # uniform, of torch's layers
     "torch, of the weight": lambda bias, module: 1 / math.sqrt(3 * fan_in(module.weight, module)),
+    "by the last axis": lambda weight, module: 1 / math.sqrt(3 * weight.shape[-1]),  # of linear layers, one for each order
     "local bias": lambda weight, module: 0.0004,
     "around 1": lambda weight, module: 0.02,
     "normal": lambda weight, module: 1.0,
 }
 NORMS = [(r"norm\w*(\.\d)?\.weight$|bn\w*\.weight$", ONE), (r"norm\w*(\.\d)?\.bias$|bn\w*\.bias$", ZERO)]
 CONVS = [(r"weight$", "torch"), (r"bias$", "torch, of the weight")]
+LOGARITHMS = tuple(torch.arange(1, 5).float().log().tolist())  # of 1 to the nano's number of states
+SCANS = [(r"A_logs$", ("=", LOGARITHMS)), (r"Ds$", ONE), (r"x_proj_weight$|dt_projs_weight$", "by the last axis"),
+         (r"dt_projs_bias$", None)]  # the last in tests/layers/test_selective_scan_2d.py
 TABLE = {  # by family: patterns of names, the first that fits counts
     "biformer_nano": [*NORMS, (r"(qkv|proj|fc\d?)\.weight$", "truncated"), (r"(qkv|proj|fc\d?)\.bias$", ZERO), *CONVS],
     "litv2_nano": [*NORMS, (r"offset", ZERO), (r"dwconv\.weight", "fan out"), (r"dwconv\.bias", ZERO),
@@ -69,6 +73,9 @@ TABLE = {  # by family: patterns of names, the first that fits counts
     "polarized_resnet_nano": [(r"aa\.(channel_query|channel_value|spatial_query|spatial_value)\.weight", "fan in"),
                               (r"aa\.channel_up\.1\.weight", ONE), (r"aa\.channel_up\.1\.bias", ZERO), (r"aa\.", "convolutions"),
                               (r".", None)],  # the rest is timm's ResNet
+    "vmamba_nano_v0": [*NORMS, *SCANS, (r"^stem\.proj|conv2d", "convolutions"), (r"weight$", "truncated"), (r"bias$", ZERO)],
+    "sum_nano": [*NORMS, *SCANS, (r"\.condition$", "normal"), (r"stem\.proj|conv2d|^head", "convolutions"), (r"weight$", "truncated"),
+                 (r"bias$", ZERO)],
     "a2n_nano_x2": CONVS,
     "han_nano_x2": [(r"gamma$", ZERO), *CONVS],
     "inspyrenet_nano": [(r"^backbone", None), *NORMS, (r"gamma$", ZERO), (r"threshold$", ("=", 0.5)), (r"weight$", "fan in")],

@@ -20,6 +20,7 @@ MANIFESTS = {path.stem: path for path in (Path(__file__).parents[1] / "golden" /
 HEADS = sorted(name for name in MANIFESTS if name.startswith("ep32_"))  # of probes, no networks
 ELSEWHERE = ("ep32_", "acmil_", "unip_", "msinet")  # heads on bags, networks of timm's, TensorFlow's: tests/layers, tests/zoo, test_msinet
 NAMES = {  # ours, where it is another
+    "vssm_tiny": "vmamba_tiny_v0", "vssm_small": "vmamba_small_v0",
     "unet_CT_multi_att_dsv_3D": "attention_unet3d", "dconnnet_resnet34_1": "dconnnet", "dconnnet_resnet34_4": "dconnnet"}
 ARGS = {"dconnnet_resnet34_4": dict(num_classes=4)}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -19,7 +19,7 @@ PARALLEL = "polarized_resnet_nano in parallel"  # its gates come from a formulat
 MODELS = [*(name for name in zoo.list_models("*_nano*") if name not in unet.ENCODERS), PARALLEL]
 WITHOUT_PAIRS = [  # of a convolution and a batch norm
     "a2n_nano_x2", "deit_nano_patch16_224_cb", "han_nano_x2", "ifam_nano_patch16_224", "lambda_deit_nano_02", "litv2_nano",
-    "moh_transnext_nano", "msinet_nano", "vidat_nano_patch16_224"]
+    "moh_transnext_nano", "msinet_nano", "sum_nano", "vidat_nano_patch16_224", "vmamba_nano_v0"]
 BEHIND_MASKS = (  # where gradients of the answer do not come: behind iFAM's hard masks, and InSPyReNet's coarser answers
     "stage_1.", "part_head", "decoder.start.conv5", "decoder.refine.1.logits", "decoder.refine.2.logits")
 UNCALLED = {"stage_1", "stage_2"}  # its transformers, with parameters of their own, whose parts run one by one
@@ -30,7 +30,8 @@ models = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     args = dict(layout="parallel") if name == PARALLEL else {}
-    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if name.startswith(("inspyrenet", "msinet")) else 3)
+    of_one = name.startswith(("inspyrenet", "msinet", "sum"))
+    classes = {} if name in ("a2n_nano_x2", "han_nano_x2") else dict(num_classes=1 if of_one else 3)
     model = timm.create_model(name.split()[0], **classes, **args).eval()
     with torch.no_grad():  # so that no branch starts at zero, and no direction is missing
         for module in model.modules():

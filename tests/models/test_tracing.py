@@ -16,7 +16,7 @@ import zoo
 from zoo import layers
 
 DENSE = ("attention_unet_nano", "attention_unet3d_nano", "inspyrenet_nano", "msinet_nano", "attention_unet_litv2_nano", "dconnnet_nano",
-         "a2n_nano_x2", "han_nano_x2")
+         "sum_nano", "a2n_nano_x2", "han_nano_x2")
 LIGHT = [name for name in zoo.list_models("*_nano*") if not zoo.models.is_dense(name)]
 SIZES = ((96, 128), (75, 101), (131, 70))
 families = pytest.mark.parametrize("name", [*LIGHT, *DENSE])
@@ -148,6 +148,7 @@ LAYERS = {
     "TokenMixing": (functools.partial(layers.TokenMixing, 16, 2), (1, 5, 6, 16)),
     "BiLevelRoutingAttention": (functools.partial(layers.BiLevelRoutingAttention, 16, 2, 2, 2), (1, 5, 6, 16)),
     "HiLoAttention": (functools.partial(layers.HiLoAttention, 16, 2), (1, 5, 6, 16)),
+    "SelectiveScan2d": (functools.partial(layers.SelectiveScan2d, 16, 4), (1, 5, 6, 16)),
     "TokenAwareAvgPool": (functools.partial(layers.TokenAwareAvgPool, 16), (1, 5, 6, 16)),
     "AggregatedAttention": (functools.partial(layers.AggregatedAttention, 16, 2, 2), (1, 5, 6, 16)),
     "LengthScaledAttention": (functools.partial(layers.LengthScaledAttention, 16, 2), (1, 5, 6, 16)),

@@ -112,7 +112,26 @@ def test_the_command_and_the_exported_file_say_the_same(weights, tmp_path, capsy
     assert [row["picture"] for row in rows] == given and all(0 < float(row["half_in"]) < 0.5 for row in rows)
 
 
+def test_the_kind_of_pictures_is_asked_for(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("sum_nano")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    torch.save({f"salu_mamba.{name}": value for name, value in model.state_dict().items()}, tmp_path / "w.pth")
+    spot(60, 40, 10, 20).save(tmp_path / "a.png")
+    maps = []
+    for kind in ([], ["--condition", "0"], ["--condition", "2"]):
+        given = [str(tmp_path / "w.pth"), str(tmp_path / "a.png"), "--model", "sum_nano", "-o", str(tmp_path / "o.png")]
+        assert predict.main([*given, *kind]) == 0
+        maps.append(np.asarray(Image.open(tmp_path / "o.png")).astype(int))
+    assert (maps[0] == maps[1]).all() and (maps[0] != maps[2]).any()
+    with pytest.raises(InputError, match="--condition is a kind of pictures that sum_nano knows, 0 to 3, got 4"):
+        predict.main([str(tmp_path / "w.pth"), str(tmp_path / "a.png"), "--model", "sum_nano", "-o", "x.png", "--condition", "4"])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--model", "msinet_nano", "-o", "x.png", "--condition", "1"], "--condition is for networks .* of several kinds, and msinet_nano is"),
     (["--model", "msinet_nano"], "its maps have to go somewhere: name a file or folder with -o"),
     (["--model", "msinet_nano", "-o", "x.png", "--top", "3"], "--top is for networks that name classes"),
     (["--model", "resnet18"], "is for networks that .*say where people look, and resnet18 is none"),

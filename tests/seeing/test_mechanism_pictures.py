@@ -24,7 +24,7 @@ STAGES = {
     "attnet_nano": 4, "biformer_nano": 3, "das_resnet_nano": 4, "deit_nano_patch16_224_cb": 1, "halonet_nano": 5,
     "ifam_nano_patch16_224": 1, "litv2_nano": 2,
     "moh_transnext_nano": 4,
-    "polarized_resnet_nano": 4, "sknet_nano": 4, "tap_fan_nano": 1, "vidat_nano_patch16_224": 1,
+    "polarized_resnet_nano": 4, "sknet_nano": 4, "tap_fan_nano": 1, "vidat_nano_patch16_224": 1, "vmamba_nano_v0": 4,
 }
 
 

@@ -20,7 +20,8 @@ def test_there_is_one_for_every_mechanism_that_has_a_layer_for_maps():
     assert {name.removesuffix(".yaml") for name in zoo.yolo.names()} == {
         f"{base}-{mechanism}" for base in ("yolo11", "yolo26")
         for mechanism in {*zoo.MECHANISMS, "dtm"} - {
-            "a2n", "connectivity", "dual", "holistic", "inspyrenet", "moh", "msinet", "parts", "removal"}}
+            "a2n", "connectivity", "dual", "holistic", "inspyrenet", "moh", "msinet", "parts", "removal", "ss2d",
+            "sum"}}
 
 
 @pytest.mark.parametrize("name", SIZED)

@@ -25,18 +25,19 @@ from zoo.weights import load_weights, weights_in
 
 LOSSES = {"divergence": FixationDivergenceLoss, "combined": FixationLoss}
 NAMES = ("kl", "cc", "sim", "nss", "auc")
+WHOLE = ("decoder.", "decoder/", "layers_up.", "salu_mamba.")  # how names of whole networks begin: ours, MSI-Net's, SUM's
 
 
 @MODELS.register_module()
 class FixationPredictor(BaseModel):
-    """A network that says where people look in a picture, such as `msinet`.
+    """A network that says where people look in a picture, such as `msinet` or `sum`.
 
     Args:
         name: a registered name.
-        args: further arguments of `timm.create_model`, for example `encoder`, `dim`.
+        args: further arguments of `timm.create_model`, for example `encoder`, `dim`, or of `sum` the `condition` of pictures without one.
         loss: "divergence", `zoo.FixationDivergenceLoss`, or "combined", `zoo.FixationLoss`; or a dict of that as `type` and arguments.
-        weights: a file whose weights training starts from: those of the network, by its own names or TensorFlow's, or of its encoder
-            alone. Read when training starts.
+        weights: a file whose weights training starts from: those of the network, by its own names or those it was published with, or of
+            its encoder alone. Read when training starts.
         freeze: the encoder does not learn.
 
     Raises InputError for an unknown name, loss, or argument, and for a network of another task.
@@ -50,7 +51,7 @@ class FixationPredictor(BaseModel):
         self.name, self.args = name, plain(args or {})
         self.model = create_network(name, self.args)
         if getattr(self.model, "task", None) != self.task:
-            raise InputError(f"{name} does not say where people look; msinet does")
+            raise InputError(f"{name} does not say where people look; msinet and sum do")
         described = {"type": loss} if isinstance(loss, str) else dict(loss)
         kind = described.pop("type", None)
         if kind not in LOSSES:
@@ -68,10 +69,10 @@ class FixationPredictor(BaseModel):
         if self.weights is None:
             return
         given = weights_in(self.weights, own=self.model.state_dict())
-        if any(name.startswith(("decoder.", "decoder/")) for name in given):
+        if any(name.startswith(WHOLE) for name in given):
             load_weights(self.model, self.weights)
         else:
-            self.model.encoder.load_weights(self.weights)
+            self.model.load_encoder(self.weights)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -79,24 +80,32 @@ class FixationPredictor(BaseModel):
             freeze_but(self.model.encoder)
         return self
 
-    def forward(self, inputs: Tensor, density: Tensor | None = None, fixations: Tensor | None = None,
+    def forward(self, inputs: Tensor, density: Tensor | None = None, fixations: Tensor | None = None, condition: Tensor | None = None,
                 mode: str = "tensor") -> Tensor | dict | list[dict]:
-        """`inputs` (B, C, H, W), `density` and `fixations` (B, 1, H, W), in mode "predict" of the pictures' own size.
+        """`inputs` (B, C, H, W), `density` and `fixations` (B, 1, H, W), in mode "predict" of the pictures' own size; `condition` (B,),
+        the kind of each picture, if the data tells kinds and the network knows any.
 
         Mode "tensor" gives the maps (B, 1, H, W); "loss" a dict with the scalar `loss`; "predict" one dict per picture with `saliency`,
         (H, W), cut back to the picture, `density`, and `fixations` if there are any.
         """
         match mode:
             case "tensor":
-                return self.model(inputs)
+                return self._maps(inputs, condition)
             case "loss":
-                return {"loss": self.loss(self.model(inputs).float(), cast(Tensor, density), fixations)}
+                return {"loss": self.loss(self._maps(inputs, condition).float(), cast(Tensor, density), fixations)}
             case "predict":
-                answers, known = self.model(inputs).float().cpu(), {"density": density, "fixations": fixations}
+                answers, known = self._maps(inputs, condition).float().cpu(), {"density": density, "fixations": fixations}
                 known = {name: maps for name, maps in known.items() if maps is not None}
                 return [{"saliency": cut_back(answer[0], known["density"].shape[2:]), **{name: maps[i, 0] for name, maps in known.items()}}
                         for i, answer in enumerate(answers)]
         raise ValueError(f"unknown mode {mode!r}: it is one of tensor, loss, predict")
+
+    def _maps(self, inputs: Tensor, condition: Tensor | None) -> Tensor:
+        if condition is None:
+            return self.model(inputs)
+        if not hasattr(self.model, "conditions"):
+            raise InputError(f"{self.name} knows no kinds of pictures; leave the data's `conditions` out, or take sum")
+        return self.model(inputs, condition)
 
 
 @DATASETS.register_module()
@@ -113,13 +122,16 @@ class FixationDataset(Dataset):
         mean, std: of every channel, for pixels between 0 and 1; default: those of `msinet`.
         fit_maps: maps are fitted, too; default: for "train".
         flip: the probability of mirroring a sample.
+        conditions: kinds of pictures, numbers, by the names of folders; of a picture that of the innermost of its folders that is named.
         file: name of a CSV in `root`, as `zoo train MODEL DATA` writes it, that lists files in the place of folders.
 
-    Raises InputError for missing folders, files without partners, and on reading for maps of another size than their picture's.
+    Raises InputError for missing folders, files without partners, pictures in no folder that `conditions` names, and on reading for maps
+    of another size than their picture's.
     """
 
     def __init__(self, root: str, split: str, size: Sequence[int], mean: Sequence[float] = tuple(m / 255 for m in MEANS),
-                 std: Sequence[float] = (1 / 255,) * 3, fit_maps: bool | None = None, flip: float = 0.0, file: str | None = None):
+                 std: Sequence[float] = (1 / 255,) * 3, fit_maps: bool | None = None, flip: float = 0.0, file: str | None = None,
+                 conditions: Mapping[str, int] | None = None):
         self.metainfo = {"classes": ["fixations"]}
         self.data_config = {"input_size": (len(mean), *size), "mean": tuple(mean), "std": tuple(std)}
         self.fit_maps, self.flip = split == "train" if fit_maps is None else fit_maps, flip
@@ -132,6 +144,7 @@ class FixationDataset(Dataset):
             points = dict(paired_files(Path(root), split, "fixations", PICTURE_SUFFIXES)) if known else {}
             self.files = [(picture, looked, points.get(picture)) for picture, looked in pairs]
         self.names = [str(picture) for picture, *_ in self.files]
+        self.conditions = None if conditions is None else [_kind(picture, conditions) for picture, *_ in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,7 +161,16 @@ class FixationDataset(Dataset):
             item["fixations"] = (fitted_points(points, size) if self.fit_maps else points)[None]
         if self.flip and torch.rand((), generator=torch.Generator().manual_seed(sample.seed)) < self.flip:
             item = {name: value.flip(-1) for name, value in item.items()}
+        if self.conditions is not None:
+            item["condition"] = torch.tensor(self.conditions[sample.index])
         return item
+
+
+def _kind(picture: Path, conditions: Mapping[str, int]) -> int:
+    kind = next((conditions[name] for name in reversed(picture.parts[:-1]) if name in conditions), None)
+    if kind is None:
+        raise InputError(f"{picture} lies in none of the folders that conditions names: {', '.join(conditions)}")
+    return kind
 
 
 @METRICS.register_module()

@@ -21,7 +21,7 @@ from zoo.files import make_folder
 from zoo.mm.backbone import TimmBackbone
 from zoo.mm.config import PARTS, import_toolbox
 from zoo.mm.training import check_model
-from zoo.models import is_dense, msinet
+from zoo.models import is_dense
 from zoo.predicting.restoration import scale_of
 from zoo.predicting.samples import sample_sheet
 from zoo.reading.own_data import OwnData, Sample, Task, picture_sizes, write_samples
@@ -443,7 +443,8 @@ def fixations_config(model: str, data: OwnData, wishes: Wishes) -> tuple[Config,
     usual = cast(Any, timm.get_pretrained_cfg(model)).input_size[1:]
     longest = wishes.size or max(usual)
     width, height = (statistics.median(sides) for sides in zip(*sizes, strict=True))
-    seen = [max(1, round(side * longest / max(width, height) / msinet.STRIDE)) * msinet.STRIDE for side in (height, width)]
+    step = cast(int, timm.create_model(model, device="meta").reduction)
+    seen = [max(1, round(side * longest / max(width, height) / step)) * step for side in (height, width)]
     config, told = started("fixations", data, wishes, "fixations/cc")
     merge(config, {
         "model.name": model, **{f"{part}_dataloader.dataset": dict(size=seen, **normalization(model)) for part in PARTS},

@@ -260,6 +260,10 @@ class MSINet(nn.Module):
         """First values of the decoder; other parts have their own."""
         glorot_([*self.decoder, self.head])
 
+    def load_encoder(self, file: str) -> None:
+        """Takes the weights of VGG-16, or of the encoder, in a file."""
+        self.encoder.load_weights(file)
+
     def init_weights(self, needs_reset: bool = True) -> None:
         """Values of a new network, as in timm. Nothing is left for it where modules have just been made."""
         if needs_reset:

@@ -56,6 +56,8 @@ _FILES: dict[str, tuple[str, str, str]] = {
     **{f"transnext_{size}_384": (f"transnext_{size}_384_1k_ft_1k.pth", "model", "") for size in ("small", "base")},
     "inspyrenet_swin_b": ("ckpt_fast.pth", "", ""),
     "inspyrenet_res2net50": ("latest.pth", "", "https://github.com/plemeri/InSPyReNet/blob/main/docs/model_zoo.md"),
+    "vmamba_small_v0": ("vssmsmall_dp03_ckpt_epoch_238.pth", "model", ""),
+    "sum": ("model.safetensors", "", "https://huggingface.co/safe-models/SUM"),
     "msinet": ("model_salicon_gpu.pb", "", "https://huggingface.co/alexanderkroner/MSI-Net"),
     "tap_fan_base_16_p4_hybrid": ("tapadl_fan_base.pth.tar", "state_dict", ""),
     "fan_tiny_12_p16_224": ("fan_vit_tiny.pth.tar", "state_dict", ""),

@@ -22,7 +22,8 @@ from zoo.seeing.mechanism_pictures import COLOURS, PICTURES, Captured, Point
 from zoo.seeing.page import Seen
 
 LIKELY = 0.01  # probability of a class that is worth naming
-CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HiLoAttention, zoo.layers.MixtureOfHeads, zoo.layers.TokenAwareAvgPool}
+CHANNELS_LAST = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HiLoAttention, zoo.layers.MixtureOfHeads, zoo.layers.SelectiveScan2d,
+                 zoo.layers.TokenAwareAvgPool}
 
 
 def mechanisms(model: nn.Module, info: ModelInfo, picture: Image.Image, query: Point = (0.5, 0.5)) -> list[Seen]:

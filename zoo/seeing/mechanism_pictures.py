@@ -236,6 +236,33 @@ def _discovered(seen: Captured, query: Point):
                     f"the background. Right, what is left to see: {int(mask.sum())} of {mask.numel()} patches.")
 
 
+def _scans(seen: Captured, query: Point):
+    steps, rates = seen.maps["steps"], cast(Tensor, seen.layer.A_logs).detach().float().exp().unflatten(0, (4, -1))
+    height, width = steps.shape[2:]
+    row, column = (int(f * n) for f, n in zip(query, (height, width), strict=True))
+    held = torch.zeros(2, height, width)
+    for k, (step, rate) in enumerate(zip(steps, rates, strict=True)):
+        across, backwards = k % 2 == 1, k > 1  # column by column, from the end
+        place = column * height + row if across else row * width + column
+        line = (step.mT if across else step).flatten(1)
+        if backwards:
+            line, place = line.flip(1), height * width - 1 - place
+        taken = line.cumsum(1)
+        kept = (rate[:, :, None] * (taken - taken[:, place, None])[:, None]).clamp(max=0).exp().mean((0, 1))
+        kept = torch.where(torch.arange(len(kept)) <= place, kept, 0)
+        kept = kept.flip(0) if backwards else kept
+        held[int(across)] += (kept.unflatten(0, (width, height)).mT if across else kept.unflatten(0, (height, width))) / 2
+    figure, (shown, taken, *below) = new_figure(2, 2)
+    shown.imshow(seen.image, extent=seen.extent)
+    overlay(taken, seen.image, steps.mean((0, 1)), seen.extent)
+    for axes, kept in zip(below, held, strict=True):
+        overlay(axes, seen.image, kept, seen.extent)
+    for axes in (shown, *below):
+        axes.plot(column, row, "+", color="red", markersize=10, markeredgewidth=2)
+    return figure, ("Above, on the right, how large a step the states take at each position, mean of channels and orders; below, how much "
+                    "of what was written at each position they still hold at the red cross, by rows and by columns, in both directions.")
+
+
 PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.ATConv: _kernels,
     zoo.layers.AttentionGate: _gate,
@@ -250,6 +277,7 @@ PICTURES: dict[type[nn.Module], Callable] = {
     zoo.layers.PolarizedSelfAttention: _polarized,
     zoo.layers.RelationalAttention: _relational,
     zoo.layers.SelectiveKernelUnit: _selective,
+    zoo.layers.SelectiveScan2d: _scans,
     zoo.layers.SimPool: _queries,
     zoo.layers.TokenAwareAvgPool: _token_aware,
 }
@@ -267,11 +295,12 @@ COLOURS: dict[type[nn.Module], tuple[str, ...]] = {  # of `zoo.seeing.page.LEGEN
     zoo.layers.PolarizedSelfAttention: ("heat",),
     zoo.layers.RelationalAttention: ("from", "heat", "relations"),
     zoo.layers.SelectiveKernelUnit: (),
+    zoo.layers.SelectiveScan2d: ("from", "heat"),
     zoo.layers.SimPool: ("heat",),
     zoo.layers.TokenAwareAvgPool: ("heat",),
 }
 WITH_QUERY = {zoo.layers.BiLevelRoutingAttention, zoo.layers.HaloAttention, zoo.layers.HiLoAttention,
-              zoo.layers.RelationalAttention}  # whose pictures depend on it
+              zoo.layers.RelationalAttention, zoo.layers.SelectiveScan2d}  # whose pictures depend on it
 
 
 def pictured(model: nn.Module) -> set[type[nn.Module]]:
