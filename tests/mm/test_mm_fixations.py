@@ -66,6 +66,8 @@ def test_a_training_learns_evaluates_and_predicts(data, tmp_path, capsys):
     train.main(["msinet_nano", str(data), "--epochs", "2", "--batch", "4", "--size", "56", "--work-dir", str(work_dir)])
     said = capsys.readouterr().out
     assert "pictures of 56×40 pixels are seen at 56×40" in said and "fixations/auc" in said
+    report = (work_dir / "report.html").read_text()
+    assert "The lowest correlations with where people looked" in report and report.count("1.png: similarity") == 1
     assert Image.open(work_dir / "samples.png").width > 50
     rows = list(csv.DictReader((work_dir / "samples.csv").open()))
     assert len(rows) == 15 and rows[0]["fixations"].endswith("0_fix.png")

@@ -93,6 +93,8 @@ def test_ones_own_pictures_are_learned_and_evaluated_and_cut_out(own_data, tmp_p
     train_tool(["inspyrenet_nano", str(own_data), "--epochs", "1", "--batch", "4", "--size", "32", "--work-dir", str(run)])
     said = capsys.readouterr().out
     assert "are seen at 32×32, what has 128 in a mask or more is cut out" in said and "saliency/MAE" in said
+    report = (run / "report.html").read_text()
+    assert "The largest mean errors of what was cut out" in report and "of it are the object" in report
     model, info = load_trained(latest_checkpoint(run))
     assert (info.task, info.input_size, model.base_size) == ("saliency", (3, 32, 32), (32, 32))
     assert main([str(latest_checkpoint(run)), str(own_data / "images" / "0.jpg"), "-o", str(tmp_path / "cut.png")]) == 0

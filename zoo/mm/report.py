@@ -22,7 +22,7 @@ import zoo
 from zoo import checkpoints
 from zoo.errors import InputError, first_few, near_misses
 from zoo.files import check_writable, replacing
-from zoo.measuring import per_class
+from zoo.measuring import fixations, per_class
 from zoo.measuring.per_class import Boxes, Row
 from zoo.measuring.restoration import measured
 from zoo.mm.checkpoint import best_checkpoint, check_fits, latest_checkpoint, load_from_local, safe_files
@@ -33,6 +33,7 @@ from zoo.mm.networks import plain
 from zoo.mm.per_class import class_table
 from zoo.mm.runner import unlogged
 from zoo.mm.training import in_one_sentence
+from zoo.predicting.fixations import heat
 from zoo.predicting.label_maps import background_and
 from zoo.predicting.scenes import COLOURS
 from zoo.reading.pictures import open_picture
@@ -45,7 +46,7 @@ from zoo.seeing.mistakes import CONFUSED, DIFFERENCES
 from zoo.seeing.report import Mistake, Mistakes, Report, render
 
 NAME = "report.html"
-WORST = {"classes": 24, "masks": 8, "boxes": 12, "pictures": 6}  # mistakes that are pictured
+WORST = {"classes": 24, "masks": 8, "boxes": 12, "pictures": 6, "maps": 8}  # mistakes that are pictured
 NUMBERS = 4  # metrics in the page's head
 THRESHOLD = 0.3  # score of boxes that are drawn
 LEGEND = 30  # classes in the legend of masks
@@ -117,7 +118,7 @@ def _evaluate(config: Config, model: Any) -> dict:
     dataset = loader.dataset
     metrics = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
     kind = {"mmdet": _Detections, "mmseg": _Scenes}.get(config.get("default_scope", ""))
-    answers = (kind or {"classification": _Classes, "restoration": _Pictures}.get(model.task, _Masks))(dataset)
+    answers = (kind or OF_TASKS.get(model.task, _Masks))(dataset)
     config.test_evaluator = config.val_evaluator  # what the next reads
     table: list[Any] = []
     try:
@@ -306,6 +307,59 @@ class _Pictures(_Answers):
 
     def said(self, rows: Sequence[Row]) -> dict:
         return {"by": "", "mistakes": self.worst("The pictures that come least close, the least first.", "No picture is there.")}
+
+
+class _CutOuts(_Answers):
+    """Of networks that cut out objects."""
+
+    most = WORST["maps"]
+    of_classes = False
+
+    def add(self, batch: dict, samples: Sequence[Any]) -> None:
+        for inputs, sample in zip(batch["inputs"], samples, strict=True):
+            alpha, target = (sample[name].float().cpu().numpy() for name in ("alpha", "target"))
+            error = float(abs(alpha - target).mean())
+            self.offer(error, lambda inputs=inputs, alpha=alpha, target=target, error=error: Mistake(
+                f"mean error {error:.1%}",
+                f"{self.name()}: {target.mean():.1%} of it are the object, {(alpha > 0.5).mean():.1%} were answered",
+                [("what the model saw", mistakes.fitted(_picture(inputs, self.dataset.data_config))),
+                 *((what, mistakes.fitted(_shades(values))) for what, values in (("given", target), ("answer", alpha)))]))
+            self.count += 1
+
+    def said(self, rows: Sequence[Row]) -> dict:
+        return {"by": "", "mistakes": self.worst("The largest mean errors of what was cut out.", "No picture differs from its mask.")}
+
+
+class _Looks(_Answers):
+    """Of networks that say where people look."""
+
+    most = WORST["maps"]
+    of_classes = False
+
+    def add(self, batch: dict, samples: Sequence[Any]) -> None:
+        for sample in samples:
+            maps = {"given": sample["density"].cpu().float(), "answer": sample["saliency"].cpu().float()}
+            found = fixations.measured(maps["answer"], maps["given"])
+            self.offer(1 - found["cc"], lambda maps=maps, found=found: Mistake(
+                f"correlation {found['cc']:.2f}", f"{self.name()}: similarity {found['sim']:.2f}, divergence {found['kl']:.2f}",
+                self._pictured(maps)))
+            self.count += 1
+
+    def _pictured(self, maps: Mapping[str, torch.Tensor]) -> list[mistakes.Picture]:
+        picture = mistakes.fitted(open_picture(self.dataset.files[self.count][0]))
+        shades = {what: _shades((values / values.max().clamp(min=1e-12)).numpy()) for what, values in maps.items()}
+        return [("picture", picture), *((what, heat(picture, np.asarray(shade.resize(picture.size)))) for what, shade in shades.items())]
+
+    def said(self, rows: Sequence[Row]) -> dict:
+        return {"by": "", "mistakes": self.worst("The lowest correlations with where people looked.", "Every map is as it was given.")}
+
+
+OF_TASKS = {"classification": _Classes, "restoration": _Pictures, "saliency": _CutOuts, "fixations": _Looks}  # others give labels
+
+
+def _shades(values: np.ndarray) -> Image.Image:
+    """Numbers (H, W) from 0, black, to 1, white."""
+    return Image.fromarray(np.rint(255 * values.clip(0, 1)).astype(np.uint8))
 
 
 def _furthest(pictures: Mapping[str, torch.Tensor], side: int = 96) -> dict[str, Image.Image]:

@@ -18,6 +18,5 @@ val_evaluator = dict(type='FixationMetrics')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
-report = False
 
 del pictures
