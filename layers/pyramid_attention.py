@@ -219,16 +219,19 @@ class ScaleInvariantContextAttention(nn.Module):
         if (laplacian is None) != (self.laplacian_threshold is None):
             raise ValueError(f"laplacian must be {'None' if self.laplacian_threshold is None else 'a map'}, as the layer was made, got "
                              f"{'None' if laplacian is None else f'shape {tuple(laplacian.shape)}'}")
+        q = self.query(x).flatten(2)
         context = self._contexts(x, saliency, laplacian)[..., None]
-        q, k, v = (branch(y).flatten(2) for branch, y in ((self.query, x), (self.key, context), (self.value, context)))
-        attention = ((k.mT @ q) * k.shape[1] ** -0.5).softmax(1).to(v.dtype)
-        report(self, attention=lambda: attention.unflatten(2, x.shape[2:]))
-        y = self.out1((v @ attention).unflatten(2, x.shape[2:]))
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            k, v = (branch(context.to(self.threshold.dtype)).flatten(2) for branch in (self.key, self.value))
+            attention = ((k.mT @ q.to(k.dtype)) * k.shape[1] ** -0.5).softmax(1)
+            y = (v @ attention).to(x.dtype)
+        report(self, attention=lambda: attention.to(x.dtype).unflatten(2, x.shape[2:]))
+        y = self.out1(y.unflatten(2, x.shape[2:]))
         features = self.out3(self.out2(torch.cat([x, y], 1)))
         return features, self.logits(features)
 
     def _contexts(self, x: Tensor, saliency: Tensor, laplacian: Tensor | None) -> Tensor:
-        """(B, dim, contexts)."""
+        """(B, dim, contexts), in float32 at least: sums over all positions, which half precision does not hold."""
         p = to_size(saliency, x.shape[2:]).sigmoid() - self.threshold.to(x.dtype)
         maps = [p.clamp(0, 1), (-p).clamp(0, 1), self.threshold.to(x.dtype) - p.abs()]
         if laplacian is not None and self.laplacian_threshold is not None:
@@ -238,7 +241,7 @@ class ScaleInvariantContextAttention(nn.Module):
         positions = values.mT if self.reshapes == "meant" else values.reshape(len(values), values.shape[2], self.dim)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            return (weights.to(wide) @ positions.to(wide)).mT.to(x.dtype)
+            return (weights.to(wide) @ positions.to(wide)).mT
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, size={self.size}, reshapes={self.reshapes!r}"

@@ -187,6 +187,26 @@ def test_dtypes(name, dtype, bound):
     assert out.dtype == dtype and (scaled(out.float()) - expected).abs().mean() < bound
 
 
+def test_autocast_holds_the_sums_over_all_positions():
+    """Of 90,000 positions, which float16 does not; batch norm then brings them back, as in a trained network."""
+    torch.manual_seed(0)
+    layer = ScaleInvariantContextAttention(16, 16, (304, 304)).train()
+    x, saliency = 4 + image(304, 304, batch=2).mean(1, keepdim=True).expand(-1, 16, -1, -1), image(304, 304, batch=2)[:, :1]
+    for module in layer.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x, saliency)
+        layer.eval()
+        expected = layer(x, saliency)
+        assert layer._contexts(x, saliency, None).abs().max() > torch.finfo(torch.float16).max
+        with torch.autocast("cpu", torch.float16):
+            found = layer(x, saliency)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float16 and ours.isfinite().all() and (ours.float() - theirs).abs().mean() < 0.02 * theirs.abs().mean()
+
+
 @small
 def test_every_parameter_learns_and_gradient_checkpointing_changes_nothing(name):
     """But what the last level's features are for nobody: the finest level has no next."""
