@@ -58,7 +58,7 @@ def check(arguments):
 
 @pytest.mark.long
 @given(
-    size=st.tuples(st.integers(1, 7), st.integers(1, 7)), side=st.integers(1, 3), halo=st.integers(0, 4), stride=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)), side=st.integers(1, 3), halo=st.integers(0, 4), stride=st.integers(1, 2),
     heads=st.integers(1, 2), widths=st.tuples(st.integers(1, 33), st.integers(1, 33)), dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )

@@ -227,7 +227,7 @@ def test_compiled_whole(name):
     model = make(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for size in ((64, 64), (50, 75)):
+        for size in ((64, 64), (50, 75)) if "nano" in name else ((64, 64),):
             close(compiled(image(*size)), model(image(*size)))
     torch._dynamo.reset()
 
