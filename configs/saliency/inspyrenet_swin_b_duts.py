@@ -1,4 +1,4 @@
-# The authors' training (plemeri/InSPyReNet, run/Train.py, with configs/InSPyReNet_SwinB.yaml): DUTS in folders, data_root holds train/images, train/masks, val/images and val/masks
+# The authors' training (plemeri/InSPyReNet, run/Train.py): DUTS in folders, data_root holds train/images, train/masks, val/images and val/masks
 _base_ = ['../_base_/default_runtime.py']
 
 data_root = 'data/duts'
