@@ -1,8 +1,9 @@
-# The authors' training (plemeri/InSPyReNet, run/Train.py): DUTS in folders, data_root holds train/images, train/masks, val/images and val/masks
-_base_ = ['../_base_/default_runtime.py']
+# The authors' training (plemeri/InSPyReNet, run/Train.py): DUTS in folders, data_root holds train/images, train/masks, val/images and val/masks.
+# It starts from ImageNet: --cfg-options model.weights=FILE, a file of timm's swin_base_patch4_window12_384.
+_base_ = ['../_base_/datasets/picture_masks.py', '../_base_/default_runtime.py']
 
 data_root = 'data/duts'
-pictures = dict(type='CutOutDataset', size=(384, 384))
+pictures = dict(_delete_=True, type='CutOutDataset', size=(384, 384))
 transforms = [
     dict(type='RandZoomd', prob=1.0, min_zoom=0.75, max_zoom=1.25, mode=('bilinear', 'nearest'), padding_mode='constant'),
     dict(type='RandFlipd', prob=0.5, spatial_axis=1),
@@ -12,24 +13,10 @@ transforms = [
     dict(type='RandScaleIntensityd', keys='inputs', factors=0.2, prob=0.5),
 ]
 
-model = dict(type='Cutter', name='inspyrenet_swin_b')  # weights: of Swin-B, as `zoo.load_weights` reads them, of ImageNet
+model = dict(type='Cutter', name='inspyrenet_swin_b')
 
-train_dataloader = dict(
-    batch_size=6,
-    num_workers=4,
-    persistent_workers=True,
-    pin_memory=True,
-    drop_last=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
-    dataset=dict(split='train', transforms=transforms, **pictures))
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='ReproducibleSampler', shuffle=False),
-    collate_fn=dict(type='default_collate'),
-    dataset=dict(split='val', **pictures))
+train_dataloader = dict(batch_size=6, dataset=dict(split='train', transforms=transforms, **pictures))
+val_dataloader = dict(dataset=dict(split='val', **pictures))
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='SaliencyMetrics')

@@ -47,14 +47,8 @@ def _within(i, count, t, length):
 
 
 @triton.jit
-def _row(x, t, position, there):
-    """Of channels at a position, (1, CHANNELS), 0 where not there."""
-    return tl.load(x + t * position, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _column(x, t, position, there):
-    """Of states at a position, (WIDTH, 1)."""
+def _at(x, t, position, there):
+    """Of channels, (1, CHANNELS), or of states, (WIDTH, 1), at a position, 0 where not there."""
     return tl.load(x + t * position, mask=there, other=0.0).to(tl.float32)
 
 
@@ -102,10 +96,10 @@ def selective_scan_forward(
             for s in tl.static_range(STEPS):
                 t = first + s
                 there, listed = _within(of_group, channels, t, length), _within(n, STATES, t, length)
-                x = _row(u, t, u_position, there)
-                step = _step(_row(delta, t, delta_position, there), shift, there, SOFTPLUS)
-                h = tl.exp2(step * decay) * h + (step * x) * _column(b, t, b_position, listed)
-                read = tl.sum(h * _column(c, t, c_position, listed), 0, keep_dims=True)
+                x = _at(u, t, u_position, there)
+                step = _step(_at(delta, t, delta_position, there), shift, there, SOFTPLUS)
+                h = tl.exp2(step * decay) * h + (step * x) * _at(b, t, b_position, listed)
+                read = tl.sum(h * _at(c, t, c_position, listed), 0, keep_dims=True)
                 tl.store(y + t * every, read + skip * x, mask=there)
 
 
@@ -156,8 +150,8 @@ def selective_scan_backward(
             for s in tl.static_range(STEPS):
                 t = k * CHUNK + turn * STEPS + s
                 there, listed = _within(of_group, channels, t, length), _within(n, STATES, t, length)
-                step = _step(_row(delta, t, delta_position, there), shift, there, SOFTPLUS)
-                h = tl.exp2(step * decay) * h + (step * _row(u, t, u_position, there)) * _column(b, t, b_position, listed)
+                step = _step(_at(delta, t, delta_position, there), shift, there, SOFTPLUS)
+                h = tl.exp2(step * decay) * h + (step * _at(u, t, u_position, there)) * _at(b, t, b_position, listed)
         tl.debug_barrier()  # pyright: ignore[reportAttributeAccessIssue]
         for turn_back in range(turns):
             turn = turns - 1 - turn_back
@@ -165,23 +159,23 @@ def selective_scan_backward(
             for s in tl.static_range(STEPS):
                 t = k * CHUNK + turn * STEPS + s
                 there, listed = _within(of_group, channels, t, length), _within(n, STATES, t, length)
-                step = _step(_row(delta, t, delta_position, there), shift, there, SOFTPLUS)
+                step = _step(_at(delta, t, delta_position, there), shift, there, SOFTPLUS)
                 before += (h,)
-                h = tl.exp2(step * decay) * h + (step * _row(u, t, u_position, there)) * _column(b, t, b_position, listed)
+                h = tl.exp2(step * decay) * h + (step * _at(u, t, u_position, there)) * _at(b, t, b_position, listed)
             for s_back in tl.static_range(STEPS):
                 t = k * CHUNK + turn * STEPS + STEPS - 1 - s_back
                 there, listed = _within(of_group, channels, t, length), _within(n, STATES, t, length)
-                x, above = _row(u, t, u_position, there), _row(grad, t, grad_position, there)
-                raw = _row(delta, t, delta_position, there)
+                x, above = _at(u, t, u_position, there), _at(grad, t, grad_position, there)
+                raw = _at(delta, t, delta_position, there)
                 step = _step(raw, shift, there, SOFTPLUS)
-                by_state = behind + _column(c, t, c_position, listed) * above
+                by_state = behind + _at(c, t, c_position, listed) * above
                 tl.store(grad_c + t * groups * STATES, tl.sum(h * above, 1, keep_dims=True), mask=listed)
                 tl.store(grad_b + t * groups * STATES, tl.sum(by_state * (step * x), 1, keep_dims=True), mask=listed)
                 h = before[STEPS - 1 - s_back]
                 behind = by_state * tl.exp2(step * decay)
                 by_exponent = behind * h
                 sum_a += by_exponent * step
-                by_drive = tl.sum(by_state * _column(b, t, b_position, listed), 0, keep_dims=True)
+                by_drive = tl.sum(by_state * _at(b, t, b_position, listed), 0, keep_dims=True)
                 by_step = tl.sum(by_exponent * decay, 0, keep_dims=True) * LN_2 + by_drive * x
                 if SOFTPLUS:
                     by_step *= tl.sigmoid(raw + shift)
@@ -261,8 +255,8 @@ def selective_scan(
     """See `zoo.kernels.selective_scan`. Also the first state of every chunk, (B, chunks, N, D)."""
     y, firsts = _empty_results(u, A)
     if y.numel():
-        u, delta, B, C = map(_channels_innermost, (u, delta, B, C))  # noqa: N806
-        D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))  # noqa: N806
+        u, delta, B, C = map(_channels_innermost, (u, delta, B, C))
+        D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
         _scanning(u, delta, A, B, C, delta_softplus)(u, delta, A, B, C, D, delta_bias, y, firsts)
     return y, firsts
 
@@ -284,8 +278,8 @@ def gradients(
     if u.numel() == 0:
         return tuple(x.zero_() for x in results)  # pyright: ignore[reportReturnType]
     (batch, channels, length), (groups, states) = u.shape, B.shape[1:3]
-    grad, u, delta, B, C = map(_channels_innermost, (grad, u, delta, B, C))  # noqa: N806
-    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))  # noqa: N806
+    grad, u, delta, B, C = map(_channels_innermost, (grad, u, delta, B, C))
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
     run, tiles, of_starts = _unscanning(grad, u, delta, A, B, C, delta_softplus)
     starts, of_states, of_a, of_channels = (u.new_empty(shape, dtype=torch.float32) for shape in (
         of_starts, (2, tiles, batch, length, groups, states), (batch, states, channels), (2, batch, channels)))

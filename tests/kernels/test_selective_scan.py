@@ -31,11 +31,11 @@ LAYOUTS = {
 }
 
 
-def oracle(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):  # noqa: N803
+def oracle(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
     """The definition, a loop over positions."""
     steps = delta if delta_bias is None else delta + delta_bias[:, None]
     steps = F.softplus(steps) if delta_softplus else steps
-    B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], 1) for x in (B, C))  # noqa: N806
+    B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], 1) for x in (B, C))
     h, out = u.new_zeros(*u.shape[:2], A.shape[1]), torch.zeros_like(u) * delta
     for t in range(u.shape[2]):
         h = (steps[..., t, None] * A).exp() * h + (steps * u)[..., t, None] * B[..., t]

@@ -4,6 +4,7 @@ from importlib.resources import files
 import numpy as np
 import py_sod_metrics
 import pytest
+import timm
 import torch
 from mmengine.config import Config
 from PIL import Image
@@ -12,6 +13,7 @@ from zoo.checkpoints import load_trained
 from zoo.errors import InputError
 from zoo.mm import train
 from zoo.mm.checkpoint import latest_checkpoint
+from zoo.mm.config import load_config
 from zoo.mm.datasets import Sample
 from zoo.mm.saliency import CutOutDataset, Cutter, PhotographScenesDataset, SaliencyMetrics
 from zoo.reading.composed import PHOTOGRAPHS, PhotographScenes
@@ -115,6 +117,24 @@ def test_masks_of_two_values_are_background_and_object(values, tmp_path):
     assert (item["targets"].numpy() == PhotographScenes("train", 64).read(2)[1]).all() and item["inputs"].shape == (3, 64, 64)
     small = CutOutDataset(str(tmp_path), "val", (32, 96), object_from=values[1])[Sample(0, 0)]
     assert small["inputs"].shape == (3, 32, 96) and small["targets"].shape == (32, 96) and set(small["targets"].unique().tolist()) == {0, 1}
+
+
+def test_the_authors_recipe_and_what_it_starts_from(own_data, tmp_path):
+    config = load_config("inspyrenet_swin_b_duts", [f"data_root={own_data}"])
+    for loader, batch in ((config.train_dataloader, 6), (config.val_dataloader, 1)):
+        assert (loader.dataset.type, loader.dataset.size, loader.batch_size) == ("CutOutDataset", (384, 384), batch)
+        assert loader.dataset.root == str(own_data) and not {"classes", "window", "patch"} & loader.dataset.keys()
+    whole = timm.create_model("sknet_nano")
+    torch.save(whole.state_dict(), tmp_path / "encoder.pth")
+    task = Cutter("inspyrenet_nano", weights=str(tmp_path / "encoder.pth"))
+    task.init_weights()
+    own, theirs = task.model.backbone.state_dict(), whole.state_dict()
+    shared = [(name, name.removeprefix("model.")) for name in own if name.removeprefix("model.") in theirs]
+    assert len(shared) > 20 and all(torch.equal(own[mine], theirs[name]) for mine, name in shared)
+    torch.save(task.model.state_dict(), tmp_path / "all.pth")
+    other = Cutter("inspyrenet_nano", weights=str(tmp_path / "all.pth"))
+    other.init_weights()
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in task.model.state_dict().items())
 
 
 def test_the_authors_training_augments_pictures_and_masks_alike(own_data):

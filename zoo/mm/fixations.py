@@ -15,17 +15,15 @@ from zoo.fixations import FixationDivergenceLoss, FixationLoss
 from zoo.measuring.fixations import measured
 from zoo.mm.datasets import Sample
 from zoo.mm.metrics import Counted
-from zoo.mm.networks import create_network, freeze_but, plain
+from zoo.mm.networks import create_network, freeze_but, load_whole_or_encoder, plain
 from zoo.models.msinet import MEANS
 from zoo.predicting.fixations import cut_back
 from zoo.reading.fixations import fitted, fitted_points, read_listed, read_map, read_points
 from zoo.reading.masks import check_split, paired_files
 from zoo.reading.pictures import PICTURE_SUFFIXES, open_picture, picture_tensor
-from zoo.weights import load_weights, weights_in
 
 LOSSES = {"divergence": FixationDivergenceLoss, "combined": FixationLoss}
 NAMES = ("kl", "cc", "sim", "nss", "auc")
-WHOLE = ("decoder.", "decoder/", "layers_up.", "salu_mamba.")  # how names of whole networks begin: ours, MSI-Net's, SUM's
 
 
 @MODELS.register_module()
@@ -66,13 +64,8 @@ class FixationPredictor(BaseModel):
 
     def init_weights(self) -> None:
         """Loads `weights`, if there are any; the network has been initialised, and the engine would do so again."""
-        if self.weights is None:
-            return
-        given = weights_in(self.weights, own=self.model.state_dict())
-        if any(name.startswith(WHOLE) for name in given):
-            load_weights(self.model, self.weights)
-        else:
-            self.model.load_encoder(self.weights)
+        if self.weights is not None:
+            load_whole_or_encoder(self.model, self.weights)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -7,6 +7,9 @@ from torch import nn
 
 import zoo.models  # noqa: F401  registers them
 from zoo.errors import InputError, near_misses
+from zoo.weights import load_weights, weights_in
+
+WHOLE = ("decoder.", "decoder/", "layers_up.", "salu_mamba.")  # how names begin that no encoder has: ours, InSPyReNet's, MSI-Net's, SUM's
 
 
 def create_network(name: str, args: Mapping) -> Any:
@@ -28,6 +31,14 @@ def _files_in(args: Mapping) -> list[str]:
     """The files of weights that arguments of timm name."""
     named = {**args, **(args.get("pretrained_cfg_overlay") or {})}
     return [str(named[key]) for key in ("checkpoint_path", "file") if named.get(key)]
+
+
+def load_whole_or_encoder(model: Any, file: str) -> None:
+    """Takes weights in a file, of the network, or else those of its encoder alone, which its `load_encoder` reads."""
+    if any(name.startswith(WHOLE) for name in weights_in(file, own=model.state_dict())):
+        load_weights(model, file)
+    else:
+        model.load_encoder(file)
 
 
 def freeze_but(module: nn.Module, *trained: nn.Module) -> None:

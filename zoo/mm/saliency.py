@@ -17,12 +17,11 @@ from zoo.errors import InputError
 from zoo.losses import SaliencyPyramidLoss
 from zoo.mm.mask_datasets import MaskedPictures, listed_files
 from zoo.mm.metrics import Counted
-from zoo.mm.networks import create_network, plain
+from zoo.mm.networks import create_network, load_whole_or_encoder, plain
 from zoo.models.inspyrenet import InSPyReNet, scaled
 from zoo.reading.composed import PhotographScenes
 from zoo.reading.masks import paired_files, read_picture_mask
 from zoo.reading.pictures import PICTURE_SUFFIXES, open_picture, picture_tensor
-from zoo.weights import load_weights
 
 
 @MODELS.register_module()
@@ -33,7 +32,8 @@ class Cutter(BaseModel):
         name: a registered name, of the family `inspyrenet`.
         args: further arguments of `timm.create_model`.
         consistency: see `zoo.SaliencyPyramidLoss`.
-        weights: a file whose weights training starts from. Read when training starts; what evaluates or resumes does not need it.
+        weights: a file whose weights training starts from: those of the network, or of its encoder alone as a classifier. Read when
+            training starts; what evaluates or resumes does not need it.
 
     Raises InputError for an unknown name or argument, and for another family.
     """
@@ -52,7 +52,7 @@ class Cutter(BaseModel):
     def init_weights(self) -> None:
         """Loads `weights`, if there are any; the network has been initialised, and the engine would do so again."""
         if self.weights is not None:
-            load_weights(self.model, self.weights)
+            load_whole_or_encoder(self.model, self.weights)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Tensor | dict | list[dict]:
         """`inputs` (B, C, H, W), in training of sizes that 32 divides, `targets` (B, H, W), 1 where the object is.

@@ -342,6 +342,10 @@ class InSPyReNet(nn.Module):
         if needs_reset:
             reset_parameters(self)
 
+    def load_encoder(self, file: str) -> None:
+        """Takes the weights of a classifier with the encoder's name in a file."""
+        cast(Any, self.backbone).load_weights(file)
+
     def get_classifier(self) -> nn.Module:
         """What makes the finest level's logits."""
         return cast(ScaleInvariantContextAttention, self.decoder.refine[0]).logits

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, near_misses
 from zoo.kernels._exporting import is_exporting
-from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import crop, pad_to_multiple
 from zoo.models.building import build_model_with_cfg, names_weights
+from zoo.models.looking import FixationNetwork, checked
 from zoo.models.staged import reset_parameters
 from zoo.weights import load_weights, weights_in
 
@@ -207,7 +207,7 @@ class ContextModule(nn.Module):
         return self.fuse(torch.cat(found, 1)).relu()
 
 
-class MSINet(nn.Module):
+class MSINet(FixationNetwork):
     """Where people look: image (B, in_chans, H, W) → map (B, 1, H, W) from 0 to 1, of any size; `MSINet.density` gives it unscaled.
 
     Maps of the encoder at stride 8, beside one another; `ContextModule`; three times the map `enlarged` twofold, a 3×3 convolution and a
@@ -227,10 +227,6 @@ class MSINet(nn.Module):
         ValueError: arguments outside what is said above, at construction; an input of another shape, in `forward`.
     """
 
-    __prepare_scriptable__ = refuse_scripting
-    pretrained_cfg: dict[str, Any]
-    task = TASK
-
     def __init__(
         self,
         in_chans: int = 3,
@@ -241,8 +237,7 @@ class MSINet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.reset_classifier(num_classes)
+        super().__init__(num_classes)
         if dim < 8:
             raise ValueError(f"dim must be at least 8, got {dim}")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -269,14 +264,6 @@ class MSINet(nn.Module):
         if needs_reset:
             reset_parameters(self)
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        if num_classes != 1:
-            raise ValueError(f"num_classes must be 1, the map of fixations, got {num_classes}")
-        self.num_classes = num_classes
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.encoder.set_grad_checkpointing(enable)
 
@@ -296,19 +283,11 @@ class MSINet(nn.Module):
 
     def density(self, x: Tensor) -> Tensor:
         """The map before it is scaled, (B, 1, H, W)."""
-        x = checked(x, self.in_chans)
+        x = checked(x, self.in_chans, "MSINet")
         return crop(self.head(self.forward_features(pad_to_multiple(x, STRIDE, "replicate"))), x.shape[2:], by_index=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return scaled(self.density(x))
-
-
-@register_notrace_function
-def checked(x: Tensor, in_chans: int) -> Tensor:
-    """x, unless it is of another shape."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"MSINet: x must be (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
-    return x
 
 
 @register_notrace_function

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from zoo.kernels._backends import in_functorch
 from zoo.kernels._exporting import is_exporting
 from zoo.layers._linear import linear
-from zoo.layers._scripting import refuse_scripting
 from zoo.layers._spatial import crop, pad_to_multiple
 from zoo.layers._tracing import notrace_module
 from zoo.layers.selective_scan_2d import MODULATION
 from zoo.models import vmamba
 from zoo.models.building import build_model_with_cfg
 from zoo.models.conversion import renamed
+from zoo.models.looking import FixationNetwork, checked
 from zoo.models.staged import reset_parameters, stochastic_depth, truncated_normal_
 from zoo.models.vmamba import UNDECAYED, Stage, VMamba, VSSBlock
 from zoo.weights import load_weights
@@ -127,7 +127,7 @@ class Encoder(VMamba):
         self.load_state_dict({name: value for name, value in whole.state_dict().items() if name in self.state_dict()})
 
 
-class SUM(nn.Module):
+class SUM(FixationNetwork):
     """Where people look in pictures of a kind: image (B, in_chans, H, W) → map (B, 1, H, W) from 0 to 1, of any size.
 
     VMamba's stages; a decoder of as many, whose blocks know the kind of picture: what enters a stage of the encoder is added to what
@@ -155,10 +155,6 @@ class SUM(nn.Module):
         ValueError, TypeError: arguments outside what is said above, at construction; an input or a kind of another shape, in `forward`.
     """
 
-    __prepare_scriptable__ = refuse_scripting
-    pretrained_cfg: dict[str, Any]
-    task = TASK
-
     def __init__(
         self,
         in_chans: int = 3,
@@ -173,8 +169,7 @@ class SUM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.reset_classifier(num_classes)
+        super().__init__(num_classes)
         if conditions < 1:
             raise ValueError(f"conditions must be at least 1, got {conditions}")
         if not len(dims) == len(depths) == len(decoder_depths):
@@ -221,14 +216,6 @@ class SUM(nn.Module):
                 given[mirror] = value
         self.load_state_dict(given, strict=False)
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        if num_classes != 1:
-            raise ValueError(f"num_classes must be 1, the map of fixations, got {num_classes}")
-        self.num_classes = num_classes
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.encoder.set_grad_checkpointing(enable)
         for stage in self.decoder:
@@ -252,21 +239,13 @@ class SUM(nn.Module):
 
     def logits(self, x: Tensor, condition: Condition = None) -> Tensor:
         """The map before the sigmoid, (B, 1, H, W)."""
-        x = checked(x, self.in_chans)
+        x = checked(x, self.in_chans, "SUM")
         out = self.head(self.forward_features(pad_to_multiple(x, self.reduction, "replicate"), condition))
         return crop(out, x.shape[2:], by_index=True)
 
     def forward(self, x: Tensor, condition: Condition = None) -> Tensor:
         """`condition`: the kind of all pictures, or of each: (B,) int64, or one-hot (B, conditions). Default: the constructor's."""
         return self.logits(x, condition).sigmoid()
-
-
-@register_notrace_function
-def checked(x: Tensor, in_chans: int) -> Tensor:
-    """x, unless it is of another shape."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"SUM: x must be (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
-    return x
 
 
 def known_kind(kind: int, conditions: int) -> int:
