@@ -18,6 +18,7 @@ from zoo.measuring.kernel_benchmark import Case, Cases, Side
 from . import kernel_rivals
 
 BATCHES = {(224, 224): 64, (800, 1333): 2, (512, 512): 16}  # by image size
+SCANNED = 16  # images
 REGIONS = 7
 BIFORMER_STAGES = ((4, 1), (8, 4), (16, 16))  # stride and top-k
 MOST_MASKED = 1024  # positions of a map whose scores are worth masking
@@ -223,7 +224,7 @@ def selective_scan(device: str, dtype: torch.dtype, small: bool) -> Iterator[Cas
     """
     stages = enumerate([(2, 3)] if small else [(96, 64), (192, 32), (384, 16), (768, 8)], 1)
     for stage, (dim, size) in stages:
-        batch, channels, states, groups, length = 2 if small else 16, 8 * dim, 3 if small else 16, 4, size**2
+        batch, channels, states, groups, length = 2 if small else SCANNED, 8 * dim, 3 if small else 16, 4, size**2
         u, delta = (leaf(device, dtype, batch, length, channels).detach().transpose(1, 2).requires_grad_() for _ in range(2))
         b, c = (leaf(device, dtype, batch, length, groups, states).detach().permute(0, 2, 3, 1).requires_grad_() for _ in range(2))
         a = (-torch.rand(channels, states, device=device) - 0.1).requires_grad_()

@@ -2,9 +2,9 @@
 
 Every side runs on tensors without memory, and every call of an operator that touches memory is one kernel, whose time is the longest
 of three: to move its bytes, to multiply its matrices, and to issue the instructions of its inner loop. Instructions are counted in
-machine code: of our kernels as they are launched, of flash attention in the torch that is installed. Only attention
-is bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of matrices.
-Pyramid sparse attention is left out: its work hangs on values. So is the selective scan, which instructions bind, too.
+machine code: of our kernels as they are launched, of flash attention in the torch that is installed. Only attention and the
+selective scan are bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of matrices.
+Pyramid sparse attention is left out: its work hangs on values.
 """
 import contextlib
 import math
@@ -26,7 +26,8 @@ from zoo import kernels
 from zoo.files import replacing
 from zoo.kernels import _backends, _launch, machine_code
 from zoo.kernels.machine_code import CUOBJDUMP, inner_loop_of_sass
-from zoo.kernels.routing_attention.triton import IN_A_TURN
+from zoo.kernels.routing_attention.triton import IN_A_TURN as IN_A_TURN_OF_ROUTING
+from zoo.kernels.selective_scan.triton import IN_A_TURN as IN_A_TURN_OF_SCANS
 from zoo.measuring.kernel_benchmark import PASSES, Side
 
 from . import kernel_cases, kernel_rivals
@@ -34,8 +35,8 @@ from . import kernel_cases, kernel_rivals
 FILE = Path(__file__).with_name("kernels_model.md")
 DTYPE = torch.bfloat16
 FLASH_TILE = 128  # queries and keys of a program of flash attention with 32 channels a head
-# Operators whose work values decide, which tensors without memory do not have, and that instructions bind, which are not counted.
-LEFT_OUT = {"pyramid_sparse_attention", "selective_scan"}
+LEFT_OUT = {"pyramid_sparse_attention"}  # whose work values decide, which tensors without memory do not have
+BOUND_BY_INSTRUCTIONS = "routing_attention", "selective_scan"
 aten = torch.ops.aten
 
 
@@ -147,8 +148,9 @@ def flash_instructions(target: str) -> dict[str, float]:
 
 
 def own_instructions(launches: list[_launch.Launch], target: str, batch: int) -> float:
-    """Of kernels of routing attention as they were recorded for one image of the batch."""
-    return sum(batch * _routed_scores(launch) * _counted(launch, target) for launch in launches)
+    """Of kernels as they were recorded for one image of the batch."""
+    worked = {**dict.fromkeys(IN_A_TURN_OF_ROUTING, _routed_scores), **dict.fromkeys(IN_A_TURN_OF_SCANS, _states)}
+    return sum(batch * worked[launch.name](launch) * _counted(launch, target) for launch in launches)
 
 
 def _routed_scores(launch: _launch.Launch) -> int:
@@ -165,13 +167,21 @@ def _routed_scores(launch: _launch.Launch) -> int:
     return math.prod(grid) * held * turns * size
 
 
+def _states(launch: _launch.Launch) -> int:
+    """That the programs of a selective scan work out, those beyond the channels and positions included."""
+    given = launch.arguments | launch.configuration
+    grid = launch.grid(given) if callable(launch.grid) else launch.grid
+    steps = given["STEPS"]
+    return math.prod(grid) * given["WIDTH"] * given["CHANNELS"] * math.ceil(given["length"] / steps) * steps
+
+
 def _counted(launch: _launch.Launch, target: str) -> float:
-    """Instructions of a warp for each score, in the machine code that the launch becomes."""
+    """Instructions of a warp for each score or state, in the machine code that the launch becomes."""
     given = launch.arguments | launch.configuration
     constants = *(item for item in given.items() if item[0].isupper() or item[0] in launch.configuration),
     if (launch.name, target, constants) not in _COUNTS:
         (compiled_for,) = (one for one in machine_code.TARGETS if one.name == target)
-        compiled = machine_code._compile(launch, "", compiled_for, IN_A_TURN[launch.name])
+        compiled = machine_code._compile(launch, "", compiled_for, (IN_A_TURN_OF_ROUTING | IN_A_TURN_OF_SCANS)[launch.name])
         _COUNTS[launch.name, target, constants] = compiled.instructions or 0.0
     return _COUNTS[launch.name, target, constants]
 
@@ -291,10 +301,11 @@ def modelled() -> Iterator[None]:
         yield
 
 
-def of_one_image() -> Iterator[dict[str, list[_launch.Launch]]]:
-    """What each case of routing attention launches in a forward and a backward pass, by target, on the CPU and without launching it."""
-    with mock.patch.object(kernel_cases, "BATCHES", dict.fromkeys(kernel_cases.BATCHES, 1)), kernels.default_backend("pytorch"):
-        for case in kernel_cases.routing_attention("cpu", DTYPE, False):
+def of_one_image(operator: str = "routing_attention") -> Iterator[dict[str, list[_launch.Launch]]]:
+    """What each case of an operator launches in a forward and a backward pass, by target, on the CPU and without launching it."""
+    with (mock.patch.object(kernel_cases, "BATCHES", dict.fromkeys(kernel_cases.BATCHES, 1)), mock.patch.object(kernel_cases, "SCANNED", 1),
+          kernels.default_backend("pytorch")):
+        for case in kernel_cases.CASES[operator]("cpu", DTYPE, False):
             found = {}
             for target in {device.target for device in DEVICES}:
                 with kernels.default_backend("triton"), _launch.recording(target) as found[target]:
@@ -316,7 +327,7 @@ class Row(NamedTuple):
 def rows() -> Iterator[Row]:
     """Of every case, pass and side. BiFormer-B's stages are S's but wider, and which regions are routed does not matter here."""
     with modelled():
-        images = list(of_one_image())
+        images = {operator: list(of_one_image(operator)) for operator in BOUND_BY_INSTRUCTIONS}
         for operator, cases in kernel_cases.CASES.items():
             if operator in LEFT_OUT:
                 continue
@@ -324,11 +335,11 @@ def rows() -> Iterator[Row]:
                 if "BiFormer-B" in case.name or "one region" in case.name:
                     continue
                 own = {}
-                if operator == "routing_attention":
+                if operator in BOUND_BY_INSTRUCTIONS:
                     batch = case.ours.leaves[0].shape[0]
-                    for name, end in (("routing_attention_triton", "forward"), ("routing_attention_triton_backward", "backward")):
+                    for name, end in ((f"{operator}_triton", "forward"), (f"{operator}_triton_backward", "backward")):
                         own[name] = {target: own_instructions([one for one in launches if end in one.name], target, batch)
-                                     for target, launches in images[number].items()}
+                                     for target, launches in images[operator][number].items()}
                 sides = {"ours": case.ours} | case.rivals | case.floors
                 for kind in PASSES:
                     for name, side in sides.items():
@@ -366,7 +377,7 @@ def page(found: list[Row]) -> str:
     flash = {target: flash_instructions(target) for target in ("sm_80", "sm_90")}
     counts = [f"{of['forward']:.3f} + {of['backward']:.3f} on {target}" for target, of in flash.items()]
     lines += ["", f"Flash attention of 32 channels a head, of torch {torch.__version__}, takes for each score of its tiles of 128 × 128 "
-              f"(forward + backward) {' and '.join(counts)} instructions of a warp. Ours take, by problem:", ""]
+              f"(forward + backward) {' and '.join(counts)} instructions of a warp. Ours take, by problem, for each score, or state of a scan:", ""]
     for kernel in sorted({entry[:2] for entry in _COUNTS}):
         counted = sorted({f"{instructions:.3f}" for entry, instructions in _COUNTS.items() if entry[:2] == kernel})
         lines.append(f"- `{kernel[0]}` on {kernel[1]}: {', '.join(counted)}")

@@ -1,4 +1,6 @@
 """The model of what kernels and rivals take: what it counts is what there is."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -76,6 +78,11 @@ def test_scores_of_our_kernels_are_counted_with_their_padding(monkeypatch):
     for launch in first:  # regions of 64 positions, two heads: no tile is larger than a region
         assert kernel_model._routed_scores(launch) == 2 * 49 * 64 * 64
     assert kernel_model.own_instructions(first, "sm_90", 64) == 64 * 3 * 0.5 * 2 * 49 * 64 * 64
+
+
+def test_states_of_scans_are_counted_with_what_is_beyond_their_length(monkeypatch):
+    launch = SimpleNamespace(arguments=dict(length=9, WIDTH=16), configuration=dict(CHANNELS=32, STEPS=4), grid=(3, 2))
+    assert kernel_model._states(launch) == 6 * 16 * 32 * 12
 
 
 def test_the_page_holds_every_side_of_every_operator():
