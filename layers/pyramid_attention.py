@@ -238,7 +238,7 @@ class ScaleInvariantContextAttention(nn.Module):
             p = to_size(laplacian, x.shape[2:]).sigmoid() - self.laplacian_threshold.to(x.dtype)
             maps += [p.clamp(0, 1), (-p).clamp(0, 1)]
         weights, values = (to_size(y, self.size).flatten(2) for y in (torch.cat(maps, 1), x))
-        positions = values.mT if self.reshapes == "meant" else values.reshape(len(values), values.shape[2], self.dim)
+        positions = values.mT if self.reshapes == "meant" else values.reshape(x.shape[0], values.shape[2], self.dim)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             return (weights.to(wide) @ positions.to(wide)).mT

@@ -232,6 +232,29 @@ def test_compiled_whole(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("reshapes", ["as_trained", "meant"])
+def test_reshapes_fix_neither_batch_nor_size(reshapes):
+    """In exported graphs."""
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.axial = PyramidAxialAttention(8, 8, reshapes=reshapes)
+            self.contexts = ScaleInvariantContextAttention(8, 8, (7, 9), True, reshapes)
+
+        def forward(self, x):
+            return self.contexts(self.axial(x), x[:, :1], x[:, 1:2])
+
+    def maps(batch, *size):
+        return torch.randn(batch, 8, *size, generator=torch.Generator().manual_seed(1))
+
+    model, free = Both().eval(), dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(model, (maps(2, 12, 14),), dynamic_shapes=(free,)).module()
+        for x in (maps(1, 12, 14), maps(3, 13, 6)):
+            for found, expected in zip(program(x), model(x), strict=True):
+                close(found, expected)
+
+
 @small
 def test_saved_and_loaded(name, tmp_path):
     model = make(name)
