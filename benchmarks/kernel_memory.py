@@ -21,9 +21,9 @@ from .kernel_model import _Flash, modelled
 FILE = Path(__file__).with_name("kernels_memory.md")
 SYMBOLS = {
     "s": "bytes of a number", "B": "images", "P": "positions of all images", "O": "output positions of all images", "C": "channels",
-    "D": "output channels", "h": "hidden channels", "g": "channels of a gating signal", "m": "heads", "r": "regions",
-    "n": "routed regions", "t": "positions of a region, or tokens of an image", "b": "side of a block", "w": "side of a window",
-    "K": "pools",
+    "D": "output channels", "h": "hidden channels", "g": "channels of a gating signal", "m": "heads", "r": "regions, or groups of channels",
+    "n": "routed regions, or states of a channel", "t": "positions of a region, or tokens of an image", "b": "side of a block",
+    "w": "side of a window", "K": "pools",
 }
 
 
@@ -142,6 +142,16 @@ def _heads(function: Callable[..., Tensor], tensors: int) -> Callable[[str, bool
     return build
 
 
+def _scanned(device: str, small: bool) -> tuple:
+    """As SS2D has it, channels innermost; of a chunk of 64 positions one state is kept."""
+    batch, dim, states, groups, tokens = (2, 8, 3, 2, 128) if small else (16, 768, 16, 4, 4096)
+    u, delta = (_leaf(device, batch, tokens, dim).detach().transpose(1, 2).requires_grad_() for _ in range(2))
+    b, c = (_leaf(device, batch, tokens, groups, states).detach().permute(0, 2, 3, 1).requires_grad_() for _ in range(2))
+    a, d, bias = (torch.randn(shape, device=device).requires_grad_() for shape in ((dim, states), (dim,), (dim,)))
+    scan = functools.partial(kernels.selective_scan, u, delta, a, b, c, d, bias, delta_softplus=True)
+    return scan, dict(B=batch, P=batch * tokens, C=dim, n=states, r=groups, t=tokens), None
+
+
 def _entmax(device: str, small: bool) -> tuple:
     batch, heads, tokens = (2, 3, 20) if small else (16, 6, 785)
     scores = _leaf(device, batch, heads, tokens, tokens)
@@ -180,6 +190,7 @@ EVERYTHING = [
     Kept("depthwise_dynamic_conv2d", "authors", "s*(P*C + 9*B*C + B*C + C)", _dynamic(kernel_rivals.grouped)),
     Kept("token_aware_avg_pool", "ours", "s*(P*C + P*K)", _pooled(kernels.token_aware_avg_pool)),
     Kept("token_aware_avg_pool", "authors", "s*(P*C*K + P*K + 9*C)", _pooled(kernel_rivals.pool_by_pool)),
+    Kept("selective_scan", "ours", "s*(2*P*C + 2*P*r*n) + 4*(P/64*n*C + n*C + 2*C)", _scanned),
     Kept("attention_similarity", "ours", "s*2*P*C + 4*2*P", _heads(kernels.attention_similarity, 2)),
     Kept("attention_similarity", "all at once", "4*(2*P*C + P*m*t + 3*P*t + 5*P) + P*t + P",
          _heads(functools.partial(kernels.attention_similarity, backend="reference"), 2)),
