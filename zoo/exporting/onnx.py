@@ -236,7 +236,10 @@ def times(size: tuple[int, ...]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" …")
+    """What an error says in one line, with the next where that only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    said = next((i for i, line in enumerate(lines) if not line.rstrip().endswith(":")), len(lines) - 1)
+    return textwrap.shorten(" ".join(lines[:said + 1]), 300, placeholder=" …")
 
 
 @contextlib.contextmanager
