@@ -85,7 +85,8 @@ def main(folder: str) -> None:
     rivals = {**networks, "dconnnet, a U-Net": (ours, smp.Unet("tu-resnet34", encoder_weights=None, classes=1), x)}
     for name, (ours, rival, x) in rivals.items():
         for kind in PASSES:
-            comparisons.append(compare(f"{name}, {len(x)}×{x.shape[2]}×{x.shape[3]}", kind, First(ours), rival, x, ROUNDS, time.perf_counter))
+            said = f"{name}, {len(x)}×{x.shape[2]}×{x.shape[3]}"
+            comparisons.append(compare(said, kind, First(ours), rival, x, ROUNDS, time.perf_counter))
     report = Report(facts(1, {"all": "as said in the rows"}, "float32", ROUNDS, "cpu", True), comparisons)
     PAGE.write_text(HEAD.format(difference=max(differences), table=report.markdown()) + "\n")
 

@@ -3,8 +3,8 @@
 Every side runs on tensors without memory, and every call of an operator that touches memory is one kernel, whose time is the longest
 of three: to move its bytes, to multiply its matrices, and to issue the instructions of its inner loop. Instructions are counted in
 machine code: of our kernels as they are launched, of flash attention in the torch that is installed. Only attention and the
-selective scan are bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of matrices.
-Pyramid sparse attention is left out: its work hangs on values. So are compiled scans, whose instructions would bind them, too.
+selective scan are bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of
+matrices. Pyramid sparse attention is left out: its work hangs on values. So are compiled scans, whose instructions would bind them, too.
 """
 import contextlib
 import math
@@ -379,7 +379,8 @@ def page(found: list[Row]) -> str:
     flash = {target: flash_instructions(target) for target in ("sm_80", "sm_90")}
     counts = [f"{of['forward']:.3f} + {of['backward']:.3f} on {target}" for target, of in flash.items()]
     lines += ["", f"Flash attention of 32 channels a head, of torch {torch.__version__}, takes for each score of its tiles of 128 × 128 "
-              f"(forward + backward) {' and '.join(counts)} instructions of a warp. Ours take, by problem, for each score, or state of a scan:", ""]
+              f"(forward + backward) {' and '.join(counts)} instructions of a warp. Ours take, by problem, for each score or state of a "
+              "scan:", ""]
     for kernel in sorted({entry[:2] for entry in _COUNTS}):
         counted = sorted({f"{instructions:.3f}" for entry, instructions in _COUNTS.items() if entry[:2] == kernel})
         lines.append(f"- `{kernel[0]}` on {kernel[1]}: {', '.join(counted)}")
