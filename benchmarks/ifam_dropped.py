@@ -15,9 +15,9 @@ from zoo.measuring.model_benchmark import PASSES, Report, compare, facts
 NAME, SIZE, BATCH, ROUNDS = "ifam_base_patch14_reg4_dinov2", 224, 4, 7
 HEAD = """# iFAM with and without its masked patches
 
-`python -m benchmarks.ifam_dropped`: `{name}` with random weights and `drop_masked=True` (ours), beside itself with masked patches hidden
-from attention (rival), as the authors have it. A share of the patches is marked as visible, the same of every image, or, in *uneven*,
-as much of one image and a quarter as much of the others: all run with as many as the fullest. Answers differ by at most
+`python -m benchmarks.ifam_dropped`: `{name}` with random weights and `drop_masked=True` (ours), beside
+itself with masked patches hidden from attention (rival). A share of the patches is marked as visible, the same of every image, or, in
+*uneven*, as much of one image and a quarter as much of the others: all run with as many as the fullest. Answers differ by at most
 {difference:.0e} of the largest. The first stage, half of the network, sees all patches either way.
 
 {table}"""

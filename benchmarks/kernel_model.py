@@ -3,7 +3,8 @@
 Every side runs on tensors without memory, and every call of an operator that touches memory is one kernel, whose time is the longest
 of three: to move its bytes, to multiply its matrices, and to issue the instructions of its inner loop. Instructions are counted in
 machine code: of our kernels as they are launched, of flash attention in the torch that is installed. Only attention and the
-selective scan are bound by them; for other kernels they are not counted. A compiled rival is taken to fuse all that is no product of
+selective scan are bound by them; for other kernels they are not counted, nor is any but
+the longest loop, as a scan's walk to its states on the way back. A compiled rival is taken to fuse all that is no product of
 matrices. Pyramid sparse attention is left out: its work hangs on values. So are compiled scans, whose instructions would bind them, too.
 """
 import contextlib
@@ -26,8 +27,8 @@ from zoo import kernels
 from zoo.files import replacing
 from zoo.kernels import _backends, _launch, machine_code
 from zoo.kernels.machine_code import CUOBJDUMP, inner_loop_of_sass
-from zoo.kernels.routing_attention.triton import IN_A_TURN as IN_A_TURN_OF_ROUTING
-from zoo.kernels.selective_scan.triton import IN_A_TURN as IN_A_TURN_OF_SCANS
+from zoo.kernels.routing_attention import triton as routing
+from zoo.kernels.selective_scan import triton as scans
 from zoo.measuring.kernel_benchmark import PASSES, Side
 
 from . import kernel_cases, kernel_rivals
@@ -151,8 +152,8 @@ def flash_instructions(target: str) -> dict[str, float]:
 
 def own_instructions(launches: list[_launch.Launch], target: str, batch: int) -> float:
     """Of kernels as they were recorded for one image of the batch."""
-    worked = {**dict.fromkeys(IN_A_TURN_OF_ROUTING, _routed_scores), **dict.fromkeys(IN_A_TURN_OF_SCANS, _states)}
-    return sum(batch * worked[launch.name](launch) * _counted(launch, target) for launch in launches)
+    return sum(batch * (_states if launch.name in scans.IN_A_TURN else _routed_scores)(launch) * _counted(launch, target)
+               for launch in launches)
 
 
 def _routed_scores(launch: _launch.Launch) -> int:
@@ -165,16 +166,18 @@ def _routed_scores(launch: _launch.Launch) -> int:
         turns = math.ceil(everything / size)
     else:
         turns = given["slots"] * math.ceil(places / size) if places >= size else math.ceil(given["slots"] * places / size)
-    grid = launch.grid(given) if callable(launch.grid) else launch.grid
-    return math.prod(grid) * held * turns * size
+    return _programs(launch, given) * held * turns * size
+
+
+def _programs(launch: _launch.Launch, given: dict[str, Any]) -> int:
+    return math.prod(launch.grid(given) if callable(launch.grid) else launch.grid)
 
 
 def _states(launch: _launch.Launch) -> int:
     """That the programs of a selective scan work out, those beyond the channels and positions included."""
     given = launch.arguments | launch.configuration
-    grid = launch.grid(given) if callable(launch.grid) else launch.grid
     steps = given["STEPS"]
-    return math.prod(grid) * given["WIDTH"] * given["CHANNELS"] * math.ceil(given["length"] / steps) * steps
+    return _programs(launch, given) * given["WIDTH"] * given["CHANNELS"] * math.ceil(given["length"] / steps) * steps
 
 
 def _counted(launch: _launch.Launch, target: str) -> float:
@@ -183,7 +186,7 @@ def _counted(launch: _launch.Launch, target: str) -> float:
     constants = *(item for item in given.items() if item[0].isupper() or item[0] in launch.configuration),
     if (launch.name, target, constants) not in _COUNTS:
         (compiled_for,) = (one for one in machine_code.TARGETS if one.name == target)
-        compiled = machine_code._compile(launch, "", compiled_for, (IN_A_TURN_OF_ROUTING | IN_A_TURN_OF_SCANS)[launch.name])
+        compiled = machine_code._compile(launch, "", compiled_for, (routing.IN_A_TURN | scans.IN_A_TURN)[launch.name])
         _COUNTS[launch.name, target, constants] = compiled.instructions or 0.0
     return _COUNTS[launch.name, target, constants]
 

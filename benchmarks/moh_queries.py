@@ -1,17 +1,23 @@
 """Does it pay to leave out the queries of heads that tokens did not pick? Attention of all queries, then gates, against the picked ones.
 
     python -m benchmarks.moh_queries
+    python -m benchmarks.moh_queries share   # what of a network's time that attention is: two minutes
 
 Picked queries of every routed head are gathered to the front, up to the longest head's number, which has to be asked of the scores;
 all keys and values are needed. Times are of attention and gates alone, without projections, on one thread of the CPU, without gradients.
 """
 import statistics
+import sys
 import time
 from functools import partial
+from unittest import mock
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import zoo  # noqa: F401  registers the models
 
 CASES = [(12, 64, 3, 6, n) for n in (197, 1025, 4097)] + [(32, 24, 4, 8, n) for n in (49, 196, 1024, 4096)]
 ROUNDS = 5
@@ -57,8 +63,32 @@ def _times(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, shared: int, repeats:
     return times
 
 
-def main() -> None:
+def share(size: int) -> tuple[float, float]:
+    """Seconds of a forward pass of moh_transnext_base_50 on one image, and of attention in its stage of all positions, the second time."""
+    model, x, seconds = timm.create_model("moh_transnext_base_50").eval(), torch.randn(1, 3, size, size), []
+    attend = F.scaled_dot_product_attention
+
+    def timed(*args: Tensor, **options: float) -> Tensor:
+        start = time.perf_counter()
+        out = attend(*args, **options)
+        seconds.append(time.perf_counter() - start)
+        return out
+
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", timed):
+        model(x)
+        seconds.clear()
+        start = time.perf_counter()
+        model(x)
+        return time.perf_counter() - start, sum(seconds)
+
+
+def main(wanted: list[str]) -> None:
     torch.set_num_threads(1)
+    if wanted == ["share"]:
+        for size in (448, 1024):
+            whole, attention = share(size)
+            print(f"{size}×{size}: {attention:.3f} of {whole:.3f} s, {100 * attention / whole:.1f} %", flush=True)
+        return
     print("| heads (shared + active of others) | head width | tokens | scores | all queries, ms | picked, ms | all / picked |\n"
           "| --- | ---: | ---: | --- | ---: | ---: | ---: |")
     for heads, d, shared, active, n in CASES:
@@ -72,4 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        main(sys.argv[1:])

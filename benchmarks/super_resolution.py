@@ -33,7 +33,7 @@ HEAD = """# Super-resolution
 that are not held out, from random weights, seed {seed}, {steps} steps of {batch} squares of {side} pixels, {minutes:.1f} minutes of
 processor time on one thread.
 Astronaut, chelsea and coffee are held out whole; the checkpoint is the last one. The rate is a second
-choice: a first run at twice as much, 0.002, ended at 31.57 dB, bilinear interpolation's place, on them. They are made
+choice: a shorter run at twice as much, 0.002, ended at 31.57 dB, bilinear interpolation's place, on them. They are made
 twice smaller and enlarged again. Luminance in decibels (PSNR) and structural similarity (SSIM), two pixels cut at every border; the
 protocol gives bicubic interpolation the numbers that it has in the authors' (tests/measuring/test_restoration_measures.py). One seed.
 

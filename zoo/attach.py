@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.errors import InputError, near_misses
+from zoo.errors import InputError, near_misses, said_by
 from zoo.models import MECHANISMS
 from zoo.modules import evaluating, matching
 
@@ -175,7 +175,7 @@ def _run(model: nn.Module, example: Tensor) -> None:
             model(example)
     except Exception as error:
         shape = tuple(example.shape)
-        raise InputError(f"{type(model).__name__} does not run on an example of shape {shape}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{type(model).__name__} does not run on an example of shape {shape}: {said_by(error)}") from error
 
 
 class _Probe(TorchFunctionMode):

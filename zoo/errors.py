@@ -1,6 +1,7 @@
 """What a user gets to read when what they gave cannot be used."""
 import difflib
 import importlib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -25,6 +26,13 @@ def first_few(names: Iterable[object], most: int = 4) -> str:
     """Names as sentences have them: the first `most`, and how many more there are."""
     listed = list(map(str, names))
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def said_by(error: BaseException) -> str:
+    """What another's error says in one line: its first, with the next where that only announces it; of one that says nothing its kind."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    last = next((i for i, line in enumerate(lines) if not line.rstrip().endswith(":")), len(lines) - 1)
+    return textwrap.shorten(" ".join(lines[:last + 1]), 300, placeholder=" …")
 
 
 def times(sizes: Iterable[int]) -> str:

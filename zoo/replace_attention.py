@@ -8,7 +8,7 @@ import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d
 from torch import Tensor, nn
 
-from zoo.errors import InputError, first_few, near_misses
+from zoo.errors import InputError, first_few, near_misses, said_by
 from zoo.layers import HedgehogAttention, MixtureOfHeadAttention, NormalizedAttention, PyramidSparseAttention, SparsifinerAttention
 from zoo.layers.normalized_attention import NORMALIZERS
 from zoo.layers.self_attention import AROUND, GATES, AroundMechanism, SelfAttention
@@ -163,7 +163,7 @@ def _check_computes_attention(what: str, module: Any) -> None:
             bound = 10 * torch.finfo(x.dtype).eps ** 0.75
             same = torch.allclose(module(x), expected, atol=bound * float(expected.abs().max()), rtol=bound)
     except Exception as error:  # others' modules stumble in their own ways
-        raise InputError(f"{what}, and {other}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise InputError(f"{what}, and {other}: {said_by(error)}") from error
     finally:
         module.__class__ = kind
         vars(module)["_modules"].clear()
@@ -213,7 +213,7 @@ def _check_shape(made: nn.Module, name: str, num_heads: int, head_dim: int, dim:
             out = made.eval()(q, k, v, None, 1.0, 0.0, *tokens)
     except Exception as error:  # anybody's mechanism in its own way
         raise InputError(f"{type(made).__name__} for {name} does not run on queries, keys and values of shape {tuple(q.shape)}: "
-                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+                         f"{said_by(error)}") from error
     if not isinstance(out, Tensor) or out.shape != q.shape:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(f"{type(made).__name__} for {name} turns queries, keys and values of shape {tuple(q.shape)} into {found}; "

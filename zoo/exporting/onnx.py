@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import logging
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import nn
 from torch.export import Dim
 
 from zoo.checkpoints import ModelInfo
-from zoo.errors import InputError, require
+from zoo.errors import InputError, require, said_by
 from zoo.files import check_writable, replacing
 from zoo.kernels.deform_conv2d import spelled_out_in_exports
 from zoo.reading import onnx_files
@@ -117,7 +116,7 @@ def open_session(path: Path):
     try:
         return onnx_files.open_session(path)
     except InputError as error:
-        raise ExportError(_first_line(error)) from error
+        raise ExportError(said_by(error)) from error
 
 
 class _SizesNotFreeError(Exception):
@@ -154,7 +153,7 @@ def _why_not_other_sizes(model: nn.Module, info: ModelInfo, size: tuple[int, ...
         try:
             _logits(model, _images(info, 1, other))
         except Exception as error:  # models refuse sizes by whatever their layers raise
-            said = f"{info.name} does not take {times(other)} images: {_first_line(error)}"
+            said = f"{info.name} does not take {times(other)} images: {said_by(error)}"
             if other == size:
                 raise InputError(said) from error
             return said
@@ -176,7 +175,7 @@ def _export(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...]
     except Exception as error:  # torch.export, the translation and the checker each have families of exceptions
         if isinstance(error, torch.onnx.OnnxExporterError):  # which only says that there is a cause
             error = error.__cause__ or error
-        raise failure(f"tracing {info.name} failed: {_first_line(error)}") from error
+        raise failure(f"tracing {info.name} failed: {said_by(error)}") from error
     with replacing(path) as written:
         written.write_bytes(proto.SerializeToString())
         comparisons = _compare(model, info, written, size, free_size, batch, progress)
@@ -223,7 +222,7 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...
         try:
             found = cast(np.ndarray, session.run([info.output], {INPUT: images.numpy()})[0])
         except Exception as error:
-            said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {_first_line(error)}"
+            said = f"ONNX Runtime does not run batch {count}, {times(compared)}: {said_by(error)}"
             raise (_SizesNotFreeError if free_size else ExportError)(said) from error
         pairs[count, compared] = found.astype(np.float64), _logits(model, images)
     deviation = np.concatenate([expected.ravel() for _, expected in pairs.values()]).std() or 1.0
@@ -233,13 +232,6 @@ def _compare(model: nn.Module, info: ModelInfo, path: Path, size: tuple[int, ...
 
 def times(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says in one line, with the next where that only announces it."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    said = next((i for i, line in enumerate(lines) if not line.rstrip().endswith(":")), len(lines) - 1)
-    return textwrap.shorten(" ".join(lines[:said + 1]), 300, placeholder=" …")
 
 
 @contextlib.contextmanager

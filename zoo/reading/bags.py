@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError, first_few, require
+from zoo.errors import InputError, first_few, require, said_by
 from zoo.reading.discovery import split_folders, split_of
 from zoo.reading.own_data import FOLDS
 from zoo.reading.pictures import PICTURE_SUFFIXES, files_below
@@ -132,8 +132,7 @@ def read_features(path: str | Path) -> Tensor:
     except InputError:
         raise
     except Exception as error:  # whatever torch and h5py stumble over in a file of another kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the features in {path} cannot be read: {reason}") from error
+        raise InputError(f"the features in {path} cannot be read: {said_by(error)}") from error
     if isinstance(found, dict):
         found = next((found[name] for name in FEATURES if name in found), found)
     if isinstance(found, Tensor) and found.ndim == 3 and len(found) == 1:
